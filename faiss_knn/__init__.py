@@ -1,0 +1,55 @@
+"""Judge features by their nearest neighbours, while a model trains and after.
+
+The public names are imported when first used: `import faiss_knn` loads neither torch, lightning nor FAISS.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from faiss_knn.classify.bank import FeatureBank
+    from faiss_knn.classify.vote import vote
+    from faiss_knn.offline.evaluate import EvalReport, evaluate
+    from faiss_knn.online.callback import OnlineKNN
+    from faiss_knn.online.queue import OnlineQueue, find_or_create_queue
+    from faiss_knn.retrieval import retrieval_metrics
+    from faiss_knn.search.index import KNNIndex, Neighbors
+
+_HOMES = {
+    "EvalReport": "faiss_knn.offline.evaluate",
+    "FeatureBank": "faiss_knn.classify.bank",
+    "KNNIndex": "faiss_knn.search.index",
+    "Neighbors": "faiss_knn.search.index",
+    "OnlineKNN": "faiss_knn.online.callback",
+    "OnlineQueue": "faiss_knn.online.queue",
+    "evaluate": "faiss_knn.offline.evaluate",
+    "find_or_create_queue": "faiss_knn.online.queue",
+    "retrieval_metrics": "faiss_knn.retrieval",
+    "vote": "faiss_knn.classify.vote",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "EvalReport",
+    "FeatureBank",
+    "KNNIndex",
+    "Neighbors",
+    "OnlineKNN",
+    "OnlineQueue",
+    "evaluate",
+    "find_or_create_queue",
+    "retrieval_metrics",
+    "vote",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'faiss_knn' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""The saved-features side: files in, reports out."""

@@ -1,0 +1,1 @@
+"""The Lightning side: the queue and the callback."""

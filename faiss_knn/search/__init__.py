@@ -1,0 +1,1 @@
+"""Which bank rows are near a query. Knows no labels."""
