@@ -1,0 +1,223 @@
+"""The only file that imports FAISS: which BLAS kernels it runs, what its build can do, indexes from factory strings."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch  # before faiss: then both share one OpenMP runtime, and forked workers can search
+from loguru import logger
+
+_INSTALL = (
+    "FAISS is not installed: `pip install faiss-cpu` (or faiss-gpu on Linux x86_64 with an NVIDIA GPU), "
+    "or `conda install -c conda-forge faiss`"
+)
+_AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
+_SLOW_KERNELS = {"Prescott", "Barcelona"}  # what OpenBLAS falls back to on a CPU it does not know
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Return the CPU's feature flags as Linux names them; empty where /proc/cpuinfo does not list them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+def openblas_kernels(flags: frozenset[str]) -> str | None:
+    """Return the OpenBLAS kernel set that a CPU with these flags can run, None where the default should stay.
+
+    OpenBLAS 0.3.15, which the FAISS wheels bundle, takes server CPUs from Ice Lake-SP on for a Prescott (SSE3). It
+    runs what OPENBLAS_CORETYPE names without a check, so a name is given only where the CPU has its instructions.
+
+    Example:
+        >>> openblas_kernels(frozenset({"sse3", "avx2", "fma"}))
+        'Haswell'
+        >>> openblas_kernels(frozenset({"sse3"})) is None
+        True
+    """
+    if flags >= _AVX512:
+        return "SkylakeX"
+    return "Haswell" if flags >= {"avx2", "fma"} else None
+
+
+@cache
+def faiss() -> Any:
+    """Import FAISS, with the CPU's own BLAS kernels where it is safe to name them, and return the module.
+
+    Raises:
+        ImportError: If FAISS is missing or its installation is broken; says how to install it.
+    """
+    if "faiss" in sys.modules:
+        module = sys.modules["faiss"]
+        _warn_if_slow()
+    else:
+        with _kernels_named():
+            module = _import()
+    if not hasattr(module, "IndexFlat"):
+        raise ImportError(f"the installed FAISS is broken (two distributions of it, one removed?). {_INSTALL}")
+    return module
+
+
+def _import() -> Any:
+    try:
+        return import_module("faiss")
+    except (ImportError, RuntimeError) as error:  # faiss-gpu without its CUDA libraries raises RuntimeError
+        raise ImportError(f"{_INSTALL} (import faiss: {error})") from error
+
+
+@contextlib.contextmanager
+def _kernels_named() -> Iterator[None]:
+    """Set OPENBLAS_CORETYPE while FAISS loads; numpy's own copy has read it already and keeps its choice."""
+    kernels = openblas_kernels(cpu_flags()) if _is_intel_linux() else None
+    if kernels is None or "OPENBLAS_CORETYPE" in os.environ:
+        yield
+        return
+    os.environ["OPENBLAS_CORETYPE"] = kernels
+    try:
+        yield
+    finally:
+        del os.environ["OPENBLAS_CORETYPE"]
+
+
+def _is_intel_linux() -> bool:
+    """Only there does the bundled OpenBLAS guess wrong; on AMD it knows Zen."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    with contextlib.suppress(OSError):
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    return False
+
+
+def openblas_core() -> str | None:
+    """Return the kernel set that FAISS's bundled OpenBLAS runs ("SkylakeX", "Prescott", …); None if not bundled."""
+    path = _bundled_openblas()
+    if path is None:
+        return None
+    library = ctypes.CDLL(path)  # already mapped: the same copy
+    for name in ("openblas_get_corename", "scipy_openblas_get_corename"):
+        with contextlib.suppress(AttributeError):
+            function: Callable[[], bytes] = getattr(library, name)
+            function.restype = ctypes.c_char_p  # type: ignore[attr-defined]
+            return function().decode()
+    return None
+
+
+def _bundled_openblas() -> str | None:
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "openblas" in line}
+    return next((path for path in sorted(paths) if "faiss" in path), None)
+
+
+def _warn_if_slow() -> None:
+    core = openblas_core()
+    kernels = openblas_kernels(cpu_flags())
+    if core in _SLOW_KERNELS and kernels is not None and "OPENBLAS_CORETYPE" not in os.environ:
+        logger.warning(
+            "faiss was imported before faiss_knn and its OpenBLAS runs {} kernels, several times slower than this CPU "
+            "can: import faiss_knn.search.backend first, or set OPENBLAS_CORETYPE={}",
+            core,
+            kernels,
+        )
+
+
+@contextlib.contextmanager
+def threads_kept() -> Iterator[None]:
+    """Leave torch's and FAISS's thread counts as they were found."""
+    before = torch.get_num_threads()
+    library = faiss()
+    faiss_before = library.omp_get_max_threads()
+    try:
+        yield
+    finally:
+        if library.omp_get_max_threads() != faiss_before:
+            library.omp_set_num_threads(faiss_before)
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def blas_for_all_sizes() -> Iterator[None]:
+    """Have FAISS use matrix products for batches of any size, not its slow sequential kernel for small ones."""
+    variables = faiss().cvar
+    before = variables.distance_compute_blas_threshold
+    variables.distance_compute_blas_threshold = 1
+    try:
+        yield
+    finally:
+        variables.distance_compute_blas_threshold = before
+
+
+def gpu_count() -> int:
+    """Return how many GPUs this FAISS can use: 0 for a CPU build, and where no driver answers."""
+    library = faiss()
+    if not hasattr(library, "StandardGpuResources"):
+        return 0
+    return int(library.get_num_gpus())
+
+
+def make_index(spec: str, dim: int, metric: str) -> Any:
+    """Make an empty index from a factory string.
+
+    Args:
+        spec: As for `faiss.index_factory`.
+        dim: Width of the rows.
+        metric: Name of a FAISS metric: "METRIC_L2", "METRIC_INNER_PRODUCT" or "METRIC_L1".
+
+    Raises:
+        ValueError: If FAISS does not accept the string, or not with this metric.
+    """
+    library = faiss()
+    try:
+        return library.index_factory(dim, spec, getattr(library, metric))
+    except RuntimeError as error:
+        reason = str(error).rpartition("Error: ")[2] or str(error)
+        raise ValueError(
+            f"`spec` must be 'flat', 'ivf', 'fast', 'auto' or a FAISS factory string valid for d={dim} and {metric}, "
+            f"got {spec!r}: {reason}"
+        ) from error
+
+
+def inner_ivf(index: Any) -> Any | None:
+    """Return the IVF index inside `index` (behind transforms and refinement), None if there is none."""
+    library = faiss()
+    try:
+        return library.extract_index_ivf(index)
+    except RuntimeError:
+        return None
+
+
+def index_bytes(index: Any) -> int:
+    """Return the size of an index in bytes, as FAISS would write it to a file."""
+    library = faiss()
+    writer = library.CountingIOWriter() if hasattr(library, "CountingIOWriter") else None
+    if writer is None:
+        return len(library.serialize_index(index))
+    library.write_index(index, writer)
+    return int(writer.total_written)
+
+
+def search_rows(index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Search float32 C-contiguous `queries` (B, d): distances as FAISS gives them, and ids, each (B, k)."""
+    if k > len_of(index) or len(queries) == 0:
+        k = min(k, len_of(index))
+    distances, ids = index.search(queries, k)
+    return distances, ids
+
+
+def len_of(index: Any) -> int:
+    """Return how many rows an index holds."""
+    return int(index.ntotal)

@@ -1,0 +1,102 @@
+"""The four distances: what each needs of a row, and its exact value for given pairs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DISTANCES = ("euclidean", "squared_euclidean", "cosine", "manhattan")
+
+
+@dataclass(frozen=True)
+class Distance:
+    """One of the four distances.
+
+    Attributes:
+        name: As the user writes it.
+        faiss_metric: The FAISS metric whose order is the same on prepared rows.
+        unit_rows: Rows are compared by their direction: zero rows have none.
+        norm: 1 or 2, the norm of differences that pairs are measured by.
+        from_norm: Maps that norm of (unit) differences to the distance.
+        to_norm: The inverse of `from_norm`.
+    """
+
+    name: str
+    faiss_metric: str
+    unit_rows: bool
+    norm: float
+    from_norm: Callable[[Tensor], Tensor]
+
+
+def get_distance(name: str) -> Distance:
+    """Look a distance up by name.
+
+    Raises:
+        ValueError: If there is none of that name.
+
+    Example:
+        >>> get_distance("cosine").unit_rows
+        True
+    """
+    if name not in _DISTANCES:
+        raise ValueError(f"`distance_metric` must be one of {', '.join(DISTANCES)}, got {name!r}")
+    return _DISTANCES[name]
+
+
+def _same(norm: Tensor) -> Tensor:
+    return norm
+
+
+_DISTANCES = {
+    "euclidean": Distance("euclidean", "METRIC_L2", unit_rows=False, norm=2.0, from_norm=_same),
+    "squared_euclidean": Distance("squared_euclidean", "METRIC_L2", unit_rows=False, norm=2.0, from_norm=torch.square),
+    # For unit vectors |a - b|^2 = 2 - 2 cos: no cancellation where the angle is small, unlike 1 - a.b.
+    "cosine": Distance("cosine", "METRIC_L2", unit_rows=True, norm=2.0, from_norm=lambda norm: norm.square() / 2),
+    "manhattan": Distance("manhattan", "METRIC_L1", unit_rows=False, norm=1.0, from_norm=_same),
+}
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Return the float64 euclidean norm of each row, the same bits wherever and among whatever rows it stands.
+
+    Args:
+        rows: (n, d) of any float dtype.
+
+    Returns:
+        (n,) float64.
+    """
+    return _per_pair(torch.zeros_like(rows[:1], dtype=torch.float64), rows.double()[None], 2.0)[0]
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Return `rows` (n, d) as float64 vectors of length 1."""
+    rows = rows.double()
+    # Rows of 1e-200 or 1e200 would lose their squares.
+    rows = rows / rows.abs().amax(1, keepdim=True)
+    return rows / row_norms(rows)[:, None]
+
+
+def pair_norms(queries: Tensor, rows: Tensor, distance: Distance) -> Tensor:
+    """Measure each query against its own rows, in float64 from differences.
+
+    No matrix product and no blocked sum takes part, so a pair's value depends on that pair alone: the same bits at
+    any batch size, position and thread count.
+
+    Args:
+        queries: (B, d) of any float dtype.
+        rows: (B, m, d), or (1, m, d) for the same rows for every query.
+        distance: Which distance.
+
+    Returns:
+        (B, m) float64 norms of the differences; `distance.from_norm` makes distances of them.
+    """
+    if distance.unit_rows:
+        queries, rows = unit(queries), unit(rows.reshape(-1, rows.shape[-1])).view(rows.shape)
+    return _per_pair(queries.double(), rows.double(), distance.norm)
+
+
+def _per_pair(queries: Tensor, rows: Tensor, norm: float) -> Tensor:
+    if len(rows) == 1:
+        return torch.cdist(queries[None], rows, p=norm, compute_mode="donot_use_mm_for_euclid_dist")[0]
+    return torch.cdist(queries[:, None], rows, p=norm, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]

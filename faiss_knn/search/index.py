@@ -1,0 +1,212 @@
+"""KNNIndex: build it over features, search it for the nearest rows of queries."""
+
+import dataclasses
+import time
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from faiss_knn.search.approximate import FaissEngine
+from faiss_knn.search.distance import get_distance
+from faiss_knn.search.exact import ExactEngine
+from faiss_knn.search.rerank import Neighbors
+from faiss_knn.search.rows import Rows, as_k, as_queries
+
+__all__ = ["IndexStats", "KNNIndex", "Neighbors"]
+
+_STORAGE = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DEFAULT_K = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexStats:
+    """What an index is and what it cost.
+
+    Attributes:
+        spec: The spec actually used: "flat", or a FAISS factory string.
+        exact: Whether the neighbours are certified to be the exact ones.
+        backend: "torch" or "faiss", whichever finds the candidates.
+        device: Where it searches.
+        bytes: Size of what the index holds: the bank's rows where it refers to them, and its own data.
+        build_seconds: Time of the last build.
+        nprobe: Inverted lists visited; None without them.
+        recall: Measured share of the exact neighbours that it finds, 1.0 when exact; None if not measured.
+        uncertified: How many queries since the build needed the second, exhaustive pass to be certified exact.
+        parameters: Further parameters actually used.
+    """
+
+    spec: str
+    exact: bool
+    backend: str
+    device: str
+    bytes: int
+    build_seconds: float
+    nprobe: int | None = None
+    recall: float | None = None
+    uncertified: int = 0
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, for reports."""
+        return dataclasses.asdict(self)
+
+
+class KNNIndex:
+    """Nearest-neighbour search over a bank of features.
+
+    Args:
+        spec: "flat", "ivf", "fast", "auto", or a FAISS factory string ("IVF1024,Flat", "HNSW32", "PQ96x4fs,RFlat").
+        distance_metric: "euclidean", "squared_euclidean", "cosine" (1 - cos) or "manhattan".
+        device: Where to hold and search the bank; None: where the features are.
+        nprobe: Inverted lists that an IVF index visits; None: tuned, or FAISS's default for a factory string.
+        target_recall: Share of the exact neighbours that an approximate index must find.
+        storage_dtype: Dtype of the stored rows; None: the features' own, float64 as float32.
+        chunk_size: Queries searched at once; -1: chosen so that memory stays bounded.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> index = KNNIndex().build(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]]))
+        >>> index.search(torch.tensor([[0.0, 0.0]]), k=2)
+        Neighbors(distances=tensor([[0., 1.]]), indices=tensor([[0, 2]]))
+    """
+
+    def __init__(
+        self,
+        spec: str = "flat",
+        *,
+        distance_metric: str = "euclidean",
+        device: torch.device | str | None = None,
+        nprobe: int | None = None,
+        target_recall: float | None = None,
+        storage_dtype: torch.dtype | None = None,
+        chunk_size: int = -1,
+    ) -> None:
+        if not isinstance(spec, str) or not spec:
+            raise ValueError(f"`spec` must be 'flat', 'ivf', 'fast', 'auto' or a FAISS factory string, got {spec!r}")
+        if nprobe is not None and (not isinstance(nprobe, int) or nprobe < 1):
+            raise ValueError(f"`nprobe` must be a positive integer or None, got {nprobe!r}")
+        if target_recall is not None and not 0 < target_recall <= 1:
+            raise ValueError(f"`target_recall` must be in (0, 1], got {target_recall!r}")
+        if storage_dtype not in _STORAGE:
+            raise ValueError(f"`storage_dtype` must be None or one of {_STORAGE[1:]}, got {storage_dtype!r}")
+        if not isinstance(chunk_size, int) or (chunk_size < 1 and chunk_size != -1):
+            raise ValueError(f"`chunk_size` must be a positive integer, or -1 to choose it, got {chunk_size!r}")
+        self.spec = spec
+        self.device = device
+        self.nprobe = nprobe
+        self.target_recall = target_recall
+        self.storage_dtype = storage_dtype
+        self.chunk_size = chunk_size
+        self._distance = get_distance(distance_metric)
+        self._engine: ExactEngine | FaissEngine | None = None
+        self._rows: Rows | None = None
+        self._build_seconds = 0.0
+        self._expected: tuple[int, int | None] = _DEFAULT_K, None
+
+    @property
+    def distance_metric(self) -> str:
+        """Name of the distance."""
+        return self._distance.name
+
+    def __len__(self) -> int:
+        return 0 if self._rows is None else len(self._rows)
+
+    @property
+    def dim(self) -> int:
+        """Width of the rows, d."""
+        return self._built()[0].dim
+
+    @torch.no_grad()
+    def build(
+        self,
+        features: Tensor | np.ndarray,
+        *,
+        expected_k: int = _DEFAULT_K,
+        expected_queries: int | None = None,
+    ) -> Self:
+        """Index `features`; a second call indexes others in their place and keeps what was learned while it holds.
+
+        The index refers to the features where it need not copy them: do not change them while it is in use.
+
+        Args:
+            features: (N, d) tensor, ndarray or memmap of any float dtype.
+            expected_k: The k that target_recall is met for.
+            expected_queries: How many queries will be searched until the next build, for "auto" to weigh what a build
+                costs; None: as many as there are rows.
+
+        Raises:
+            ValueError: If features are empty, not (N, d), not finite, or zero under cosine; or too few for the spec.
+        """
+        start = time.perf_counter()
+        self._expected = expected_k, expected_queries
+        rows = Rows(features, storage_dtype=self.storage_dtype, device=self.device)
+        rows.check(self._distance)
+        self._engine = self._make_engine(rows)
+        self._rows = rows
+        self._build_seconds = time.perf_counter() - start
+        return self
+
+    def _make_engine(self, rows: Rows) -> ExactEngine | FaissEngine:
+        if self.spec in ("flat", "fast", "auto"):
+            return ExactEngine(rows, self._distance)
+        spec = f"IVF{max(1, int(len(rows) ** 0.5))},Flat" if self.spec == "ivf" else self.spec
+        return FaissEngine(rows, self._distance, spec, self.nprobe)
+
+    @torch.no_grad()
+    def search(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
+        """Find the k nearest rows of each query.
+
+        Args:
+            queries: (B, d) of any float dtype, anywhere.
+            k: How many; at most N are returned.
+
+        Returns:
+            `Neighbors` on the queries' device: (B, min(k, N)) float32 distances, ascending, and int64 indices. Equal
+            distances are ordered by index; a neighbour that an approximate index did not find is (inf, -1), last.
+
+        Raises:
+            ValueError: If k < 1, the width differs from the bank's, or a query is not finite, or zero under cosine.
+        """
+        distances, indices = self.nearest(queries, k)
+        return Neighbors(distances.float(), indices)
+
+    @torch.no_grad()
+    def nearest(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
+        """Search like `search`, with the distances in float64 as they were ordered: for merging parts of a bank."""
+        rows, engine = self._built()
+        k = min(as_k(k), len(rows))
+        checked = as_queries(queries, rows, self._distance)
+        device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
+        distances = torch.empty(len(checked), k, dtype=torch.float64, device=device)
+        indices = torch.empty(len(checked), k, dtype=torch.int64, device=device)
+        step = self.chunk_size if self.chunk_size > 0 else 1024
+        for start in range(0, len(checked), step):
+            part = slice(start, start + step)
+            found, ids = engine.search(checked[part], k)
+            distances[part], indices[part] = found, ids
+        return Neighbors(distances, indices)
+
+    @property
+    def stats(self) -> IndexStats:
+        """What the index is and what it cost; grows with searches (`uncertified`)."""
+        rows, engine = self._built()
+        return IndexStats(
+            spec=self.spec,
+            exact=engine.exact,
+            backend=engine.backend,
+            device=str(rows.device),
+            bytes=engine.bytes,
+            build_seconds=self._build_seconds,
+            nprobe=getattr(engine, "nprobe", None),
+            recall=1.0 if engine.exact else None,
+            uncertified=engine.uncertified,
+        )
+
+    def _built(self) -> tuple[Rows, ExactEngine | FaissEngine]:
+        if self._rows is None or self._engine is None:
+            raise RuntimeError("the index is empty: call build(features) first")
+        return self._rows, self._engine

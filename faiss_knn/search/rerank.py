@@ -1,0 +1,63 @@
+"""From candidates to neighbours: exact distances of the stored rows, ordered by (distance, index)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from faiss_knn.search.distance import Distance, pair_norms
+from faiss_knn.search.rows import Rows
+
+_PAIR_BYTES = 4 << 20  # float64 rows gathered at once: stays in cache
+
+
+class Neighbors(NamedTuple):
+    """The neighbours of each query, nearest first.
+
+    Attributes:
+        distances: (B, k) float32, ascending; inf where missing.
+        indices: (B, k) int64 row numbers of the bank; -1 where missing.
+    """
+
+    distances: Tensor
+    indices: Tensor
+
+
+def measure(queries: Tensor, rows: Rows, ids: Tensor, distance: Distance) -> Tensor:
+    """Measure candidates in float64.
+
+    Args:
+        queries: (B, d).
+        rows: The bank.
+        ids: (B, m) int64 row numbers, -1 where there is none.
+        distance: Which distance.
+
+    Returns:
+        (B, m) float64 distances, inf where the id is -1.
+    """
+    width = ids.shape[1]
+    norms = torch.empty(ids.shape, dtype=torch.float64, device=ids.device)
+    step = max(1, _PAIR_BYTES // (8 * rows.dim * max(1, width)))
+    columns = max(1, min(width, _PAIR_BYTES // (8 * rows.dim)))
+    for start in range(0, len(ids), step):
+        part = slice(start, start + step)
+        for left in range(0, width, columns):
+            chosen = ids[part, left : left + columns]
+            taken = rows.take(chosen.reshape(-1).clamp(min=0)).view(*chosen.shape, rows.dim)
+            norms[part, left : left + columns] = pair_norms(queries[part], taken, distance)
+    return distance.from_norm(norms).masked_fill_(ids < 0, torch.inf)
+
+
+def nearest(distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k smallest of each row by (distance, id), (B, k) each; missing ones (inf, -1) last.
+
+    Args:
+        distances: (B, m) float64, inf where the id is -1.
+        ids: (B, m) int64.
+        k: At most m.
+    """
+    # Two stable sorts: by id (missing ones as the largest), then by distance.
+    order = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids).argsort(dim=1, stable=True)
+    distances, ids = distances.gather(1, order), ids.gather(1, order)
+    distances, order = distances.sort(dim=1, stable=True)
+    return distances[:, :k], ids.gather(1, order[:, :k])

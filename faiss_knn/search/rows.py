@@ -1,0 +1,193 @@
+"""What comes in: the bank's rows and the queries, checked, in the dtype they are compared in, read in blocks."""
+
+import operator
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from faiss_knn.search.distance import Distance
+
+_BLOCK_BYTES = 32 << 20
+_NAMED_ROWS = 5
+
+
+class Rows:
+    """The bank as it is stored: (N, d) rows on one device, read in blocks.
+
+    A tensor or ndarray whose dtype and device fit is referred to, never copied; a memmap is never read whole.
+
+    Args:
+        features: (N, d) tensor, ndarray or memmap of any float dtype.
+        storage_dtype: Dtype to store; None: the features' own, float64 as float32.
+        device: Where to store; None: where the features are.
+
+    Raises:
+        ValueError: If the shape or dtype does not fit or there are no rows.
+    """
+
+    def __init__(
+        self,
+        features: Tensor | np.ndarray,
+        *,
+        storage_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        data = as_matrix(features, "features")
+        if len(data) == 0:
+            raise ValueError("`features` must hold at least one row, got an empty bank: fill it first")
+        self.dtype = storage_dtype or (torch.float32 if data.dtype == torch.float64 else data.dtype)
+        self.device = torch.device(device) if device is not None else data.device
+        # Blocks of a memmap are cast and moved as they are read.
+        self.streamed = is_memmap(features)
+        self.data = data if self.streamed else data.to(self.device, self.dtype)
+        self.copied = not self.streamed and self.data.data_ptr() != data.data_ptr()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def dim(self) -> int:
+        """Width of a row."""
+        return self.data.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the bank's rows in bytes where they are held."""
+        return self.data.numel() * self.data.element_size()
+
+    @property
+    def block_rows(self) -> int:
+        """How many rows make a block of bounded size."""
+        return max(1, _BLOCK_BYTES // (4 * self.dim))
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return rows start to stop, (stop - start, d), as stored."""
+        return self.data[start:stop].to(self.device, self.dtype)
+
+    def blocks(self, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row's number, (n, d) rows) for the whole bank."""
+        step = size or self.block_rows
+        for start in range(0, len(self), step):
+            yield start, self.block(start, min(start + step, len(self)))
+
+    def take(self, ids: Tensor) -> Tensor:
+        """Return the rows of `ids` (n,), (n, d), as stored."""
+        return self.data.index_select(0, ids.to(self.data.device)).to(self.device, self.dtype)
+
+    def check(self, distance: Distance) -> None:
+        """Check every row.
+
+        Raises:
+            ValueError: If a row is not finite as stored or, under cosine, zero; names the first ones.
+        """
+        for start, block in self.blocks():
+            check_finite(block, "features", start)
+            if distance.unit_rows:
+                check_nonzero(block, "features", start)
+
+
+def is_memmap(features: object) -> bool:
+    """Tell whether an array reads from a mapped file, also as a view of one."""
+    while isinstance(features, np.ndarray):
+        if isinstance(features, np.memmap):
+            return True
+        features = features.base
+    return False
+
+
+def as_matrix(features: Tensor | np.ndarray, argument: str) -> Tensor:
+    """Return (n, d) float data as a tensor that shares its memory, without gradient.
+
+    Raises:
+        ValueError: If it is neither tensor nor ndarray, not two-dimensional, not float, or d is 0.
+    """
+    if isinstance(features, np.ndarray):
+        features = _from_numpy(features, argument)
+    if not isinstance(features, Tensor):  # a ValueError like every other unfit input
+        raise ValueError(f"`{argument}` must be a tensor or ndarray of shape (n, d), got {type(features).__name__}")  # noqa: TRY004
+    if features.dim() != 2 or features.shape[1] == 0:
+        raise ValueError(f"`{argument}` must have shape (n, d) with d > 0, got {tuple(features.shape)}")
+    if features.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"`{argument}` must be float16, bfloat16, float32 or float64, got {features.dtype}: convert it first"
+        )
+    return features.detach()
+
+
+def _from_numpy(array: np.ndarray, argument: str) -> Tensor:
+    array = np.asarray(array)
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise ValueError(
+            f"`{argument}` must be float16, bfloat16, float32 or float64, got {array.dtype}: convert it first"
+        )
+    if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
+        array = array.astype(array.dtype.newbyteorder("="))  # torch holds neither
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor do we write
+        return torch.from_numpy(array)
+
+
+def as_queries(queries: Tensor | np.ndarray, rows: Rows, distance: Distance) -> Tensor:
+    """Return queries (B, d) on the bank's device, checked; float64 ones as float32 unless the bank stores float64.
+
+    Raises:
+        ValueError: If shape, dtype or width do not fit, or a query is not finite or, under cosine, zero.
+    """
+    matrix = as_matrix(queries, "queries")
+    if matrix.shape[1] != rows.dim:
+        raise ValueError(f"`queries` must be as wide as the bank, d={rows.dim}, got shape {tuple(matrix.shape)}")
+    if matrix.dtype == torch.float64 and rows.dtype != torch.float64:
+        matrix = matrix.float()  # as the bank's rows were: a query that is one of them is at distance 0
+    matrix = matrix.to(rows.device).contiguous()
+    check_finite(matrix, "queries")
+    if distance.unit_rows:
+        check_nonzero(matrix, "queries")
+    return matrix
+
+
+def check_finite(block: Tensor, argument: str, start: int = 0) -> None:
+    """Check that `block`, whose first row is number `start`, is finite.
+
+    Raises:
+        ValueError: If not; names the first rows.
+    """
+    # One pass that makes nothing: a sum is finite only if every value is.
+    if not torch.isfinite(block.sum(dtype=torch.float64)):
+        bad = (~torch.isfinite(block)).any(1)
+        if bad.any():
+            _refuse(bad, start, f"`{argument}` must be finite as {block.dtype}", "NaN or infinite")
+
+
+def check_nonzero(block: Tensor, argument: str, start: int = 0) -> None:
+    """Check that no row of `block` is zero.
+
+    Raises:
+        ValueError: If one is; names the first rows.
+    """
+    bad = (block == 0).all(1)
+    if bad.any():
+        _refuse(bad, start, f"`{argument}` must have no zero rows for the cosine distance", "zero")
+
+
+def _refuse(bad: Tensor, start: int, need: str, what: str) -> None:
+    ids = bad.nonzero()[:, 0] + start
+    named = ", ".join(str(int(row)) for row in ids[:_NAMED_ROWS]) + (", …" if len(ids) > _NAMED_ROWS else "")
+    raise ValueError(f"{need}, got {len(ids)} {what} row(s) (row {named}): leave them out or mend them")
+
+
+def as_k(k: int) -> int:
+    """Return `k` as an int.
+
+    Raises:
+        ValueError: If it is not an integer above 0.
+    """
+    try:
+        value = operator.index(k)
+    except TypeError:
+        value = 0
+    if value < 1 or isinstance(k, bool):
+        raise ValueError(f"`k` must be a positive integer, got {k!r}")
+    return value
