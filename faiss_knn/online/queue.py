@@ -1,0 +1,384 @@
+"""OnlineQueue: the most recent rows of a training run, one ring buffer per key and trainer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from loguru import logger
+from torch import Tensor
+
+from faiss_knn.online.lookup import find_tensor, was_skipped
+from faiss_knn.online.state import trainer_state
+from faiss_knn.search.sharded import gather_rows, world
+
+Dim = int | Sequence[int] | None
+
+
+class RingBuffer:
+    """The last `length` rows appended, in one preallocated tensor.
+
+    Position and fill are Python integers, so an append is one slice copy (two where it wraps): no sort, no copy of the
+    buffer, no device synchronisation. What is not given is taken from the first rows.
+
+    Args:
+        length: Rows kept.
+        dim: Trailing shape of a row: d, or a shape. None: that of the first rows.
+        dtype: None: that of the first rows.
+        device: None: that of the first rows.
+
+    Raises:
+        ValueError: If `length` is not positive.
+
+    Example:
+        >>> ring = RingBuffer(3)
+        >>> ring.append(torch.tensor([1, 2]))
+        >>> ring.append(torch.tensor([3, 4]))
+        >>> ring.latest(), ring.latest(2), len(ring)
+        (tensor([2, 3, 4]), tensor([3, 4]), 3)
+    """
+
+    def __init__(
+        self,
+        length: int,
+        dim: Dim = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if length <= 0:
+            raise ValueError(f"`length` must be positive, got {length}")
+        self.length = length
+        self.shape = _row_shape(dim)
+        self.dtype = dtype
+        self.device = None if device is None else torch.device(device)
+        self._rows: Tensor | None = None
+        self._next = 0
+        self._filled = 0
+        if self.shape is not None and dtype is not None and device is not None:
+            self._rows = torch.empty(length, *self.shape, dtype=dtype, device=device)
+
+    def __len__(self) -> int:
+        return self._filled
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the filled rows take."""
+        return 0 if self._rows is None else self._rows[: self._filled].nbytes
+
+    def append(self, rows: Tensor) -> None:
+        """Copy rows in, the oldest making room; of more than `length` rows the last are kept.
+
+        Args:
+            rows: (n, *shape); detached, and cast to the buffer's dtype and device by the copy.
+
+        Raises:
+            ValueError: If the trailing shape is not the buffer's.
+        """
+        if self._rows is None or rows.shape[1:] != self.shape:
+            self._allocate_for(rows)
+        assert self._rows is not None
+        rows = rows.detach()
+        n = rows.shape[0]
+        if n > self.length:
+            rows, n = rows[-self.length :], self.length
+        start = self._next
+        fits = min(n, self.length - start)
+        self._rows[start : start + fits].copy_(rows[:fits])
+        if fits < n:
+            self._rows[: n - fits].copy_(rows[fits:])
+        self._next = (start + n) % self.length
+        self._filled = min(self.length, self._filled + n)
+
+    def latest(self, n: int | None = None) -> Tensor:
+        """Copy out the `n` most recent rows, oldest first; all of them for None.
+
+        Returns:
+            (min(n, len), *shape); (0,) as long as nothing told the shape.
+        """
+        if self._rows is None:
+            return torch.empty(0, *(self.shape or ()), dtype=self.dtype, device=self.device)
+        n = self._filled if n is None else min(n, self._filled)
+        start = (self._next - n) % self.length
+        if start + n <= self.length:
+            return self._rows[start : start + n].clone()
+        return torch.cat([self._rows[start:], self._rows[: start + n - self.length]])
+
+    def resize(self, length: int) -> None:
+        """Change the length and keep the most recent rows that fit."""
+        if length != self.length:
+            self.replace(self.latest(length), length)
+
+    def replace(self, rows: Tensor | None, length: int | None = None) -> None:
+        """Forget every row, then append `rows`; None leaves it empty."""
+        length = length or self.length
+        if self._rows is not None and length != self.length:
+            self._rows = self._rows.new_empty(length, *self._rows.shape[1:])
+        self.length, self._next, self._filled = length, 0, 0
+        if rows is not None and len(rows):
+            self.append(rows)
+
+    def _allocate_for(self, rows: Tensor) -> None:
+        if rows.ndim == 0:
+            raise ValueError("`rows` must have one row per sample, got a scalar")
+        shape = tuple(rows.shape[1:])
+        if self.shape is not None and shape != self.shape:
+            raise ValueError(f"`rows` must have shape (n, {', '.join(map(str, self.shape))}), got {tuple(rows.shape)}")
+        self.shape = shape
+        self.dtype = self.dtype or rows.dtype
+        self.device = self.device or rows.device
+        with torch.inference_mode(False):  # an inference tensor could not be written to in training
+            self._rows = torch.empty(self.length, *shape, dtype=self.dtype, device=self.device)
+
+
+class QueueStorage:
+    """The rows of one key in one trainer, and what was read of them for the validation run under way."""
+
+    def __init__(self, ring: RingBuffer) -> None:
+        self.ring = ring
+        self._validating = False
+        self._local: Tensor | None = None
+        self._gathered: tuple[Tensor, list[int]] | None = None
+
+    def start_validation(self) -> None:
+        """From here to `end_validation` the rows stay as they are, and are read and gathered once."""
+        self.end_validation()  # a run that an exception ended left its snapshot behind
+        self._validating = True
+
+    def end_validation(self) -> None:
+        """Free the snapshot."""
+        self._validating = False
+        self._local = self._gathered = None
+
+    def snapshot(self, length: int, gathered: bool) -> Tensor:
+        """Copy of the last `length` rows, oldest first; `gathered`: of every rank, rank after rank.
+
+        With several ranks and `gathered`, all must ask together.
+        """
+        local = self.ring.latest() if self._local is None else self._local
+        if self._validating:
+            self._local = local
+        if not gathered or world()[1] == 1:
+            return local[-length:]
+        rows, counts = self._gathered or gather_rows(local)
+        if self._validating:
+            self._gathered = rows, counts
+        if max(counts) <= length:
+            return rows
+        return torch.cat([part[-length:] for part in torch.split(rows, counts)])
+
+
+class OnlineQueue(Callback):
+    """Keep the most recent rows that training saw under a key.
+
+    At the end of each training batch `outputs[key]`, or else `batch[key]`, is appended to a `RingBuffer` (its own rows
+    on every rank). Queues of one key in one trainer share their storage: the first of them in `trainer.callbacks`
+    appends, and each reads its own most recent rows. The storage belongs to the trainer and survives its runs, so that
+    `trainer.validate` after `trainer.fit` still has rows. A checkpoint holds it once per key.
+
+    Args:
+        key: Name of the tensor in the step's outputs or batch.
+        queue_length: Rows kept, per rank.
+        dim: Trailing shape of a row; for an int, rows of more dimensions are flattened and 1-D values get a column.
+            None: the shape of the first batch.
+        dtype: dtype of the storage. None: that of the first batch.
+        gather_distributed: Whether `data` holds the rows of every rank, rank after rank.
+        verbose: Whether to log `queue/{key}_fill_pct` (percent) at each step.
+        persistent: Whether checkpoints hold the rows.
+
+    Raises:
+        ValueError: If `queue_length` is not positive.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        queue_length: int,
+        dim: Dim = None,
+        dtype: torch.dtype | None = None,
+        gather_distributed: bool = False,
+        verbose: bool | None = None,
+        *,
+        persistent: bool = True,
+    ) -> None:
+        if queue_length <= 0:
+            raise ValueError(f"queue_length must be positive, got {queue_length}")
+        self.key = key
+        self.queue_length = queue_length
+        self.dim = dim
+        self.dtype = dtype
+        self.gather_distributed = gather_distributed
+        self.verbose = verbose
+        self.persistent = persistent
+        self._evaluating: Any = None
+        self._told_checkpoint_cost = False
+
+    @property
+    def state_key(self) -> str:
+        """Name of the rows in a checkpoint, from the key alone: another length or gather mode finds them too."""
+        return f"OnlineQueue[key={self.key}]"
+
+    @property
+    def data(self) -> Tensor | None:
+        """The snapshot, (n, *shape), oldest row first, during validation (or test); otherwise None with a warning.
+
+        It is read when first asked for: with `gather_distributed` and several ranks, ask on all of them.
+        """
+        if self._evaluating is None:
+            logger.warning("! no queue snapshot available, called outside validation?")
+            return None
+        return self.snapshot(self._evaluating)
+
+    def snapshot(self, trainer: Any, gathered: bool | None = None) -> Tensor:
+        """Copy of this queue's most recent rows in `trainer`, read once per validation run for all that ask.
+
+        Args:
+            trainer: Whose rows.
+            gathered: Whether of every rank, in which case all ranks must ask; None: as `gather_distributed` says.
+
+        Returns:
+            (n, *shape), oldest first; (0,) while the shape is unknown.
+        """
+        return self.storage(trainer).snapshot(
+            self.queue_length, self.gather_distributed if gathered is None else gathered
+        )
+
+    def storage(self, trainer: Any) -> QueueStorage:
+        """The storage of this key in `trainer`, made or grown to `queue_length` as needed."""
+        storages = trainer_state(trainer).setdefault("queues", {})
+        if self.key not in storages:
+            device = getattr(trainer.lightning_module, "device", None)
+            storages[self.key] = QueueStorage(RingBuffer(self.queue_length, self.dim, self.dtype, device))
+        storage: QueueStorage = storages[self.key]
+        storage.ring.resize(max(storage.ring.length, self.queue_length))
+        return storage
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.storage(trainer)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self._is_first(trainer) or was_skipped(pl_module, outputs):
+            return
+        ring = self.storage(trainer).ring
+        ring.append(as_rows(find_tensor(self.key, outputs, batch, "OnlineQueue"), self.dim))
+        if self.verbose:
+            pl_module.log(f"queue/{self.key}_fill_pct", 100.0 * len(ring) / ring.length)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._evaluating = trainer
+        if self._is_first(trainer):
+            self.storage(trainer).start_validation()
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._evaluating = trainer
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._evaluating = None
+        self.storage(trainer).end_validation()
+
+    on_test_start = on_validation_start
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if not (self.persistent and self._is_first(trainer)):
+            return
+        ring = self.storage(trainer).ring
+        checkpoint.setdefault("callbacks", {})[self.state_key] = {"rows": [ring.latest().cpu()]}
+        if not self._told_checkpoint_cost and trainer.is_global_zero:
+            logger.info(f"OnlineQueue[{self.key}] adds {ring.nbytes:,} bytes to each checkpoint")
+            self._told_checkpoint_cost = True
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get("callbacks", {})
+        if not self._is_first(trainer) or not states.get(self.state_key):
+            return
+        rows = states[self.state_key]["rows"][0]
+        self.storage(trainer).ring.replace(rows if len(rows) else None)
+        states[self.state_key] = {}  # Lightning would deep-copy the rows once more for load_state_dict
+
+    def _is_first(self, trainer: Any) -> bool:
+        return next((q for q in _queues(trainer, self.key)), self) is self
+
+
+def find_or_create_queue(
+    trainer: Any,
+    key: str,
+    queue_length: int,
+    dim: Dim = None,
+    dtype: torch.dtype | None = None,
+    gather_distributed: bool = False,
+    create_if_missing: bool = True,
+) -> OnlineQueue:
+    """Find the `OnlineQueue` of a key among `trainer.callbacks`, or append one.
+
+    A queue of that key but another length or gather mode shares its storage with the new one.
+
+    Args:
+        trainer: The Lightning trainer.
+        key: Name of the tensor in the step's outputs or batch.
+        queue_length: Rows wanted, per rank.
+        dim: As in `OnlineQueue`; taken over from a queue of that key if not given.
+        dtype: As in `OnlineQueue`; taken over likewise.
+        gather_distributed: As in `OnlineQueue`.
+        create_if_missing: Whether to append a queue. If not, one of another length will do, with a warning.
+
+    Returns:
+        The queue, set up if the trainer has its module already.
+
+    Raises:
+        ValueError: If there is none and `create_if_missing` is False, or one has another dim or dtype.
+    """
+    same_key = _queues(trainer, key)
+    for queue in same_key:
+        _check_same(key, "dim", _row_shape(queue.dim), _row_shape(dim))
+        _check_same(key, "dtype", queue.dtype, dtype)
+        if (queue.queue_length, queue.gather_distributed) == (queue_length, gather_distributed):
+            return queue
+    if not create_if_missing:
+        return _instead(same_key, trainer, key, queue_length)
+    if same_key:
+        dim, dtype = dim or same_key[0].dim, dtype or same_key[0].dtype
+    queue = OnlineQueue(key, queue_length, dim, dtype, gather_distributed)
+    trainer.callbacks.append(queue)
+    if getattr(trainer, "lightning_module", None) is not None:
+        queue.setup(trainer, trainer.lightning_module, stage="fit")
+    return queue
+
+
+def as_rows(values: Tensor, dim: Dim) -> Tensor:
+    """Give values the trailing shape that an int `dim` asks for: flattened, or with a column added."""
+    if isinstance(dim, int) and values.ndim != 2:
+        return values.unsqueeze(1) if values.ndim == 1 else values.flatten(1)
+    return values
+
+
+def _row_shape(dim: Dim) -> tuple[int, ...] | None:
+    if dim is None:
+        return None
+    shape = (dim,) if isinstance(dim, int) else tuple(dim)
+    if any(size <= 0 for size in shape):
+        raise ValueError(f"`dim` must be positive, got {dim}")
+    return shape
+
+
+def _queues(trainer: Any, key: str) -> list[OnlineQueue]:
+    return [c for c in trainer.callbacks if isinstance(c, OnlineQueue) and c.key == key]
+
+
+def _check_same(key: str, what: str, has: object, wanted: object) -> None:
+    if has is not None and wanted is not None and has != wanted:
+        raise ValueError(
+            f"the OnlineQueue of key '{key}' has {what}={has}, {what}={wanted} was asked for: "
+            "give both the same, or leave one out"
+        )
+
+
+def _instead(same_key: list[OnlineQueue], trainer: Any, key: str, queue_length: int) -> OnlineQueue:
+    if not same_key:
+        available = sorted({c.key for c in trainer.callbacks if isinstance(c, OnlineQueue)})
+        raise ValueError(f"No OnlineQueue found for key '{key}'. Available queues: {available}")
+    queue = same_key[0]
+    logger.warning(
+        f"the OnlineQueue of key '{key}' holds {queue.queue_length} rows, not the {queue_length} asked for; using it"
+    )
+    return queue
