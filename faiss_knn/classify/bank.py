@@ -110,7 +110,7 @@ class FeatureBank:
             self.labels = self.labels.to(neighbors.indices.device)
         blocks = [
             vote(d, self.labels[i.clamp(min=0)], self.num_classes, temperature=temperature, weighting=weighting)
-            for d, i in zip(*(t.split(self._rows_per_vote(t.shape[1])) for t in neighbors), strict=True)
+            for d, i in zip(*(torch.split(t, self._rows_per_vote(t.shape[1])) for t in neighbors), strict=True)
         ]
         return torch.cat(blocks)
 

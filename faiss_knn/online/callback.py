@@ -113,12 +113,9 @@ class OnlineKNN(Callback):
         check_vote_options(temperature, weighting)
         if chunk_size == 0 or chunk_size < -1:
             raise ValueError(f"chunk_size must be positive or -1, got {chunk_size}")
-        if num_classes is not None and num_classes <= 0:
-            raise ValueError(f"num_classes must be positive, got {num_classes}")
-        if queue_length <= 0:
-            raise ValueError(f"queue_length must be positive, got {queue_length}")
-        if every_n_epochs <= 0:
-            raise ValueError(f"every_n_epochs must be positive, got {every_n_epochs}")
+        input_dim = int(np.prod(input_dim)) if isinstance(input_dim, Sequence) else input_dim
+        _check_positive(num_classes=num_classes, queue_length=queue_length, every_n_epochs=every_n_epochs)
+        _check_positive(input_dim=input_dim, target_dim=target_dim)
         if gather not in ("replicate", "shard"):
             raise ValueError(f"`gather` must be 'replicate' or 'shard', got {gather!r}")
         get_distance(distance_metric)
@@ -127,7 +124,7 @@ class OnlineKNN(Callback):
         self.target = target
         self.queue_length = queue_length
         self.metrics = named_metrics(metrics)
-        self.input_dim = int(np.prod(input_dim)) if isinstance(input_dim, Sequence) else input_dim
+        self.input_dim = input_dim
         self.target_dim = target_dim
         self.num_classes = num_classes
         self.k = k
@@ -331,13 +328,19 @@ class OnlineKNN(Callback):
 
 
 def _checked_ks(k: int | Sequence[int]) -> tuple[int, ...]:
-    ks = (k,) if isinstance(k, int) else tuple(k)
+    ks = tuple(k) if isinstance(k, Sequence) else (k,)
     if not ks or len(set(ks)) < len(ks):
-        raise ValueError(f"`k` must be one number or several different ones, got {k}")
+        raise ValueError(f"k must be one number or several different ones, got {k}")
     for one in ks:
-        if one <= 0:
+        if not isinstance(one, int) or one <= 0:
             raise ValueError(f"k must be positive, got {one}")
     return ks
+
+
+def _check_positive(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count <= 0:
+            raise ValueError(f"{name} must be positive, got {count}")
 
 
 def _first_mapping(*places: Any) -> MutableMapping[str, Any] | None:
