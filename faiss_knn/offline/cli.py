@@ -1,0 +1,319 @@
+"""The command line: `faiss-knn eval`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from faiss_knn import __version__
+
+if TYPE_CHECKING:
+    from faiss_knn.offline.features import Features
+    from faiss_knn.offline.report import EvalReport
+
+# torch and the readers are imported when there is something to evaluate, so that --help and bad usage answer at once.
+
+_EPILOG = """\
+Files: .npy .npz .pt .safetensors .parquet .h5 .fvecs .bvecs .fbin .u8bin, or a folder of such files in the order of
+their names. Labels are in the file (labels, targets, y; test_labels, ...) or in --labels and --query-labels; -1 means
+unlabelled. Without files, the handwritten digits of scikit-learn are evaluated.
+
+examples:
+  faiss-knn eval bank.npz queries.npz --k 1 5 20 --index flat ivf --sweep nprobe=1,4,16 --out results
+  faiss-knn eval features.npy --labels labels.npy --leave-one-out
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The program's arguments."""
+    parser = _Parser(prog="faiss-knn", description="Judge features by their nearest neighbours.")
+    parser.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    evaluate = commands.add_parser(
+        "eval",
+        help="accuracy, retrieval metrics and the cost of approximate indexes, from saved features",
+        description="Find each query's neighbours once per index; report every k, temperature and weighting.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
+    _add_data(evaluate.add_argument_group("data"))
+    _add_vote(evaluate.add_argument_group("vote and metrics"))
+    _add_search(evaluate.add_argument_group("search"))
+    _add_output(evaluate.add_argument_group("output"))
+    return parser
+
+
+def _add_data(group: Any) -> None:
+    group.add_argument("bank", nargs="?", type=Path, metavar="BANK", help="features that are searched")
+    group.add_argument("queries", nargs="?", type=Path, metavar="QUERIES", help="features that are classified")
+    group.add_argument("--labels", type=Path, metavar="FILE", help="the bank's labels, if not in BANK")
+    group.add_argument("--query-labels", type=Path, metavar="FILE", help="the queries' labels, if not in QUERIES")
+    group.add_argument("--features-key", metavar="NAME", help="array or column that holds the features")
+    group.add_argument("--labels-key", metavar="NAME", help="array or column that holds the labels")
+    group.add_argument("--class-names", type=Path, metavar="FILE", help="class names, one a line or JSON")
+    group.add_argument("--num-classes", type=_positive, metavar="C", help="default: what the labels need")
+    group.add_argument(
+        "--leave-one-out", action=argparse.BooleanOptionalAction, default=False,
+        help="BANK alone: its rows are the queries, none is its own neighbour",
+    )  # fmt: skip
+    group.add_argument("--per-class", type=_positive, metavar="N", help="few-shot: banks of N rows per class")
+    group.add_argument("--tries", type=_positive, metavar="T", help="few-shot banks to draw (default 5)")
+    group.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+
+
+def _add_vote(group: Any) -> None:
+    group.add_argument("--k", type=_positive, nargs="+", default=[1, 5, 10, 20], help="default 1 5 10 20")
+    group.add_argument("--temperature", type=_above_zero, nargs="+", default=[0.07], metavar="T", help="default 0.07")
+    group.add_argument(
+        "--weighting", nargs="+", default=["inverse"], choices=["inverse", "softmax", "uniform"], help="default inverse"
+    )
+    group.add_argument(
+        "--metric", nargs="+", default=[], metavar="NAME",
+        help="further torchmetrics.classification metrics, such as MulticlassF1Score or MulticlassAUROC",
+    )  # fmt: skip
+    group.add_argument(
+        "--depth", type=_positive, metavar="K", help="neighbours for retrieval metrics (default: largest k)"
+    )
+
+
+def _add_search(group: Any) -> None:
+    group.add_argument(
+        "--distance", default="cosine", choices=["cosine", "euclidean", "squared_euclidean", "manhattan"],
+        help="default cosine",
+    )  # fmt: skip
+    group.add_argument(
+        "--index", nargs="+", default=["flat"], metavar="SPEC", help="flat, ivf, fast, auto or FAISS factory strings"
+    )
+    group.add_argument("--nprobe", type=_positive, help="inverted lists that IVF indexes visit")
+    group.add_argument("--target-recall", type=_share, metavar="R", help="recall that approximate indexes are tuned to")
+    group.add_argument(
+        "--sweep",
+        nargs="+",
+        type=_sweep,
+        default=[],
+        metavar="NAME=V,V",
+        help="search parameters to try: nprobe=1,4,16",
+    )
+    group.add_argument(
+        "--latency", type=_count, default=0, metavar="N", help="time N queries one at a time, for p50 and p95"
+    )
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto (default): cuda if there is one")
+
+
+def _add_output(group: Any) -> None:
+    group.add_argument("--out", type=Path, metavar="DIR", help="write results.jsonl, .csv, report.md, .html and plots")
+    group.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=False, help="keep what --out has, do what it lacks"
+    )
+    group.add_argument(
+        "--save-neighbors", action=argparse.BooleanOptionalAction, default=False, help="write neighbors.npz to --out"
+    )
+    group.add_argument("--config", type=Path, metavar="YAML", help="options by their long names; the command line wins")
+    group.add_argument(
+        "--dry-run", action=argparse.BooleanOptionalAction, default=False, help="print sizes and an estimate, and stop"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
+def _above_zero(text: str) -> float:
+    value = _number(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
+def _sweep(text: str) -> tuple[str, list[int]]:
+    name, _, values = text.partition("=")
+    if name not in ("nprobe", "k_factor") or not values:
+        raise argparse.ArgumentTypeError(f"must be nprobe=1,4,16 or k_factor=1,2,5, got {text!r}")
+    return name, [_positive(value) for value in values.split(",")]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line, and before it the options of `--config`, which it overrides.
+
+    Exits with status 2 and one line on stderr if they cannot be used.
+    """
+    parser = make_parser()
+    given = parser.parse_args(arguments)
+    if given.config is not None:
+        options, files = _config(parser, given.config)
+        given = parser.parse_args(["eval", *options, *arguments[1:]])
+        for name, path in files.items():
+            if getattr(given, name) is None:
+                setattr(given, name, Path(path))
+    _check_combination(parser, given)
+    return given
+
+
+def _config(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str], dict[str, str]]:
+    """The options of a YAML file as arguments, checked by the same parser, and its BANK and QUERIES."""
+    import yaml  # only if there is a file to read
+
+    try:
+        held = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {' '.join(str(error).split())}")
+    if not isinstance(held, dict):
+        parser.error(f"--config {path}: must hold options by name, got a {type(held).__name__}")
+    files = {name: str(held.pop(name)) for name in ("bank", "queries") if name in held}
+    options: list[str] = []
+    for name, value in held.items():
+        flag = "--" + str(name).replace("_", "-")
+        if isinstance(value, bool):
+            options.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, dict):
+            options += [flag, *(f"{key}={','.join(map(str, _listed(held)))}" for key, held in value.items())]
+        elif value is not None:
+            options += [flag, *map(str, _listed(value))]
+    return options, files
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    if given.leave_one_out and given.queries is not None:
+        parser.error("--leave-one-out takes BANK alone: leave out QUERIES")
+    if given.bank is not None and given.queries is None and not given.leave_one_out:
+        parser.error("QUERIES is missing: name the queries' file, or add --leave-one-out")
+    if given.leave_one_out and given.per_class is not None:
+        parser.error("--per-class does not go with --leave-one-out")
+    if given.tries is not None and given.per_class is None:
+        parser.error("--tries needs --per-class")
+    for name in ("resume", "save_neighbors"):
+        if getattr(given, name) and given.out is None:
+            parser.error(f"--{name.replace('_', '-')} needs --out")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Returns:
+        0, or 1 if the data cannot be used, with one line on stderr; bad usage exits with 2.
+    """
+    given = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _evaluate(given)
+    except (ValueError, OSError) as error:
+        return _failed(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        kept = f": {given.out}/results.jsonl has what was done, --resume goes on" if given.out is not None else ""
+        print(f"faiss-knn: stopped{kept}", file=sys.stderr)
+        return 130
+
+
+def _failed(reason: str) -> int:
+    print(f"faiss-knn: error: {reason}", file=sys.stderr)
+    return 1
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    from faiss_knn.offline.evaluate import evaluate
+    from faiss_knn.offline.features import read_class_names
+    from faiss_knn.offline.report import Ledger
+
+    bank, queries = _read(given)
+    names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
+    ledger = Ledger(given.out, given.resume) if given.out is not None else None
+    report = evaluate(
+        bank.rows,
+        bank.labels,
+        None if queries is None else queries.rows,
+        None if queries is None else queries.labels,
+        k=given.k,
+        temperature=given.temperature,
+        weighting=given.weighting,
+        distance_metric=given.distance,
+        index=given.index,
+        num_classes=given.num_classes,
+        class_names=names,
+        leave_one_out=given.leave_one_out,
+        per_class=given.per_class,
+        tries=given.tries,
+        seed=given.seed,
+        metrics=given.metric,
+        depth=given.depth,
+        sweep=dict(given.sweep),
+        nprobe=given.nprobe,
+        target_recall=given.target_recall,
+        latency=given.latency,
+        device=_device(given.device),
+        keep_neighbors=given.save_neighbors,
+        progress=None,
+        done=ledger.records if ledger is not None else (),
+        on_record=ledger.add if ledger is not None else None,
+    )
+    if ledger is not None:
+        report.per_class = ledger.per_class | report.per_class
+        report.save(given.out)
+    _show(report, given.out)
+    return 0
+
+
+def _read(given: argparse.Namespace) -> "tuple[Features, Features | None]":
+    from faiss_knn.offline.features import digits, read_features
+    from faiss_knn.offline.formats import DataError
+
+    keys = {"features_key": given.features_key, "labels_key": given.labels_key}
+    if given.bank is None:
+        bank, queries = digits()
+        return bank, None if given.leave_one_out else queries
+    bank = read_features(given.bank, "bank", labels=given.labels, **keys)
+    found = None
+    if not given.leave_one_out:
+        found = read_features(given.queries, "queries", labels=given.query_labels, **keys)
+    for side, option in ((bank, "--labels"), (found, "--query-labels")):
+        if side is not None and side.labels is None:
+            raise DataError(f"{side.source}: holds no labels: give them with {option}, or name them with --labels-key")
+    return bank, found
+
+
+def _device(name: str) -> str | None:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else None
+    return name
+
+
+def _show(report: "EvalReport", out: Path | None) -> None:
+    try:
+        print(report.table())
+        if out is not None:
+            print(f"\nwritten to {out}: report.html")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,55 @@
+"""torchmetrics metrics by name, for the command line and evaluate()."""
+
+import ast
+from collections.abc import Iterable
+from typing import Any
+
+_COUNT = {"Multiclass": "num_classes", "Multilabel": "num_labels"}
+
+
+def make_metrics(wanted: Iterable[str], num_classes: int, multi_hot: bool) -> dict[str, Any]:
+    """Build metrics from names such as "MulticlassF1Score" or "MulticlassAccuracy(average='micro', top_k=3)".
+
+    Args:
+        wanted: Classes of `torchmetrics.classification` whose names begin with Multiclass, or Multilabel for multi-hot
+            labels, with keyword arguments if wanted.
+        num_classes: Given to each as `num_classes` or `num_labels`.
+        multi_hot: Whether labels are multi-hot.
+
+    Returns:
+        The metrics by the names that were given.
+
+    Raises:
+        ValueError: If a name is unknown or of the other kind, or its arguments do not fit.
+
+    Example:
+        >>> list(make_metrics(["MulticlassF1Score(average='macro')"], 3, multi_hot=False))
+        ["MulticlassF1Score(average='macro')"]
+    """
+    prefix = "Multilabel" if multi_hot else "Multiclass"
+    return {text: _make(text, prefix, num_classes) for text in wanted}
+
+
+def _make(text: str, prefix: str, num_classes: int) -> Any:
+    from torchmetrics import classification  # seconds to import, and needed only if a metric is asked for
+
+    name, arguments = _parsed(text)
+    known = [known for known in classification.__all__ if known.startswith(prefix)]
+    if name not in known:
+        raise ValueError(f"`metrics` must name classes of torchmetrics.classification such as {known[0]}, got {text!r}")
+    try:
+        return getattr(classification, name)(**{_COUNT[prefix]: num_classes, **arguments})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`metrics`: {text} cannot be made: {error}") from error
+
+
+def _parsed(text: str) -> tuple[str, dict[str, Any]]:
+    try:
+        call = ast.parse(text, mode="eval").body
+        if isinstance(call, ast.Name):
+            return call.id, {}
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
+            return call.func.id, {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"`metrics` must be Name or Name(argument=value), got {text!r}: {error}") from error
+    raise ValueError(f"`metrics` must be Name or Name(argument=value), got {text!r}")

@@ -1,0 +1,223 @@
+"""The search of an evaluation: every query's neighbours under one index, with what that cost."""
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from faiss_knn.offline.problem import Problem
+from faiss_knn.offline.rows import Rows, read_rows, spans
+from faiss_knn.search.index import KNNIndex
+
+QUERY_BLOCK = 2048
+BANK_BLOCK_BYTES = 256 << 20  # rows of a bank in pieces that are indexed at once
+
+_PARAMETERS = {"nprobe": re.compile("ivf", re.IGNORECASE), "k_factor": re.compile("R[Ff]lat|Refine")}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An index to evaluate: a spec of `KNNIndex`, with the search parameters of one point of a sweep."""
+
+    spec: str
+    settings: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For tables and plots."""
+        return " ".join([self.spec, *(f"{name}={value}" for name, value in self.settings.items())])
+
+
+EXACT = Variant("flat")
+
+
+def has_parameter(spec: str, name: str) -> bool:
+    """Whether a search parameter means something to an index of this spec.
+
+    Raises:
+        ValueError: If no index has such a parameter.
+    """
+    if name not in _PARAMETERS:
+        raise ValueError(f"`sweep` must name one of {', '.join(_PARAMETERS)}, got {name!r}")
+    return bool(_PARAMETERS[name].search(spec))
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search: options of `KNNIndex`, single queries to time (`latency`), and whether to show progress."""
+
+    distance_metric: str
+    device: torch.device | str | None = None
+    nprobe: int | None = None
+    target_recall: float | None = None
+    latency: int = 0
+    progress: bool | None = False
+
+    def index(self, variant: Variant) -> KNNIndex:
+        """An index as this variant asks, not yet built."""
+        return KNNIndex(
+            variant.spec,
+            distance_metric=self.distance_metric,
+            device=self.device,
+            nprobe=variant.settings.get("nprobe", self.nprobe),
+            target_recall=self.target_recall if variant.spec != "flat" else None,
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """Neighbours of all queries.
+
+    Attributes:
+        distances: (Q, K) float32 ascending, inf where missing.
+        indices: (Q, K) int64 places in the problem's bank, -1 where missing; K is padded up to the k asked for.
+        cost: `exact`, `backend`, `device`, `bytes`, `build_s`, `search_s`, `qps`, and the parameters actually used;
+            with latency measured `latency_p50_ms` and `latency_p95_ms`, of one query at a time.
+    """
+
+    distances: Tensor
+    indices: Tensor
+    cost: dict[str, Any]
+
+
+def find_neighbors(problem: Problem, k: int, variant: Variant, options: SearchOptions) -> Found:
+    """Search once, for the largest k that anything is scored at.
+
+    Args:
+        problem: Bank and queries.
+        k: Neighbours wanted, itself not counted with leave-one-out; lists are padded where the bank is smaller.
+        variant: Which index.
+        options: How.
+
+    Raises:
+        ValueError: If the index refuses the features or its parameters.
+    """
+    wanted = k + problem.leave_one_out
+    bank = problem.bank.rows
+    whole = _is_plain(bank) or variant.spec != "flat"
+    pieces = [(0, len(bank))] if whole else list(spans(len(bank), _block_rows(bank)))
+    found: Found | None = None
+    for start, stop in pieces:
+        piece = _search_piece(problem, (start, stop), wanted, variant, options)
+        found = piece if found is None else _merged(found, piece, wanted)
+    assert found is not None  # a problem has rows
+    if problem.leave_one_out:
+        found = _without_self(found)
+    return _padded(found, k)
+
+
+def _is_plain(rows: Rows) -> bool:
+    """Whether `KNNIndex` can take the rows as they are; it reads a memmap in blocks itself."""
+    return isinstance(rows, Tensor) or (
+        isinstance(rows, np.ndarray) and rows.dtype.kind == "f" and bool(rows.dtype.isnative)
+    )
+
+
+def _block_rows(bank: Rows) -> int:
+    return max(1, BANK_BLOCK_BYTES // (4 * bank.shape[1]))
+
+
+def _search_piece(problem: Problem, span: tuple[int, int], k: int, variant: Variant, options: SearchOptions) -> Found:
+    index = options.index(variant)
+    start = time.perf_counter()
+    bank = problem.bank.rows
+    index.build(
+        bank if _is_plain(bank) else read_rows(bank, *span),  # type: ignore[arg-type]
+        expected_k=k,
+        expected_queries=len(problem.queries.rows),
+    )
+    build_s = time.perf_counter() - start
+    index.search(read_rows(problem.queries.rows, 0, 1), k)  # threads and buffers are made once, outside the timing
+    found = list(_searched(index, problem.queries.rows, k, variant.name, options))
+    stats = index.stats
+    search_s = sum(seconds for *_, seconds in found)
+    indices = torch.cat([indices for _, indices, _ in found])
+    cost = {
+        "spec_used": stats.spec,
+        "exact": stats.exact,
+        "nprobe": stats.nprobe,
+        "parameters": dict(stats.parameters),
+        "uncertified": stats.uncertified,
+        "backend": stats.backend,
+        "device": stats.device,
+        "bytes": stats.bytes,
+        "build_s": build_s,
+        "search_s": search_s,
+        "qps": len(indices) / search_s,
+    } | _latencies(index, problem.queries.rows, k, options.latency)
+    return Found(
+        torch.cat([distances for distances, *_ in found]), torch.where(indices < 0, indices, indices + span[0]), cost
+    )
+
+
+def _searched(
+    index: KNNIndex, queries: Rows, k: int, name: str, options: SearchOptions
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Distances, indices and seconds, block by block."""
+    disabled = None if options.progress is None else not options.progress
+    with tqdm(total=len(queries), desc=name, unit="query", disable=disabled, file=sys.stderr, leave=False) as bar:
+        for a, b in spans(len(queries), QUERY_BLOCK):
+            block = read_rows(queries, a, b)
+            start = time.perf_counter()
+            found = index.search(block, k)
+            _wait(found.indices)
+            yield found.distances, found.indices, time.perf_counter() - start
+            bar.update(b - a)
+
+
+def _wait(result: Tensor) -> None:
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)
+
+
+def _latencies(index: KNNIndex, queries: Rows, k: int, count: int) -> dict[str, float]:
+    if not count:
+        return {}
+    seconds = []
+    for i in range(min(count, len(queries))):
+        query = read_rows(queries, i, i + 1)
+        start = time.perf_counter()
+        _wait(index.search(query, k).indices)
+        seconds.append(time.perf_counter() - start)
+    p50, p95 = np.percentile(seconds, [50, 95])
+    return {"latency_p50_ms": 1e3 * float(p50), "latency_p95_ms": 1e3 * float(p95)}
+
+
+def _merged(first: Found, second: Found, k: int) -> Found:
+    """Join the lists of two pieces of the bank, `first` the one of lower places, so that equal distances keep order."""
+    distances = torch.cat([first.distances, second.distances], 1)
+    indices = torch.cat([first.indices, second.indices], 1)
+    distances, order = distances.sort(dim=1, stable=True)
+    cost = dict(second.cost)
+    for name in ("build_s", "search_s", "bytes", "uncertified", "latency_p50_ms", "latency_p95_ms"):
+        if name in cost:
+            cost[name] += first.cost[name]
+    cost["qps"] = len(indices) / cost["search_s"]
+    return Found(distances[:, :k], indices.gather(1, order[:, :k]), cost)
+
+
+def _without_self(found: Found) -> Found:
+    """Drop each query's own row by its id, or the last neighbour where the index did not find it."""
+    is_self = found.indices == torch.arange(len(found.indices), device=found.indices.device)[:, None]
+    is_self[:, -1] |= ~is_self.any(1)
+    kept = (~is_self).nonzero()[:, 1].view(len(is_self), -1)
+    return replace(found, distances=found.distances.gather(1, kept), indices=found.indices.gather(1, kept))
+
+
+def _padded(found: Found, k: int) -> Found:
+    missing = k - found.indices.shape[1]
+    if missing <= 0:
+        return found
+    pad = torch.nn.functional.pad
+    return replace(
+        found,
+        distances=pad(found.distances, (0, missing), value=float("inf")),
+        indices=pad(found.indices, (0, missing), value=-1),
+    )

@@ -1,0 +1,207 @@
+"""From neighbours to hits: the vote judged for each query, and metrics over all of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from faiss_knn.classify.vote import neighbor_weights, normalize_scores, vote
+from faiss_knn.offline.rows import spans
+
+BLOCK = 1 << 23  # numbers that a block of scores may hold
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Judgement of one vote.
+
+    Attributes:
+        top1: (Q,) bool, whether the class of highest score is the query's (multi-hot: one of the query's).
+        top5: (Q,) bool, whether one of the five highest classes is; a class without weight never counts.
+        per_class: (C,) float64: top-1 of the class's queries, or for multi-hot labels its average precision; NaN where
+            no query has the class.
+        values: Metrics of torchmetrics by name.
+    """
+
+    top1: Tensor
+    top5: Tensor
+    per_class: Tensor
+    values: dict[str, float]
+
+
+class ClassJudge:
+    """Judges the votes of neighbours with class ids, cut at any k.
+
+    A query's neighbours hold at most k classes, so the vote runs over these, numbered in ascending order of the class
+    id: sums and ties are those of a vote over all C classes, in O(Q·k) memory.
+
+    Args:
+        distances: (Q, K) ascending, inf where missing.
+        labels: (Q, K) class ids, -1 where missing.
+        truth: (Q,) class ids.
+        num_classes: C.
+    """
+
+    def __init__(self, distances: Tensor, labels: Tensor, truth: Tensor, num_classes: int) -> None:
+        self.distances = distances
+        self.labels = labels
+        self.truth = truth
+        self.num_classes = num_classes
+        self._numbered: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def judge(self, k: int, temperature: float, weighting: str, metrics: Mapping[str, Any]) -> Hits:
+        """Judge one vote, and `metrics` (reset first) on the shares of weight."""
+        local, own_local, reached = self._numbering(k)
+        scores = vote(self.distances[:, :k], local, k, temperature=temperature, weighting=weighting)  # (Q, k)
+        own = scores.gather(1, own_local[:, None])
+        lower_id = torch.arange(k, device=own.device) < own_local[:, None]
+        above = ((scores > own) | ((scores == own) & lower_id)).sum(1)
+        counted = reached & (own[:, 0] > 0)
+        top1 = counted & (above == 0)
+        values = self._values(k, temperature, weighting, metrics)
+        return Hits(top1, counted & (above < 5), mean_by_class(top1, self.truth, self.num_classes), values)
+
+    def _numbering(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(Q, k) numbers in [0, k) of the neighbours' classes, (Q,) the true class's, (Q,) whether it is there."""
+        if k not in self._numbered:
+            labels = self.labels[:, :k]
+            ordered, order = labels.sort(dim=1)
+            steps = torch.zeros_like(ordered)
+            steps[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+            local = torch.empty_like(labels).scatter_(1, order, steps.cumsum(1))
+            true = labels == self.truth[:, None]
+            self._numbered[k] = local, torch.where(true, local, 0).amax(1), true.any(1)
+        return self._numbered[k]
+
+    def _values(self, k: int, temperature: float, weighting: str, metrics: Mapping[str, Any]) -> dict[str, float]:
+        if not metrics:
+            return {}
+        for metric in metrics.values():
+            metric.reset()
+        for a, b in spans(len(self.labels), max(1, BLOCK // self.num_classes)):
+            shares = class_scores(
+                self.distances[a:b, :k], self.labels[a:b, :k], self.num_classes, temperature, weighting
+            )
+            for metric in metrics.values():
+                metric.update(shares.cpu(), self.truth[a:b].cpu())
+        return {name: scalar(name, metric.compute()) for name, metric in metrics.items()}
+
+
+class MultiHotJudge:
+    """Judges the votes of neighbours with multi-hot labels; holds one (Q, C) of scores at a time.
+
+    Args:
+        distances: (Q, K) ascending, inf where missing.
+        indices: (Q, K) bank rows, -1 where missing.
+        bank_labels: (N, C) multi-hot.
+        truth: (Q, C) multi-hot.
+    """
+
+    def __init__(self, distances: Tensor, indices: Tensor, bank_labels: Tensor, truth: Tensor) -> None:
+        self.distances = distances
+        self.indices = indices
+        self.bank_labels = bank_labels
+        self.truth = truth
+
+    def judge(self, k: int, temperature: float, weighting: str, metrics: Mapping[str, Any]) -> Hits:
+        """Judge one vote, and `metrics` (reset first) on the shares of weight."""
+        scores = self._scores(k, temperature, weighting)
+        for metric in metrics.values():
+            metric.reset()
+            metric.update(scores.cpu(), self.truth.cpu())
+        best, order = scores.sort(dim=1, descending=True, stable=True)
+        hits = self.truth.gather(1, order).bool() & (best > 0)
+        values = {name: scalar(name, metric.compute()) for name, metric in metrics.items()}
+        return Hits(hits[:, 0], hits[:, :5].any(1), average_precisions(scores, self.truth), values)
+
+    def _scores(self, k: int, temperature: float, weighting: str) -> Tensor:
+        num_classes = self.bank_labels.shape[1]
+        blocks = []
+        for a, b in spans(len(self.indices), max(1, BLOCK // (num_classes * k))):
+            labels = self.bank_labels[self.indices[a:b, :k].clamp(min=0)]
+            blocks.append(class_scores(self.distances[a:b, :k], labels, num_classes, temperature, weighting))
+        return torch.cat(blocks)
+
+
+def scalar(name: str, value: Any) -> float:
+    """A metric's value as a number.
+
+    Raises:
+        ValueError: If it is not a single one.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(f"`metrics`: {name} does not give a single number: choose one that does, or average=...")
+    return float(value)
+
+
+def mean_by_class(values: Tensor, truth: Tensor, num_classes: int) -> Tensor:
+    """(C,) float64 means of (Q,) values over the queries of each class, NaN where there is none."""
+    counts = torch.bincount(truth, minlength=num_classes)
+    return torch.bincount(truth, values.double(), minlength=num_classes) / counts
+
+
+def class_scores(distances: Tensor, labels: Tensor, num_classes: int, temperature: float, weighting: str) -> Tensor:
+    """(Q, C) shares of the neighbours' weight, from (Q, k) class ids or (Q, k, C) multi-hot labels."""
+    scores = vote(distances, labels, num_classes, temperature=temperature, weighting=weighting)
+    return normalize_scores(scores, neighbor_weights(distances, temperature=temperature, weighting=weighting))
+
+
+def average_precisions(scores: Tensor, truth: Tensor) -> Tensor:
+    """(C,) float64 average precision of each class over the queries, NaN for a class that no query has.
+
+    Queries of equal score form one threshold, as in scikit-learn's `average_precision_score`.
+
+    Args:
+        scores: (Q, C).
+        truth: (Q, C) 0 and 1.
+
+    Example:
+        >>> average_precisions(torch.tensor([[0.9], [0.8], [0.1]]), torch.tensor([[1], [0], [1]]))
+        tensor([0.8333], dtype=torch.float64)
+    """
+    columns = zip(scores.T.cpu().numpy(), truth.T.cpu().numpy(), strict=True)
+    return torch.tensor([_average_precision(s, t) for s, t in columns], dtype=torch.float64)
+
+
+def _average_precision(scores: npt.NDArray[Any], truth: npt.NDArray[Any]) -> float:
+    if not truth.any():
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)  # the last query of each threshold
+    hits = np.cumsum(truth[order])[last]
+    precision = hits / (np.flatnonzero(last) + 1)
+    return float((np.diff(hits, prepend=0) * precision).sum() / hits[-1])
+
+
+def recalls(distances: Tensor, indices: Tensor, exact_distances: Tensor, exact_indices: Tensor) -> tuple[float, float]:
+    """Share of the exact neighbours that an index found, counted by distance and by id.
+
+    By distance a neighbour counts if it is no farther than the last exact one (to a relative 1e-5, for indexes that
+    keep float32 distances), so that another row of the same distance is no miss.
+
+    Args:
+        distances: (Q, k) found, inf where missing.
+        indices: (Q, k) found, -1 where missing.
+        exact_distances: (Q, k).
+        exact_indices: (Q, k).
+
+    Raises:
+        ValueError: If a row is found twice by one query: neither count would mean anything.
+
+    Example:
+        >>> found = torch.tensor([[0.1, 0.2]]), torch.tensor([[4, 7]])
+        >>> recalls(*found, torch.tensor([[0.1, 0.2]]), torch.tensor([[4, 5]]))
+        (1.0, 0.5)
+    """
+    ordered = indices.sort(dim=1).values
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise ValueError("the index returned a row twice for one query: its recall cannot be measured")
+    farthest = exact_distances[:, -1:]
+    near = (distances <= farthest * (1 + 1e-5)) & (indices >= 0)
+    size = max(1, BLOCK // indices.shape[1] ** 2)
+    same = sum(int((indices[a:b, :, None] == exact_indices[a:b, None, :]).sum()) for a, b in spans(len(indices), size))
+    return float(near.sum()) / indices.numel(), same / indices.numel()
