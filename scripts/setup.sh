@@ -28,6 +28,6 @@ echo "setup: installing faiss-knn[$extra,test] into .venv (the first time takes 
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 rm -f .venv/.faiss-knn-*
 .venv/bin/python -m pip install -q --disable-pip-version-check torch -c scripts/constraints.txt
-.venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$extra,test]" -c scripts/constraints.txt
+PYTHONWARNINGS=ignore .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$extra,test]" -c scripts/constraints.txt
 printf '%s\n' "$wanted" >"$stamp"
 echo "setup: done"

@@ -1,0 +1,97 @@
+"""What the package imports when, and what its environment files ask for."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import faiss_knn
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+ENVIRONMENTS = {"gpu": ROOT / "environment.yml", "cpu": ROOT / "environment-cpu.yml"}
+
+
+def modules_after(statement):
+    code = f"import sys\n{statement}\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(done.stdout.split())
+
+
+def test_import_alone_loads_nothing_heavy():
+    heavy = {"torch", "lightning", "pytorch_lightning", "faiss", "numpy", "torchmetrics", "sklearn", "matplotlib"}
+    assert not modules_after("import faiss_knn, faiss_knn.offline.cli") & heavy
+
+
+def test_search_and_offline_leave_lightning_alone():
+    for names in ("KNNIndex, FeatureBank, vote", "evaluate, EvalReport, retrieval_metrics"):
+        assert not modules_after(f"from faiss_knn import {names}") & {"lightning", "pytorch_lightning"}
+
+
+def imports(path):
+    found = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE)
+    return {name for name in found if not name.startswith("__")}
+
+
+def test_only_the_backend_imports_faiss_and_only_online_imports_lightning():
+    for path in (ROOT / "faiss_knn").rglob("*.py"):
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert "faiss" not in roots or path.name == "backend.py", path
+        assert not roots & {"lightning", "pytorch_lightning"} or path.parent.name == "online", path
+
+
+@pytest.mark.parametrize(
+    ("floor", "above"),
+    [
+        ("search", ("classify", "online", "offline", "retrieval")),
+        ("classify", ("online", "offline", "retrieval")),
+        ("online", ("offline",)),
+        ("offline", ("online",)),
+    ],
+)
+def test_imports_go_one_way(floor, above):
+    for path in (ROOT / "faiss_knn" / floor).rglob("*.py"):
+        for name in imports(path):
+            assert not name.startswith(tuple(f"faiss_knn.{room}" for room in above)), f"{path} imports {name}"
+
+
+def test_every_public_name_is_there_and_listed():
+    for name in faiss_knn.__all__:
+        assert getattr(faiss_knn, name).__name__ == name
+        assert name in dir(faiss_knn)
+    with pytest.raises(AttributeError, match="has no attribute 'nope'"):
+        _ = faiss_knn.nope
+
+
+def test_faiss_is_an_extra_and_never_a_requirement():
+    assert not [need for need in PYPROJECT["project"]["dependencies"] if "faiss" in need]
+    assert {"cpu", "gpu", "cuvs"} <= set(PYPROJECT["project"]["optional-dependencies"])
+
+
+def test_the_version_is_said_once():
+    assert PYPROJECT["project"]["version"] == faiss_knn.__version__
+
+
+def bounds(spec):
+    name, bound = re.fullmatch(r"([A-Za-z0-9_.-]+?)\s*([<>=!].*)?", spec).groups()
+    return name.lower(), set((bound or "").split(",")) - {""}
+
+
+@pytest.mark.parametrize("kind", ENVIRONMENTS)
+def test_environment_files_agree_with_pyproject(kind):
+    environment = yaml.safe_load(ENVIRONMENTS[kind].read_text())
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    specs = dict(bounds(spec) for spec in environment["dependencies"] if isinstance(spec, str))
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert pip == ["-e ."]
+    assert {f"pytorch-{kind}", f"faiss-{kind}", "pytest"} <= set(specs)
+    for need in PYPROJECT["project"]["dependencies"]:
+        name, wanted = bounds(need)
+        if name != "torch":
+            assert wanted <= specs[name], name
+    assert {"!=2.6.2", "!=2.6.3"} <= specs["lightning"]
+    assert not {"torch", "faiss", "pytorch"} & set(specs)
