@@ -1,0 +1,205 @@
+"""One index per rank, searched by all ranks together, and the rows that lie beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from faiss_knn.search.index import KNNIndex, Neighbors
+from faiss_knn.search.ranks import (
+    BLOCK_BYTES,
+    Group,
+    Rows,
+    agreed,
+    gather_known,
+    gather_rows,
+    send_rows,
+    share,
+    survey,
+    swap_rows,
+    wire,
+    world,
+)
+
+__all__ = ["ShardedIndex", "ShardedRows", "gather_rows", "world"]
+
+
+class ShardedRows:
+    """Rows that stay with the rank that has them, fetched by their global index: the labels beside a `ShardedIndex`.
+
+    Args:
+        rows: (n_r, …) of this rank, in the order of its indexed rows; None from a rank that has none.
+        group: The ranks that share them; None for all.
+
+    Raises:
+        ValueError: On every rank, if no rank has rows or they differ in dtype or trailing shape.
+
+    Example:
+        >>> import torch
+        >>> ShardedRows(torch.tensor([10, 11, 12])).take(torch.tensor([[2, 0], [1, -1]]))
+        tensor([[12, 10],
+                [11,  0]])
+    """
+
+    def __init__(self, rows: Tensor | None, group: Group = None) -> None:
+        kind, self.counts = survey(share(Rows.of(rows), group))
+        if kind is None:
+            raise ValueError("`rows` must have rows on at least one rank, got none on all.")
+        self.group = group
+        self.rows = rows if rows is not None and len(rows) else torch.empty(0, *kind.shape, dtype=kind.dtype)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The rows of global indices, which all ranks ask for together, each its own.
+
+        Args:
+            indices: (B_r, k) int64; -1 where a neighbour is missing.
+
+        Returns:
+            (B_r, k, …) on the device of `indices`, zero where the index is -1.
+        """
+        ends = torch.tensor(self.counts, device=indices.device).cumsum(0)
+        wanted = indices.flatten()
+        places = (wanted >= 0).nonzero()[:, 0]
+        owners, order = torch.bucketize(wanted[places], ends, right=True).sort(stable=True)
+        places = places[order]
+        local = wanted[places] - (ends - torch.tensor(self.counts, device=ends.device))[owners]
+        asked, counts = send_rows(local, owners.bincount(minlength=len(ends)).tolist(), group=self.group)
+        answers, _ = send_rows(self.rows[asked.to(self.rows.device)], counts, group=self.group)
+        taken = answers.new_zeros(len(wanted), *answers.shape[1:], device=indices.device)
+        taken[places] = answers.to(indices.device)
+        return taken.view(*indices.shape, *answers.shape[1:])
+
+
+class ShardedIndex:
+    """One index per rank over that rank's own rows, searched by all ranks together.
+
+    Queries travel to every shard, each shard answers with its k nearest, and the rank that asked merges the answers.
+    For an exact index the result is the one of a single `KNNIndex` over all rows in rank order: same indices, bitwise
+    the same distances. A rank holds its shard, O(ranks · B · k) for the answers and one block of queries.
+
+    Args:
+        index: This rank's index, not yet built, with the same options on every rank.
+        group: The ranks that share the search; None for all.
+        block_bytes: The most bytes of queries held at once (at least one rank's batch).
+
+    Example:
+        >>> import torch
+        >>> shards = ShardedIndex(KNNIndex()).build(torch.eye(3))
+        >>> shards.search(torch.eye(3), k=1).indices.tolist()
+        [[0], [1], [2]]
+    """
+
+    def __init__(self, index: KNNIndex, group: Group = None, *, block_bytes: int = BLOCK_BYTES) -> None:
+        self.index = index
+        self.group = group
+        self.block_bytes = block_bytes
+        self.counts: list[int] = []
+        self.dim: int | None = None
+
+    def __len__(self) -> int:
+        """The number of rows over all ranks."""
+        return sum(self.counts)
+
+    def build(self, features: Tensor | None) -> ShardedIndex:
+        """Index this rank's rows; global indices count the ranks' rows in rank order.
+
+        Args:
+            features: (n_r, d) of this rank; None or no rows from a rank that has none.
+
+        Raises:
+            ValueError: On every rank, if no rank has rows, if d or the dtype differs, or if any rank cannot build.
+        """
+        kind, counts = survey(share(Rows.of(features), self.group))
+        if kind is None or not any(counts):
+            raise ValueError("`features` must have rows on at least one rank, got none on all: fill the bank first.")
+        (dim,) = _matrix_shape(kind, "features")
+        with agreed(self.group):
+            if features is not None and len(features):
+                self.index.build(features)
+        self.counts, self.dim = counts, dim
+        return self
+
+    def search(self, queries: Tensor | None, k: int) -> Neighbors:
+        """The k nearest of all ranks' rows for this rank's queries.
+
+        Args:
+            queries: (B_r, d) of this rank; B_r may differ between ranks. None or no rows from a rank that only
+                serves the others.
+            k: Neighbours per query, the same on every rank.
+
+        Returns:
+            `Neighbors` of (B_r, min(k, len(self))) on the queries' device, with global indices.
+
+        Raises:
+            ValueError: On every rank, if `build` was not called, if k differs between ranks, if queries do not have
+                the bank's dimension, or if any shard refuses them.
+        """
+        offers = share((Rows.of(queries), k), self.group)
+        kind, counts = survey([header for header, _ in offers])
+        self._check(kind, [asked for _, asked in offers])
+        device = wire(self.group) if queries is None else queries.device
+        found = min(k, len(self))
+        answers = self._answer(queries, counts, kind, found, device)
+        rank, size = world(self.group)
+        if size > 1:
+            answers = swap_rows(answers, counts, [counts[rank]] * size, self.group)
+        return _merge(answers.view(size, counts[rank], 2, found), found)
+
+    def _check(self, kind: Rows | None, ks: Sequence[int]) -> None:
+        if self.dim is None:
+            raise ValueError("`search` needs a bank: call `build` on every rank first.")
+        if len(set(ks)) > 1 or ks[0] < 1:
+            raise ValueError(f"`k` must be positive and the same on every rank, got {list(ks)}.")
+        if kind is not None and _matrix_shape(kind, "queries") != (self.dim,):
+            raise ValueError(f"`queries` must have the bank's dimension {self.dim}, got rows of shape {kind.shape}.")
+
+    def _answer(
+        self, queries: Tensor | None, counts: list[int], kind: Rows | None, k: int, device: torch.device
+    ) -> Tensor:
+        """This shard's answers to the queries of all ranks: (Q, 2, k) int64, float64 distances beside indices."""
+        rank, _ = world(self.group)
+        answers = torch.empty(sum(counts), 2, k, dtype=torch.int64, device=device)
+        answers[:, 0] = torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64)
+        answers[:, 1] = -1
+        start = 0
+        for turn in _turns(counts, kind.row_bytes if kind else 0, self.block_bytes):
+            asked = gather_known(queries, turn, kind, device, self.group, self.block_bytes)
+            with agreed(self.group):
+                if self.counts[rank] and len(asked):
+                    self._local(asked, k, answers[start : start + len(asked)])
+            start += len(asked)
+        return answers
+
+    def _local(self, queries: Tensor, k: int, out: Tensor) -> None:
+        rank, _ = world(self.group)
+        distances, indices = self.index.nearest(queries, k)
+        found = indices.shape[1]
+        out[:, 0, :found] = distances.view(torch.int64)
+        out[:, 1, :found] = torch.where(indices < 0, indices, indices + sum(self.counts[:rank]))
+
+
+def _turns(counts: list[int], row_bytes: int, block_bytes: int) -> Iterator[list[int]]:
+    """Split the ranks into turns whose queries fit the block: each turn's counts, 0 for the ranks not in it."""
+    turn, held = [0] * len(counts), 0
+    for rank, count in enumerate(counts):
+        if held and held + count * row_bytes > block_bytes:
+            yield turn
+            turn, held = [0] * len(counts), 0
+        turn[rank], held = count, held + count * row_bytes
+    yield turn
+
+
+def _merge(answers: Tensor, k: int) -> Neighbors:
+    """(ranks, B, 2, k) -> the k nearest of each query, by (distance, index)."""
+    distances, indices = (part.transpose(0, 1).flatten(1) for part in answers.unbind(2))
+    # Shards lie in index order and each is sorted by (distance, index): a stable sort by distance keeps the order.
+    distances, order = distances.contiguous().view(torch.float64).sort(dim=1, stable=True)
+    return Neighbors(distances[:, :k].float(), indices.gather(1, order[:, :k]))
+
+
+def _matrix_shape(kind: Rows, name: str) -> tuple[int, ...]:
+    if len(kind.shape) != 1:
+        raise ValueError(f"`{name}` must be (N, d), got rows of shape {kind.shape}.")
+    return kind.shape

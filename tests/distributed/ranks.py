@@ -1,0 +1,133 @@
+"""Real processes for the tests of many ranks: started once, joined anew into a gloo group for each job."""
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+GRACE = 5.0  # seconds the other ranks get once one has failed
+
+
+class RankFailed(Exception):
+    """A job raised on some rank, died, or did not end in time; the message holds every rank's traceback."""
+
+
+class Ranks:
+    """A pool of up to `size` processes that run one function per job, each as one rank of a fresh gloo group.
+
+    A job has a hard time limit: what has not ended by then is killed, and the test fails instead of hanging.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, ranks: int = 2, timeout: float = 60.0) -> list[Any]:
+        """Run `function(*args)` (importable by name) on `ranks` ranks; its return values in rank order."""
+        self._start()
+        workers = self._workers[:ranks]
+        with tempfile.TemporaryDirectory() as folder:
+            job = {"store": str(Path(folder) / "store"), "ranks": ranks, "timeout": timeout, "port": _free_port()}
+            for rank, (_, pipe) in enumerate(workers):
+                pipe.send((function, args, {**job, "rank": rank}))
+            results = self._collect([pipe for _, pipe in workers], timeout)
+        failures = [f"rank {rank}: {value}" for rank, (good, value) in enumerate(results) if not good]
+        if failures:
+            raise RankFailed("\n".join(failures))
+        return [value for _, value in results]
+
+    def close(self) -> None:
+        """End every process."""
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers = []
+
+    def _start(self) -> None:
+        while len(self._workers) < self.size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def _collect(self, pipes: list[Connection], timeout: float) -> list[tuple[bool, Any]]:
+        results: list[tuple[bool, Any]] = [(False, f"no answer within {timeout:g} s")] * len(pipes)
+        waiting, deadline = list(pipes), time.monotonic() + timeout
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for pipe in wait(waiting, left):
+                assert isinstance(pipe, Connection)
+                waiting.remove(pipe)
+                try:
+                    results[pipes.index(pipe)] = pipe.recv()
+                except EOFError:
+                    results[pipes.index(pipe)] = (False, "the process died")
+                if not results[pipes.index(pipe)][0]:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        if not all(good for good, _ in results):
+            self.close()  # a rank may still stand in a collective; the next job starts afresh
+        return results
+
+
+def _serve(pipe: Connection) -> None:
+    """What each process does: jobs, until the pipe closes."""
+    # The resolver knows no name for a machine without a network.
+    os.environ.update({"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    while True:
+        try:
+            function, args, job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, _as_rank(function, args, job)))
+        except BaseException:  # the test must see whatever it was
+            pipe.send((False, traceback.format_exc()))
+
+
+def _as_rank(function: Callable[..., Any], args: tuple[Any, ...], job: dict[str, Any]) -> Any:
+    import torch  # after the environment is set
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    # What torchrun sets: Lightning's ddp strategy takes its ranks from here.
+    os.environ.update(
+        {
+            "RANK": str(job["rank"]),
+            "LOCAL_RANK": str(job["rank"]),
+            "WORLD_SIZE": str(job["ranks"]),
+            "LOCAL_WORLD_SIZE": str(job["ranks"]),
+            "GROUP_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(job["port"]),
+            "TORCHELASTIC_RUN_ID": "tests",
+        }
+    )
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{job['store']}",
+        rank=job["rank"],
+        world_size=job["ranks"],
+        timeout=timedelta(seconds=job["timeout"]),
+    )
+    try:
+        result = function(*args)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    return result
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
