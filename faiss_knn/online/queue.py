@@ -10,7 +10,7 @@ from torch import Tensor
 
 from faiss_knn.online.lookup import find_tensor, was_skipped
 from faiss_knn.online.state import trainer_state
-from faiss_knn.search.sharded import gather_rows, world
+from faiss_knn.search.ranks import gather_rows, world
 
 Dim = int | Sequence[int] | None
 

@@ -188,7 +188,7 @@ def test_probability_metrics_do_not_depend_on_the_batch_size(metric, weighting):
 def test_validation_loaders_are_scored_apart():
     train, good = clusters(64), clusters(40, seed=1)
     bad = {"x": good["x"], "label": (good["label"] + 1) % 4}
-    run, keep = fit(knn(), train, good, bad)
+    _, keep = fit(knn(), train, good, bad)
     assert keep.scores[0] == {"eval/knn_acc/dataloader_idx_0": 1.0, "eval/knn_acc/dataloader_idx_1": 0.0}
 
 
@@ -306,7 +306,7 @@ class TestBadRows:
         train, val = clusters(64), clusters(32, seed=1)
         train["label"][:10] = -1
         val["label"][::2] = -1
-        run, keep = fit(knn(), train, val)
+        _, keep = fit(knn(), train, val)
         assert keep.scores == [{"eval/knn_acc": 1.0, "eval/knn_skipped": 26.0}]
         assert (torch.cat([b["knn_preds"] for b in keep.batches]).sum(1) > 0).all()
 
@@ -319,7 +319,7 @@ class TestBadRows:
         _, keep = fit(knn(), train, val)
         assert keep.scores == [{"eval/knn_skipped": 32.0}]
         train["x"][:] = float("nan")
-        run, keep = fit(knn(), train, val)
+        _, keep = fit(knn(), train, val)
         assert "eval/knn_acc" not in keep.scores[0]
 
 
