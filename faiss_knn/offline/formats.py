@@ -58,7 +58,8 @@ def _open_npy(path: Path) -> Arrays:
 
 
 def _open_npz(path: Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as archive:
+    with path.open("rb") as file:  # np.load leaves its own open when the archive is damaged
+        archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise TypeError("it is a single array: name it .npy")
         return {name: archive[name] for name in archive.files}

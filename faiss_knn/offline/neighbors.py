@@ -19,6 +19,8 @@ from faiss_knn.search.index import KNNIndex
 QUERY_BLOCK = 2048
 BANK_BLOCK_BYTES = 256 << 20  # rows of a bank in pieces that are indexed at once
 
+_SHORT = 0.5  # seconds
+
 _PARAMETERS = {"nprobe": re.compile("ivf", re.IGNORECASE), "k_factor": re.compile("R[Ff]lat|Refine")}
 
 
@@ -136,8 +138,11 @@ def _search_piece(problem: Problem, span: tuple[int, int], k: int, variant: Vari
     build_s = time.perf_counter() - start
     index.search(read_rows(problem.queries.rows, 0, 1), k)  # threads and buffers are made once, outside the timing
     found = list(_searched(index, problem.queries.rows, k, variant.name, options))
-    stats = index.stats
     search_s = sum(seconds for *_, seconds in found)
+    if search_s < _SHORT:  # other work on the machine shows in a short search: the fastest of three counts
+        again = [_searched(index, problem.queries.rows, k, variant.name, options) for _ in range(2)]
+        search_s = min(search_s, *(sum(seconds for *_, seconds in run) for run in again))
+    stats = index.stats
     indices = torch.cat([indices for _, indices, _ in found])
     cost = {
         "spec_used": stats.spec,

@@ -70,9 +70,10 @@ class EvalReport:
         return self.table()
 
     def _repr_html_(self) -> str:
-        from faiss_knn.offline.html import html_table  # the page imports this module
+        from faiss_knn.offline.document import Table  # it and the page import this module
+        from faiss_knn.offline.html import html_table
 
-        return html_table(*rows_of(self.records))
+        return html_table(Table(*rows_of(self.records)))
 
     def save(self, folder: str | Path) -> Path:
         """Write results.jsonl, results.csv, per_class.csv, report.md, report.html and the plots.
@@ -166,10 +167,14 @@ def pareto(points: dict[str, tuple[float, float]]) -> set[str]:
     }
 
 
-def front(records: Sequence[Record]) -> set[str]:
+def deepest(records: Iterable[Record]) -> dict[str, Record]:
+    """A record of the largest k for each index: where its recall is hardest to keep."""
+    return {name: max(found, key=lambda r: int(r["k"])) for name, found in searches(records).items()}
+
+
+def front(records: Iterable[Record]) -> set[str]:
     """Index names on the Pareto front of recall at the largest k against queries per second."""
-    last = {name: max(found, key=lambda r: int(r["k"])) for name, found in searches(records).items()}
-    return pareto({name: (record["recall"], record["qps"]) for name, record in last.items()})
+    return pareto({name: (record["recall"], record["qps"]) for name, record in deepest(records).items()})
 
 
 def rows_of(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
