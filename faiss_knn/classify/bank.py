@@ -22,6 +22,8 @@ class FeatureBank:
         labels: (N,) integer class ids, -1 where unlabelled; or (N, C) multi-hot of 0 and 1, a row with -1 unlabelled.
         num_classes: Width of the scores; None: the largest label + 1, or C.
         index: A spec of `KNNIndex`, or a `KNNIndex` to build: one that was built before keeps its trained state.
+        expected_k: See `KNNIndex.build`; None: its default.
+        expected_queries: See `KNNIndex.build`.
         **index_options: Those of `KNNIndex`, where `index` is a spec.
 
     Raises:
@@ -43,6 +45,8 @@ class FeatureBank:
         *,
         num_classes: int | None = None,
         index: str | KNNIndex = "flat",
+        expected_k: int | None = None,
+        expected_queries: int | None = None,
         **index_options: Any,
     ) -> None:
         self.labels = _checked_labels(labels, len(features))
@@ -54,7 +58,8 @@ class FeatureBank:
         if not isinstance(index, str) and index_options:
             raise ValueError(f"options {sorted(index_options)} belong to the KNNIndex that `index` is: give them to it")
         self.index = KNNIndex(index, **index_options) if isinstance(index, str) else index
-        self.index.build(features)
+        hints = {} if expected_k is None else {"expected_k": expected_k}
+        self.index.build(features, expected_queries=expected_queries, **hints)
 
     def __len__(self) -> int:
         return len(self.labels) if self._rows is None else len(self._rows)
