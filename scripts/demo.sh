@@ -10,8 +10,9 @@ bash scripts/setup.sh
 out=${OUT:-results/digits}
 case ${OUT:-} in '' | /*) ;; *) out=$called_from/$OUT ;; esac
 mkdir -p "$out"
-trap 'echo "demo: stopped before its end; what was written by then is in $out" >&2' ERR
-trap 'exit 130' INT
+stopped() { echo "demo: $1; what was written by then is in $out" >&2; exit "$2"; }
+trap 'stopped "failed at: $BASH_COMMAND" 1' ERR
+trap 'stopped interrupted 130' INT TERM
 
 echo "demo: training a convolutional encoder on 8 × 8 digits, contrastively (no labels in the loss)"
 .venv/bin/python -u scripts/train_digits.py --out "$out" | tee "$out/training.log"
