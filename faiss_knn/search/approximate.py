@@ -31,6 +31,7 @@ class FaissEngine:
 
     def __init__(self, rows: Rows, distance: Distance, spec: str, nprobe: int | None = None) -> None:
         self._rows = rows
+        self.parameters: dict[str, object] = {}
         self._distance = distance
         self.uncertified = 0
         self.index = backend.make_index(spec, rows.dim, distance.faiss_metric)
@@ -40,7 +41,8 @@ class FaissEngine:
         self._train(spec, sample)
         for _, block in rows.blocks():
             self.index.add(self._array(block))
-        self.bytes = backend.index_bytes(self.index)
+        self._probe(spec)
+        self.bytes = rows.bytes + backend.index_bytes(self.index)
 
     def _train_rows(self) -> int:
         ivf = backend.inner_ivf(self.index)
@@ -61,10 +63,18 @@ class FaissEngine:
         try:
             self.index.train(self._array(sample))
         except RuntimeError as error:
-            reason = str(error).rpartition("Error: ")[2] or str(error)
             raise ValueError(
                 f"`features` must hold enough rows to train {spec!r}, got {len(self._rows)}: "
-                f"choose a smaller index or 'flat' ({reason})"
+                f"choose a smaller index or 'flat' ({_reason(error)})"
+            ) from error
+
+    def _probe(self, spec: str) -> None:
+        """Search once: what an index cannot do with a metric, FAISS may say only then."""
+        try:
+            self.search(self._rows.block(0, 1), 1)
+        except RuntimeError as error:
+            raise ValueError(
+                f"`spec` must be an index that searches by {self._distance.name}, got {spec!r}: {_reason(error)}"
             ) from error
 
     def _array(self, rows: Tensor) -> np.ndarray:
@@ -85,3 +95,7 @@ def _prepared(rows: Tensor, distance: Distance) -> Tensor:
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).rpartition("Error: ")[2] or str(error)

@@ -27,6 +27,7 @@ class Distance:
     unit_rows: bool
     norm: float
     from_norm: Callable[[Tensor], Tensor]
+    to_norm: Callable[[Tensor], Tensor]
 
 
 def get_distance(name: str) -> Distance:
@@ -49,32 +50,41 @@ def _same(norm: Tensor) -> Tensor:
 
 
 _DISTANCES = {
-    "euclidean": Distance("euclidean", "METRIC_L2", unit_rows=False, norm=2.0, from_norm=_same),
-    "squared_euclidean": Distance("squared_euclidean", "METRIC_L2", unit_rows=False, norm=2.0, from_norm=torch.square),
+    "euclidean": Distance("euclidean", "METRIC_L2", unit_rows=False, norm=2.0, from_norm=_same, to_norm=_same),
+    "squared_euclidean": Distance(
+        "squared_euclidean", "METRIC_L2", unit_rows=False, norm=2.0, from_norm=torch.square, to_norm=torch.sqrt
+    ),
     # For unit vectors |a - b|^2 = 2 - 2 cos: no cancellation where the angle is small, unlike 1 - a.b.
-    "cosine": Distance("cosine", "METRIC_L2", unit_rows=True, norm=2.0, from_norm=lambda norm: norm.square() / 2),
-    "manhattan": Distance("manhattan", "METRIC_L1", unit_rows=False, norm=1.0, from_norm=_same),
+    "cosine": Distance(
+        "cosine",
+        "METRIC_L2",
+        unit_rows=True,
+        norm=2.0,
+        from_norm=lambda norm: norm.square() / 2,
+        to_norm=lambda distance: (2 * distance).sqrt(),
+    ),
+    "manhattan": Distance("manhattan", "METRIC_L1", unit_rows=False, norm=1.0, from_norm=_same, to_norm=_same),
 }
 
 
-def row_norms(rows: Tensor) -> Tensor:
-    """Return the float64 euclidean norm of each row, the same bits wherever and among whatever rows it stands.
+def lengths(rows: Tensor) -> Tensor:
+    """Return the float64 euclidean length of each row, the same bits wherever and among whatever rows it stands.
 
     Args:
-        rows: (n, d) of any float dtype.
+        rows: (n, d) of any float dtype, none zero.
 
     Returns:
         (n,) float64.
     """
-    return _per_pair(torch.zeros_like(rows[:1], dtype=torch.float64), rows.double()[None], 2.0)[0]
+    rows = rows.double()
+    largest = rows.abs().amax(1)  # without it, rows of 1e-200 or 1e200 would lose their squares
+    rows = rows / largest[:, None]
+    return largest * _per_pair(torch.zeros_like(rows[:1]), rows[None], 2.0)[0]
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Return `rows` (n, d) as float64 vectors of length 1."""
-    rows = rows.double()
-    # Rows of 1e-200 or 1e200 would lose their squares.
-    rows = rows / rows.abs().amax(1, keepdim=True)
-    return rows / row_norms(rows)[:, None]
+    """Return rows (n, d), none zero, as float64 vectors of length 1."""
+    return rows.double() / lengths(rows)[:, None]
 
 
 def pair_norms(queries: Tensor, rows: Tensor, distance: Distance) -> Tensor:
@@ -84,15 +94,13 @@ def pair_norms(queries: Tensor, rows: Tensor, distance: Distance) -> Tensor:
     any batch size, position and thread count.
 
     Args:
-        queries: (B, d) of any float dtype.
-        rows: (B, m, d), or (1, m, d) for the same rows for every query.
+        queries: (B, d) of any float dtype; of length 1 if `distance.unit_rows`.
+        rows: (B, m, d), or (1, m, d) for the same rows for every query; likewise.
         distance: Which distance.
 
     Returns:
         (B, m) float64 norms of the differences; `distance.from_norm` makes distances of them.
     """
-    if distance.unit_rows:
-        queries, rows = unit(queries), unit(rows.reshape(-1, rows.shape[-1])).view(rows.shape)
     return _per_pair(queries.double(), rows.double(), distance.norm)
 
 

@@ -1,15 +1,30 @@
-"""The exact search."""
+"""The exact search: candidates by a scan of bounds, exact distances, a certificate, and a second pass without it."""
 
 import torch
 from torch import Tensor
 
-from faiss_knn.search.distance import Distance, pair_norms
-from faiss_knn.search.rerank import nearest
+from faiss_knn.search.distance import Distance, pair_norms, unit
+from faiss_knn.search.rerank import measure, nearest
 from faiss_knn.search.rows import Rows
+from faiss_knn.search.scan import best_scores, reaching
+from faiss_knn.search.sketch import DifferenceSketch, ProductSketch, Sketch, has_fast_bfloat16
+from faiss_knn.search.twins import Twins
+
+_SMALL = 4  # a bank of fewer than this many times the candidates is measured whole
+_CHUNK = 512  # queries of one pass
+_SECOND_CHUNK = 64
+_KEPT = 1 << 18  # candidates of one chunk
+_SECOND_BLOCK = 8192
+_TRIAL, _LOOSE = 64, 0.3  # bfloat16 bounds are too loose if after so many queries such a share is uncertified
 
 
 class ExactEngine:
-    """Exact nearest neighbours by comparing every row."""
+    """Exact nearest neighbours, certified: `uncertified` counts the queries that took the second pass.
+
+    Args:
+        rows: The bank.
+        distance: Which distance.
+    """
 
     exact = True
     backend = "torch"
@@ -17,15 +32,111 @@ class ExactEngine:
     def __init__(self, rows: Rows, distance: Distance) -> None:
         self._rows = rows
         self._distance = distance
-        self.bytes = rows.bytes
-        self.uncertified = 0
+        self._dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
+        self._twins: Twins | None = None
+        self._sketch: Sketch
+        self._searched = self.uncertified = 0
+        if distance.norm == 2:
+            self._twins = Twins.among(rows)
+        self._prepare()
+
+    @property
+    def bytes(self) -> int:
+        """Size of the bank and what was made of it."""
+        return self._rows.bytes + self._sketch.bytes
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """What the scan computes in."""
+        return {"scan": str(self._dtype).removeprefix("torch.")} if isinstance(self._sketch, ProductSketch) else {}
+
+    def _prepare(self) -> None:
+        if self._distance.norm == 2:
+            later = None if self._twins is None else self._twins.later
+            self._sketch = ProductSketch(self._rows, self._distance, self._dtype, passed_over=later)
+        else:
+            self._sketch = DifferenceSketch(self._rows)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d)."""
+        """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
+        kept = k + max(20, k)
+        if len(self._rows) <= _SMALL * kept:
+            return self._measured_whole(queries, k)
+        step = max(1, min(_CHUNK, _KEPT // kept))
+        parts = [self._search_chunk(queries[start : start + step], k, kept) for start in range(0, len(queries), step)]
+        if not parts:
+            return queries.new_empty(0, k, dtype=torch.float64), queries.new_empty(0, k, dtype=torch.int64)
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _search_chunk(self, queries: Tensor, k: int, kept: int) -> tuple[Tensor, Tensor]:
+        sketch = self._sketch
+        asked = sketch.ask(queries)
+        scores, ids = best_scores(
+            lambda start, stop: sketch.scores(asked, start, stop), len(queries), len(self._rows), kept
+        )
+        ids = ids if self._twins is None else self._twins.first_only(ids)
+        distances, ids = self._followed(*nearest(measure(queries, self._rows, ids, self._distance), ids, k), k)
+        floor = self._distance.from_norm(sketch.floor(asked, scores.amin(1)))
+        lost = (~(floor > distances[:, -1]) | asked.square.isinf()).nonzero()[:, 0]
+        for start in range(0, len(lost), _SECOND_CHUNK):
+            part = lost[start : start + _SECOND_CHUNK]
+            distances[part], ids[part] = self._second_pass(queries[part], k, distances[part, -1])
+        self._count(len(queries), len(lost))
+        return distances, ids
+
+    def _followed(self, distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return (distances, ids) if self._twins is None else self._twins.expand(distances, ids, k)
+
+    def _count(self, searched: int, uncertified: int) -> None:
+        self._searched += searched
+        self.uncertified += uncertified
+        if self._dtype == torch.bfloat16 and self._searched >= _TRIAL and self.uncertified > _LOOSE * self._searched:
+            self._dtype = torch.float32
+            self._prepare()
+
+    def _second_pass(self, queries: Tensor, k: int, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """Measure every row whose bound does not exclude it from the k nearest.
+
+        Args:
+            queries: (b, d).
+            k: How many neighbours.
+            limits: (b,) distances that k rows are known to be within.
+        """
+        asked = self._sketch.ask(queries)
         best = torch.empty(len(queries), 0, dtype=torch.float64, device=queries.device)
         ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        for start, block in self._rows.blocks(4096):
-            found = self._distance.from_norm(pair_norms(queries, block[None], self._distance))
-            numbers = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
+        for start in range(0, len(self._rows), _SECOND_BLOCK):
+            scores = self._sketch.scores(asked, start, min(start + _SECOND_BLOCK, len(self._rows)))
+            query, row = reaching(scores, self._sketch.least_score(asked, self._distance.to_norm(limits)))
+            row = row + start
+            if self._twins is not None:
+                first = self._twins.first_only(row) >= 0
+                query, row = query[first], row[first]
+            found = measure(queries, self._rows, row[:, None], self._distance, of=query)[:, 0]
+            dense, dense_ids = _by_query(query, found, row, len(queries))
+            best, ids = torch.cat([best, dense], 1), torch.cat([ids, dense_ids], 1)
+            best, ids = nearest(best, ids, min(k, best.shape[1]))
+            if best.shape[1] == k:
+                limits = torch.minimum(limits, best[:, -1])
+        return self._followed(best, ids, k)
+
+    def _measured_whole(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        best = torch.empty(len(queries), 0, dtype=torch.float64, device=queries.device)
+        ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+        queries = unit(queries) if self._distance.unit_rows else queries.double()
+        for part in torch.split(torch.arange(len(self._rows), device=queries.device), _SECOND_BLOCK):
+            rows = self._rows.directed(part, self._distance)
+            found = self._distance.from_norm(pair_norms(queries, rows[None], self._distance))
+            numbers = part.expand(len(queries), -1)
             best, ids = nearest(torch.cat([best, found], 1), torch.cat([ids, numbers], 1), k)
         return best, ids
+
+
+def _by_query(query: Tensor, distances: Tensor, ids: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    """Lay out found pairs (P,), in order of their query, as (queries, most) arrays filled up with (inf, -1)."""
+    counts = torch.bincount(query, minlength=queries)
+    place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+    dense = distances.new_full((queries, int(counts.max())), torch.inf)
+    dense_ids = ids.new_full(dense.shape, -1)
+    dense[query, place], dense_ids[query, place] = distances, ids
+    return dense, dense_ids

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.approximate import FaissEngine
+from faiss_knn.search.arithmetic import full_precision
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.exact import ExactEngine
 from faiss_knn.search.rerank import Neighbors
@@ -18,6 +19,7 @@ __all__ = ["IndexStats", "KNNIndex", "Neighbors"]
 
 _STORAGE = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEFAULT_K = 20
+_CHUNK = 4096  # queries prepared at once; an engine bounds its own blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,6 @@ class KNNIndex:
         """Width of the rows, d."""
         return self._built()[0].dim
 
-    @torch.no_grad()
     def build(
         self,
         features: Tensor | np.ndarray,
@@ -144,8 +145,9 @@ class KNNIndex:
         start = time.perf_counter()
         self._expected = expected_k, expected_queries
         rows = Rows(features, storage_dtype=self.storage_dtype, device=self.device)
-        rows.check(self._distance)
-        self._engine = self._make_engine(rows)
+        with full_precision(rows.device):
+            rows.check(self._distance)
+            self._engine = self._make_engine(rows)
         self._rows = rows
         self._build_seconds = time.perf_counter() - start
         return self
@@ -156,7 +158,6 @@ class KNNIndex:
         spec = f"IVF{max(1, int(len(rows) ** 0.5))},Flat" if self.spec == "ivf" else self.spec
         return FaissEngine(rows, self._distance, spec, self.nprobe)
 
-    @torch.no_grad()
     def search(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
         """Find the k nearest rows of each query.
 
@@ -174,20 +175,16 @@ class KNNIndex:
         distances, indices = self.nearest(queries, k)
         return Neighbors(distances.float(), indices)
 
-    @torch.no_grad()
     def nearest(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
         """Search like `search`, with the distances in float64 as they were ordered: for merging parts of a bank."""
         rows, engine = self._built()
         k = min(as_k(k), len(rows))
-        checked = as_queries(queries, rows, self._distance)
-        device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
-        distances = torch.empty(len(checked), k, dtype=torch.float64, device=device)
-        indices = torch.empty(len(checked), k, dtype=torch.int64, device=device)
-        step = self.chunk_size if self.chunk_size > 0 else 1024
-        for start in range(0, len(checked), step):
-            part = slice(start, start + step)
-            found, ids = engine.search(checked[part], k)
-            distances[part], indices[part] = found, ids
+        step = self.chunk_size if self.chunk_size > 0 else _CHUNK
+        with full_precision(rows.device):
+            checked = as_queries(queries, rows, self._distance)
+            parts = [engine.search(part, k) for part in torch.split(checked, step)]
+        device = queries.device if isinstance(queries, Tensor) else rows.device
+        distances, indices = (torch.cat(column).to(device) for column in zip(*parts, strict=True))
         return Neighbors(distances, indices)
 
     @property
@@ -204,6 +201,7 @@ class KNNIndex:
             nprobe=getattr(engine, "nprobe", None),
             recall=1.0 if engine.exact else None,
             uncertified=engine.uncertified,
+            parameters=engine.parameters,
         )
 
     def _built(self) -> tuple[Rows, ExactEngine | FaissEngine]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from faiss_knn.search.distance import Distance, pair_norms
+from faiss_knn.search.distance import Distance, pair_norms, unit
 from faiss_knn.search.rows import Rows
 
 _PAIR_BYTES = 4 << 20  # float64 rows gathered at once: stays in cache
@@ -23,7 +23,7 @@ class Neighbors(NamedTuple):
     indices: Tensor
 
 
-def measure(queries: Tensor, rows: Rows, ids: Tensor, distance: Distance) -> Tensor:
+def measure(queries: Tensor, rows: Rows, ids: Tensor, distance: Distance, of: Tensor | None = None) -> Tensor:
     """Measure candidates in float64.
 
     Args:
@@ -31,10 +31,12 @@ def measure(queries: Tensor, rows: Rows, ids: Tensor, distance: Distance) -> Ten
         rows: The bank.
         ids: (B, m) int64 row numbers, -1 where there is none.
         distance: Which distance.
+        of: (B,) which of the queries each row of `ids` belongs to; None: its own.
 
     Returns:
         (B, m) float64 distances, inf where the id is -1.
     """
+    queries = unit(queries) if distance.unit_rows else queries.double()
     width = ids.shape[1]
     norms = torch.empty(ids.shape, dtype=torch.float64, device=ids.device)
     step = max(1, _PAIR_BYTES // (8 * rows.dim * max(1, width)))
@@ -43,8 +45,9 @@ def measure(queries: Tensor, rows: Rows, ids: Tensor, distance: Distance) -> Ten
         part = slice(start, start + step)
         for left in range(0, width, columns):
             chosen = ids[part, left : left + columns]
-            taken = rows.take(chosen.reshape(-1).clamp(min=0)).view(*chosen.shape, rows.dim)
-            norms[part, left : left + columns] = pair_norms(queries[part], taken, distance)
+            taken = rows.directed(chosen.reshape(-1).clamp(min=0), distance).view(*chosen.shape, rows.dim)
+            asking = queries[part] if of is None else queries[of[part]]
+            norms[part, left : left + columns] = pair_norms(asking, taken, distance)
     return distance.from_norm(norms).masked_fill_(ids < 0, torch.inf)
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from faiss_knn.search.distance import Distance
+from faiss_knn.search.distance import Distance, lengths
 
 _BLOCK_BYTES = 32 << 20
 _NAMED_ROWS = 5
+_CACHED = 1 << 18  # values of a block that stays in cache
 
 
 class Rows:
@@ -43,7 +44,7 @@ class Rows:
         # Blocks of a memmap are cast and moved as they are read.
         self.streamed = is_memmap(features)
         self.data = data if self.streamed else data.to(self.device, self.dtype)
-        self.copied = not self.streamed and self.data.data_ptr() != data.data_ptr()
+        self._lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.data)
@@ -77,16 +78,33 @@ class Rows:
         """Return the rows of `ids` (n,), (n, d), as stored."""
         return self.data.index_select(0, ids.to(self.data.device)).to(self.device, self.dtype)
 
+    @property
+    def lengths(self) -> Tensor:
+        """Float64 lengths (N,) of the rows, known once they were checked for a distance of directions."""
+        assert self._lengths is not None
+        return self._lengths
+
+    def directed(self, ids: Tensor, distance: Distance) -> Tensor:
+        """Return the rows of `ids` (n,), (n, d) float64, of length 1 if the distance asks for it."""
+        rows = self.take(ids).double()
+        if distance.unit_rows:
+            rows /= self.lengths[ids][:, None]
+        return rows
+
     def check(self, distance: Distance) -> None:
-        """Check every row.
+        """Check every row, and learn the rows' lengths if the distance is one of directions.
 
         Raises:
             ValueError: If a row is not finite as stored or, under cosine, zero; names the first ones.
         """
-        for start, block in self.blocks():
+        if distance.unit_rows:
+            self._lengths = torch.empty(len(self), dtype=torch.float64, device=self.device)
+        for start, block in self.blocks(max(1, _CACHED // self.dim)):
             check_finite(block, "features", start)
-            if distance.unit_rows:
-                check_nonzero(block, "features", start)
+            if self._lengths is not None:
+                self._lengths[start : start + len(block)] = lengths(block)
+        if self._lengths is not None and (self._lengths.isnan()).any():
+            refuse_zero(self._lengths.isnan(), "features")
 
 
 def is_memmap(features: object) -> bool:
@@ -143,8 +161,8 @@ def as_queries(queries: Tensor | np.ndarray, rows: Rows, distance: Distance) -> 
         matrix = matrix.float()  # as the bank's rows were: a query that is one of them is at distance 0
     matrix = matrix.to(rows.device).contiguous()
     check_finite(matrix, "queries")
-    if distance.unit_rows:
-        check_nonzero(matrix, "queries")
+    if distance.unit_rows and (zero := (matrix == 0).all(1)).any():
+        refuse_zero(zero, "queries")
     return matrix
 
 
@@ -155,21 +173,15 @@ def check_finite(block: Tensor, argument: str, start: int = 0) -> None:
         ValueError: If not; names the first rows.
     """
     # One pass that makes nothing: a sum is finite only if every value is.
-    if not torch.isfinite(block.sum(dtype=torch.float64)):
+    if not torch.isfinite(block.sum(dtype=torch.promote_types(block.dtype, torch.float32))):
         bad = (~torch.isfinite(block)).any(1)
         if bad.any():
             _refuse(bad, start, f"`{argument}` must be finite as {block.dtype}", "NaN or infinite")
 
 
-def check_nonzero(block: Tensor, argument: str, start: int = 0) -> None:
-    """Check that no row of `block` is zero.
-
-    Raises:
-        ValueError: If one is; names the first rows.
-    """
-    bad = (block == 0).all(1)
-    if bad.any():
-        _refuse(bad, start, f"`{argument}` must have no zero rows for the cosine distance", "zero")
+def refuse_zero(bad: Tensor, argument: str) -> None:
+    """Raise a ValueError that names the rows which `bad` (n,) marks as zero."""
+    _refuse(bad, 0, f"`{argument}` must have no zero rows for the cosine distance", "zero")
 
 
 def _refuse(bad: Tensor, start: int, need: str, what: str) -> None:

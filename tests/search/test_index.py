@@ -1,0 +1,318 @@
+"""Exact means exact: KNNIndex against brute force, at any shape, scale, dtype and batch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faiss_knn import KNNIndex
+from tests.reference import brute_force, distances
+
+METRICS = ("euclidean", "squared_euclidean", "cosine", "manhattan")
+NEAR_TIE = 1e-13  # relative; below it float64 itself cannot tell which is nearer
+
+
+def assert_exact(index: KNNIndex, rows: torch.Tensor, queries: torch.Tensor, k: int) -> None:
+    """Ids by (distance, index), apart from what differs by float64 rounding; distances to 1e-5 relative."""
+    found = index.search(queries, k)
+    stored, asked = rows.double().numpy(), queries.double().numpy()
+    expected, ids = brute_force(asked, stored, k, index.distance_metric)
+    assert found.indices.shape == found.distances.shape == expected.shape
+    ours = found.indices.numpy()
+    assert all(len(set(row)) == len(row) for row in ours.tolist())
+    np.testing.assert_allclose(found.distances.numpy(), expected.astype(np.float64), rtol=1e-5, atol=1e-37)
+    every = distances(asked, stored, index.distance_metric)
+    chosen = np.take_along_axis(every, ours, 1)
+    slack = NEAR_TIE * expected + (1e-15 if index.distance_metric == "cosine" else 0) * np.sqrt(expected)
+    assert (np.abs(chosen - expected)[ours != ids] <= np.broadcast_to(slack, ours.shape)[ours != ids]).all()
+    # Where rows are equal, no rounding excuses a wrong order.
+    twins = (stored[ours[:, 1:]] == stored[ours[:, :-1]]).all(2)
+    assert (ours[:, 1:] > ours[:, :-1])[twins].all()
+
+
+def bank(seed: int, n: int, d: int) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_distance_and_dtype(metric, dtype):
+    rows, queries = bank(0, 700, 24).to(dtype), bank(1, 30, 24).to(dtype)
+    storage = torch.float64 if dtype == torch.float64 else None
+    assert_exact(KNNIndex(distance_metric=metric, storage_dtype=storage).build(rows), rows, queries, 10)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1e2, 1e4])
+def test_common_offset(metric, offset):
+    rows, queries = bank(0, 2000, 32) + offset, bank(1, 20, 32) + offset
+    assert_exact(KNNIndex(distance_metric=metric).build(rows), rows, torch.cat([queries, rows[:5]]), 20)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_collapse_around_one_direction(metric, spread):
+    direction = torch.nn.functional.normalize(bank(2, 1, 48))
+    rows, queries = direction + spread * bank(0, 2000, 48), direction + spread * bank(1, 20, 48)
+    assert_exact(KNNIndex(distance_metric=metric).build(rows), rows, queries, 20)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e-3, 1e6, 1e17])
+def test_scale(metric, scale):
+    rows, queries = scale * bank(0, 1500, 16), scale * bank(1, 20, 16)
+    assert_exact(KNNIndex(distance_metric=metric).build(rows), rows, queries, 10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    metric=st.sampled_from(METRICS),
+    n=st.integers(1, 400),
+    d=st.integers(1, 40),
+    b=st.integers(1, 12),
+    k=st.integers(1, 400),
+    scale=st.sampled_from([1e-8, 1e-4, 1.0, 1e6]),
+    offset=st.sampled_from([0.0, 1.0, 1e2, 1e4]),
+    distinct=st.integers(1, 400),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(metric, n, d, b, k, scale, offset, distinct, dtype, seed):
+    if dtype == torch.float16:
+        scale, offset = 1.0, min(offset, 1e2)
+    generator = torch.Generator().manual_seed(seed)
+    rows = (torch.randn(min(n, distinct), d, generator=generator) + offset) * scale
+    rows = rows[torch.randint(len(rows), (n,), generator=generator)].to(dtype)
+    queries = ((torch.randn(b, d, generator=generator) + offset) * scale).to(dtype)
+    if metric == "cosine":  # a direction is needed
+        rows[(rows == 0).all(1)], queries[(queries == 0).all(1)] = 1, 1
+    index = KNNIndex(distance_metric=metric, storage_dtype=dtype).build(rows)
+    assert_exact(index, rows, queries, min(k, n))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    values=st.integers(2, 9),
+    d=st.integers(1, 6),
+    n=st.integers(400, 3000),
+    k=st.integers(1, 30),
+    seed=st.integers(0, 99),
+)
+def test_lattices_are_full_of_ties(values, d, n, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(values, (n, d), generator=generator).float()
+    queries = torch.randint(values, (10, d), generator=generator).float()
+    for metric in ("euclidean", "manhattan"):
+        found = KNNIndex(distance_metric=metric).build(rows).search(queries, k)
+        _, ids = brute_force(queries.numpy(), rows.numpy(), k, metric)
+        np.testing.assert_array_equal(found.indices.numpy(), ids)  # integers: no rounding anywhere
+
+
+def test_all_rows_equal():
+    index = KNNIndex().build(torch.full((50_000, 16), 3.0))
+    found = index.search(bank(0, 200, 16), 30)
+    assert (found.indices == torch.arange(30)).all()
+    assert index.stats.uncertified == 0
+
+
+def test_half_the_bank_duplicated():
+    rows = bank(0, 4000, 16)
+    rows[2000:] = rows[7]
+    queries = torch.cat([rows[7:8], bank(1, 20, 16), rows[7:8] + 1e-3])
+    assert_exact(KNNIndex().build(rows), rows, queries, 25)
+    assert_exact(KNNIndex(distance_metric="cosine").build(rows), rows, queries, 25)
+
+
+def test_near_duplicates_take_the_second_pass_and_are_counted():
+    rows = bank(0, 3000, 32)
+    rows[2200:] = rows[0] + 1e-6 * bank(1, 800, 32)
+    index = KNNIndex().build(rows)
+    assert_exact(index, rows, rows[:3], 10)
+    assert index.stats.uncertified >= 1
+    assert index.stats.exact
+
+
+def test_one_huge_row_does_not_decertify_the_others():
+    rows = bank(0, 3000, 32)
+    rows[5] = 1e15
+    index = KNNIndex().build(rows)
+    assert_exact(index, rows, bank(1, 50, 32), 10)
+    assert index.stats.uncertified == 0
+    assert_exact(index, rows, rows[5:6], 10)  # far from all others: nothing certifies it, and it is right
+    assert_exact(index, rows, bank(1, 2, 32), 3000)
+
+
+def test_queries_far_from_a_collapsed_bank():
+    rows = 1.0 + 1e-5 * bank(0, 3000, 16)
+    assert_exact(KNNIndex().build(rows), rows, 100 * bank(1, 20, 16), 10)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_same_bits_at_any_batch_chunk_position_and_thread_count(metric):
+    rows, queries = bank(0, 3000, 96), bank(1, 1024, 96)
+    index = KNNIndex(distance_metric=metric).build(rows)
+    whole = index.search(queries, 20)
+    for size in (1, 7, 256):
+        parts = [index.search(part, 20) for part in queries[:512].split(size)]
+        assert torch.equal(torch.cat([part.distances for part in parts]), whole.distances[:512])
+        assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices[:512])
+    chunked = KNNIndex(distance_metric=metric, chunk_size=100).build(rows).search(queries.flip(0), 20)
+    assert torch.equal(chunked.distances.flip(0), whole.distances)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = KNNIndex(distance_metric=metric).build(rows).search(queries, 20)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone.distances, whole.distances)
+    assert torch.equal(alone.indices, whole.indices)
+
+
+def test_float16_storage_halves_the_rows_and_measures_what_is_stored():
+    rows, queries = bank(0, 2000, 64), bank(1, 10, 64)
+    index = KNNIndex(storage_dtype=torch.float16).build(rows)
+    assert_exact(index, rows.half(), queries, 5)
+
+
+def test_float64_rows_are_stored_as_float32_unless_told():
+    rows = torch.tensor([[1.0], [1.0 + 1e-12]], dtype=torch.float64)
+    assert KNNIndex().build(rows).search(rows[1:], 1).indices.item() == 0
+    assert KNNIndex(storage_dtype=torch.float64).build(rows).search(rows[1:], 1).indices.item() == 1
+
+
+def test_low_precision_settings_of_a_training_run_do_not_reach_the_search():
+    rows, queries = bank(0, 2000, 64), bank(1, 10, 64)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+            assert_exact(KNNIndex().build(rows.clone()), rows, queries.clone(), 10)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_features_with_gradient_and_stride():
+    rows = bank(0, 500, 64).requires_grad_()[:, ::2]
+    queries = bank(1, 32, 10).T.requires_grad_()
+    assert_exact(KNNIndex().build(rows), rows.detach(), queries.detach(), 5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_memmap(tmp_path, metric):
+    rows = bank(0, 3000, 16).numpy()
+    np.save(tmp_path / "rows.npy", rows)
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    index = KNNIndex(distance_metric=metric).build(mapped)
+    assert_exact(index, torch.from_numpy(rows), bank(1, 10, 16), 10)
+
+
+def test_a_float32_bank_is_referred_to():
+    rows = bank(0, 100, 8)
+    query = rows[:1].clone()
+    index = KNNIndex().build(rows)
+    rows[0] += torch.eye(8)[0] / 8
+    assert index.search(query, 1).distances.item() == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("spec", ["Flat", "HNSW16", "IVF8,Flat", "PQ8x4fs,RFlat", "SQ8"])
+def test_factory_strings_measure_what_they_find(metric, spec):
+    rows, queries = bank(0, 1000, 32) + 100, bank(1, 20, 32) + 100
+    if metric == "manhattan" and spec in ("PQ8x4fs,RFlat", "SQ8"):  # FAISS has no such index for L1
+        with pytest.raises(ValueError, match="manhattan"):
+            KNNIndex(spec, distance_metric=metric).build(rows)
+        return
+    index = KNNIndex(spec, distance_metric=metric).build(rows)
+    found = index.search(queries, 10)
+    every = distances(queries.double().numpy(), rows.double().numpy(), metric)
+    there = found.indices.numpy() >= 0
+    chosen = np.take_along_axis(every, found.indices.clamp(min=0).numpy(), 1)
+    np.testing.assert_allclose(found.distances.numpy()[there], chosen[there].astype(float), rtol=1e-5)
+    assert (found.distances.diff(dim=1) >= 0).all()
+    assert not index.stats.exact or spec == "Flat"
+    assert index.stats.backend == "faiss"
+    _, ids = brute_force(queries.numpy(), rows.numpy(), 10, metric)
+    found_share = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.indices.tolist(), ids, strict=True)])
+    assert found_share >= {"Flat": 1.0, "HNSW16": 0.8, "SQ8": 0.9}.get(spec, 0.1)
+
+
+def test_what_ivf_does_not_find_is_minus_one_at_infinity_and_last():
+    centres = torch.tensor([[0.0, 0.0], [100.0, 0.0]])
+    rows = torch.cat([centres[0] + bank(0, 100, 2), centres[1] + bank(1, 3, 2)])
+    found = KNNIndex("IVF2,Flat", nprobe=1).build(rows).search(centres[1:], 10)
+    assert (found.indices[0, 3:] == -1).all()
+    assert found.distances[0, 3:].isinf().all()
+    assert sorted(found.indices[0, :3].tolist()) == [100, 101, 102]
+
+
+def test_shapes_of_answers():
+    index = KNNIndex().build(bank(0, 10, 4))
+    assert index.search(torch.empty(0, 4), 3).indices.shape == (0, 3)
+    assert index.search(bank(1, 2, 4), 50).distances.shape == (2, 10)
+    distances_, indices = index.search(bank(1, 2, 4).numpy(), 3)
+    assert distances_.dtype == torch.float32
+    assert indices.dtype == torch.int64
+    assert (len(index), index.dim, index.distance_metric) == (10, 4, "euclidean")
+
+
+def test_a_second_build_replaces_the_bank():
+    index = KNNIndex().build(bank(0, 10, 4)).build(bank(1, 600, 7))
+    assert (len(index), index.dim) == (600, 7)
+    assert_exact(index, bank(1, 600, 7), bank(2, 5, 7), 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spec": ""}, "spec"),
+        ({"spec": "nonsense"}, "FAISS factory string"),
+        ({"distance_metric": "l7"}, "distance_metric"),
+        ({"nprobe": 0}, "nprobe"),
+        ({"spec": "Flat", "nprobe": 2}, "inverted lists"),
+        ({"spec": "IVF4,Flat", "nprobe": 5}, r"\[1, nlist=4\]"),
+        ({"spec": "IVF4000,Flat"}, "enough rows"),
+        ({"target_recall": 1.5}, "target_recall"),
+        ({"storage_dtype": torch.int8}, "storage_dtype"),
+        ({"chunk_size": 0}, "chunk_size"),
+    ],
+)
+def test_unfit_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        KNNIndex(**options).build(bank(0, 100, 8))
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (torch.empty(0, 4), "empty bank"),
+        (torch.ones(4), "shape"),
+        (torch.ones(4, 0), "shape"),
+        (torch.ones(4, 2, dtype=torch.int64), "float32"),
+        (np.ones((4, 2), dtype=np.int32), "float32"),
+        ([[1.0]], "tensor or ndarray"),
+        (torch.tensor([[1.0], [float("nan")], [float("inf")]]), "rows? .*1, 2"),
+        (torch.tensor([[1.0], [1e39]], dtype=torch.float64), "float32"),
+    ],
+)
+def test_unfit_features(features, message):
+    with pytest.raises(ValueError, match=message):
+        KNNIndex().build(features)
+
+
+def test_unfit_searches():
+    index = KNNIndex(distance_metric="cosine").build(bank(0, 10, 4))
+    for k in (0, -1, 1.5, True, "3"):
+        with pytest.raises(ValueError, match="`k`"):
+            index.search(bank(1, 2, 4), k)
+    with pytest.raises(ValueError, match="d=4"):
+        index.search(bank(1, 2, 5), 1)
+    with pytest.raises(ValueError, match="row 1"):
+        index.search(torch.tensor([[1.0] * 4, [float("nan")] * 4]), 1)
+    with pytest.raises(ValueError, match="zero"):
+        index.search(torch.zeros(1, 4), 1)
+    with pytest.raises(ValueError, match="row 3"):
+        KNNIndex(distance_metric="cosine").build(torch.ones(5, 2) * torch.tensor([1, 1, 1, 0, 1])[:, None])
+    with pytest.raises(RuntimeError, match="build"):
+        KNNIndex().search(bank(1, 2, 4), 1)
