@@ -247,6 +247,9 @@ def _evaluate(given: argparse.Namespace) -> int:
 
     bank, queries = _read(given)
     names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
+    if given.dry_run:
+        print(_dry_run(given, bank, queries, names))
+        return 0
     ledger = Ledger(given.out, given.resume) if given.out is not None else None
     report = evaluate(
         bank.rows,
@@ -299,6 +302,22 @@ def _read(given: argparse.Namespace) -> "tuple[Features, Features | None]":
         if side is not None and side.labels is None:
             raise DataError(f"{side.source}: holds no labels: give them with {option}, or name them with --labels-key")
     return bank, found
+
+
+def _dry_run(given: argparse.Namespace, bank: "Features", queries: "Features | None", names: list[str] | None) -> str:
+    from faiss_knn.offline.estimate import estimate
+    from faiss_knn.offline.problem import make_problem
+
+    problem = make_problem(
+        bank.rows,
+        bank.labels,
+        None if queries is None else queries.rows,
+        None if queries is None else queries.labels,
+        num_classes=given.num_classes,
+        class_names=names,
+        leave_one_out=given.leave_one_out,
+    )
+    return estimate(problem, max(*given.k, given.depth or 1), given.index)
 
 
 def _device(name: str) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from faiss_knn.classify.vote import check_vote_options
 from faiss_knn.offline.metrics import make_metrics
 from faiss_knn.offline.neighbors import EXACT, Found, SearchOptions, Variant, find_neighbors, has_parameter
-from faiss_knn.offline.problem import Problem, make_problem, suspicions
+from faiss_knn.offline.problem import Problem, check_values, make_problem, suspicions
 from faiss_knn.offline.report import EvalReport, Record, mean_values, record_key
 from faiss_knn.offline.rows import Rows, read_rows, spans
 from faiss_knn.offline.scores import ClassJudge, Hits, MultiHotJudge, recalls
@@ -123,6 +123,7 @@ def evaluate(
         bank_features, bank_labels, query_features, query_labels,
         num_classes=num_classes, class_names=class_names, leave_one_out=leave_one_out,
     )  # fmt: skip
+    check_values(problem, distance_metric)
     judges = make_metrics(metrics, problem.num_classes, problem.multi_hot)
     run = _Run(problem, grid, options, judges, per_class, draws, seed)
     report = EvalReport(problem.class_names, suspicions(problem, grid.ks))
@@ -134,9 +135,10 @@ def evaluate(
             continue
         found = run.search(variant)
         for record, by_class in run.records(variant, found):
-            report.records.append(record)
-            report.per_class[record_key(record)] = by_class
-            if on_record is not None:
+            key = record_key(record)
+            report.records.append(earlier.get(key, record))
+            report.per_class[key] = by_class
+            if on_record is not None and key not in earlier:
                 on_record(record, by_class)
         if keep_neighbors:
             report.neighbors[variant.name] = _given_ids(run.draws[0], found[0])
@@ -309,18 +311,17 @@ def _duplicates(problem: Problem, exact: Found) -> int:
     """Queries whose nearest bank row is the query itself, number by number."""
     count = 0
     for a, b in spans(len(problem.queries.rows), 4096):
-        nearest = exact.indices[a:b, 0].cpu()
-        order = nearest.argsort(stable=True)  # files are read in ascending order
-        places, back = np.unique(nearest[order].numpy(), return_inverse=True)
-        rows = torch.as_tensor(np.array(_host(problem.bank.pick(places).rows)))[back]
-        queries = torch.as_tensor(np.array(_host(problem.queries.rows, a, b)))[order]
+        nearest = exact.indices[a:b, 0].cpu().numpy()
+        order = np.argsort(nearest, kind="stable")  # files are read in ascending order
+        places, back = np.unique(nearest[order], return_inverse=True)
+        rows = _on_host(read_rows(problem.bank.pick(places).rows))[back]
+        queries = _on_host(read_rows(problem.queries.rows, a, b))[order]
         count += int((rows == queries).all(1).sum())
     return count
 
 
-def _host(rows: Rows, start: int = 0, stop: int | None = None) -> Any:
-    block = read_rows(rows, start, stop)
-    return block.float().cpu() if isinstance(block, Tensor) else block
+def _on_host(block: np.ndarray | Tensor) -> np.ndarray:
+    return np.asarray(block.float().cpu()) if isinstance(block, Tensor) else block
 
 
 @cache

@@ -112,7 +112,8 @@ def find_neighbors(problem: Problem, k: int, variant: Variant, options: SearchOp
     assert found is not None  # a problem has rows
     if problem.leave_one_out:
         found = _without_self(found)
-    return _padded(found, k)
+    found = _padded(found, k)
+    return replace(found, distances=found.distances.float())
 
 
 def _is_plain(rows: Rows) -> bool:
@@ -171,7 +172,7 @@ def _searched(
         for a, b in spans(len(queries), QUERY_BLOCK):
             block = read_rows(queries, a, b)
             start = time.perf_counter()
-            found = index.search(block, k)
+            found = index.nearest(block, k)  # float64 distances, so that pieces of a bank are joined in their order
             _wait(found.indices)
             yield found.distances, found.indices, time.perf_counter() - start
             bar.update(b - a)

@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from faiss_knn.offline.rows import Rows, Subset, read_rows
+from faiss_knn.offline.rows import Rows, Subset, read_rows, spans
 
 Ids = npt.NDArray[np.int64]
 ArrayLike = Any
+
+_CHECKED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def make_problem(
     _check_sides(query_features, query_labels, leave_one_out)
     if query_features is None or query_labels is None:
         query_features, query_labels = bank_features, bank_labels
+    bank_features, query_features = _rows(bank_features), _rows(query_features)
     _check_rows(bank_features, query_features)
     found, names = _numbered([_array(bank_labels, "bank_labels"), _array(query_labels, "query_labels")], class_names)
     bank = _side(bank_features, found[0], "bank")
@@ -145,6 +148,11 @@ def _check_sides(query_features: Rows | None, query_labels: ArrayLike | None, le
         raise ValueError("leave_one_out takes the bank alone, its rows are the queries: leave out the queries")
     if not leave_one_out and (query_features is None or query_labels is None):
         raise ValueError("`query_features` and `query_labels` are needed, or leave_one_out=True to use the bank's rows")
+
+
+def _rows(features: Any) -> Rows:
+    found: Rows = np.asarray(features) if isinstance(features, (list, tuple)) else features
+    return found
 
 
 def _check_rows(bank: Rows, queries: Rows) -> None:
@@ -211,6 +219,24 @@ def _class_count(bank: Tensor, queries: Tensor, num_classes: int | None, names: 
     if names is not None and len(names) < count:
         raise ValueError(f"`class_names` must name all {count} classes, got {len(names)}")
     return count
+
+
+def check_values(problem: Problem, distance_metric: str) -> None:
+    """Look at every number once, before an hour of searching.
+
+    Raises:
+        ValueError: If a row is not finite, or zero under cosine, naming the row as the caller numbers it.
+    """
+    sides = {"bank_features": problem.bank} | ({} if problem.leave_one_out else {"query_features": problem.queries})
+    for name, side in sides.items():
+        for start, stop in spans(len(side.rows), max(1, _CHECKED_BYTES // (4 * problem.dim))):
+            block = read_rows(side.rows, start, stop)
+            size = block.abs().amax(1).cpu().numpy() if isinstance(block, Tensor) else np.abs(block).max(1)
+            bad = ~np.isfinite(size) | ((size == 0) & (distance_metric == "cosine"))  # NaN and inf stay in a maximum
+            if bad.any():
+                row = int(side.ids[start + int(bad.argmax())])
+                need = "finite, and not zero under cosine" if distance_metric == "cosine" else "finite"
+                raise ValueError(f"`{name}` must be {need}: row {row} is not: leave it out (label -1) or mend it")
 
 
 def suspicions(problem: Problem, ks: Sequence[int]) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""What an evaluation will take, before it is run."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from faiss_knn.offline.problem import Problem
+from faiss_knn.offline.report import size
+
+_OVERHEAD = 1.5  # of an exact search over the bare matrix product: selection, the exact distances of what is kept
+
+
+def estimate(problem: Problem, depth: int, indexes: Sequence[str]) -> str:
+    """Describe sizes, memory and the time of the exact search, from the speed of a short matrix product here.
+
+    Args:
+        problem: Bank and queries.
+        depth: Neighbours kept per query.
+        indexes: The specs that would be built.
+    """
+    bank, queries = problem.bank, problem.queries
+    held = 4 * problem.dim * len(bank.rows)
+    neighbors = 12 * depth * len(queries.rows)
+    exact_s = _OVERHEAD * 2 * len(bank.rows) * len(queries.rows) * problem.dim / _flops(problem.dim)
+    others = [spec for spec in indexes if spec != "flat"]
+    lines = [
+        f"bank     {len(bank.rows):>12,} x {problem.dim:,} {bank.rows.dtype}, {size(held)} as float32",
+        f"queries  {len(queries.rows):>12,} x {problem.dim:,} {queries.rows.dtype}",
+        f"classes  {problem.num_classes:>12,}" + (" (multi-hot)" if problem.multi_hot else ""),
+        f"memory   {size(neighbors):>12} per index for {depth} neighbours per query, and the rows that are not on disk",
+        f"time     {_seconds(exact_s):>12} for the exact search on the CPU, roughly",
+    ]
+    if others:
+        lines.append(
+            f"further  {len(others)} indexes to build and search ({', '.join(others)}), each up to {size(held)} more"
+        )
+    return "\n".join(lines)
+
+
+def _flops(dim: int) -> float:
+    """Floating-point operations per second of a float32 matrix product of this depth; takes a fraction of a second."""
+    left, right = torch.rand(512, dim), torch.rand(8192, dim)
+    left @ right.T
+    start = time.perf_counter()
+    rounds = 0
+    while time.perf_counter() - start < 0.1:
+        left @ right.T
+        rounds += 1
+    return 2 * 512 * 8192 * dim * rounds / (time.perf_counter() - start)
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return "under 1 s"
+    return f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"

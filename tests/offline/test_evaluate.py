@@ -1,0 +1,386 @@
+"""evaluate() against slow float64 arithmetic, scikit-learn and torchmetrics."""
+
+import importlib.util
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from faiss_knn import KNNIndex, evaluate
+from faiss_knn.offline import neighbors as search_step
+from faiss_knn.offline.features import digits
+from faiss_knn.offline.rows import Shards
+
+_spec = importlib.util.spec_from_file_location("offline_oracle", Path(__file__).with_name("oracle.py"))
+oracle = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(oracle)
+
+KS, TEMPERATURES, WEIGHTINGS = (1, 4, 9), (0.07, 1.0), ("inverse", "softmax", "uniform")
+
+
+def blobs(seed=0, n=90, num_queries=40, dim=5, classes=7, spread=1.2):
+    """Overlapping clusters, so that accuracy is far from 1; class 2 is empty, class 6 has queries alone."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((classes, dim))
+    bank_labels = rng.choice([0, 1, 3, 4, 5], n)
+    query_labels = rng.choice([0, 1, 3, 4, 5, 6], num_queries)
+    draw = lambda labels: (centres[labels] + spread * rng.standard_normal((len(labels), dim))).astype(np.float32)  # noqa: E731
+    return draw(bank_labels), bank_labels, draw(query_labels), query_labels
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "squared_euclidean", "manhattan"])
+def test_every_setting_equals_float64_arithmetic(metric):
+    bank, bank_labels, queries, query_labels = blobs()
+    report = evaluate(
+        bank,
+        bank_labels,
+        queries,
+        query_labels,
+        k=KS,
+        temperature=TEMPERATURES,
+        weighting=WEIGHTINGS,
+        distance_metric=metric,
+    )
+    distances, indices = oracle.neighbors(queries, bank, max(KS), metric)
+    points = list(product(KS, TEMPERATURES, WEIGHTINGS))
+    assert [(r["k"], r["temperature"], r["weighting"]) for r in report.records] == points
+    for record, (k, temperature, weighting) in zip(report.records, points, strict=True):
+        top1, top5 = oracle.judge(
+            distances[:, :k], indices[:, :k], bank_labels, query_labels, temperature, weighting, 7
+        )
+        assert record["top1"] == pytest.approx(top1.mean(), abs=1e-12)
+        assert record["top5"] == pytest.approx(top5.mean(), abs=1e-12)
+        assert record["macro_top1"] == pytest.approx(oracle.macro(top1, query_labels), abs=1e-12)
+        assert record["top1_se"] == pytest.approx(top1.std() / np.sqrt(len(top1)))
+        assert (record["recall"], record["accuracy_loss"], record["exact"]) == (1.0, 0.0, True)
+        assert (record["num_classes"], record["n_bank"], record["n_queries"], record["dim"]) == (7, 90, 40, 5)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_digits_agree_with_scikit_learn(metric):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    bank, queries = digits()
+    report = evaluate(
+        bank.rows, bank.labels, queries.rows, queries.labels, k=(1, 5, 20), weighting=WEIGHTINGS, distance_metric=metric
+    )
+    rules = {
+        "uniform": "uniform",
+        "inverse": lambda d: 1 / (d + 0.07),
+        "softmax": lambda d: np.exp((d.min(1, keepdims=True) - d) / 0.07),
+    }
+    for record in report.records:
+        theirs = KNeighborsClassifier(record["k"], weights=rules[record["weighting"]], metric=metric, algorithm="brute")
+        theirs.fit(bank.rows.astype(np.float64), bank.labels)
+        assert record["top1"] == pytest.approx(theirs.score(queries.rows.astype(np.float64), queries.labels))
+
+
+def test_leave_one_out_removes_the_row_itself_and_not_its_twin():
+    bank, labels, *_ = blobs(1)
+    bank[50], labels[50], labels[10] = bank[10], 0, 1  # row 10 stands before its twin 50 in any list
+    report = evaluate(bank, labels, leave_one_out=True, k=KS, keep_neighbors=True, distance_metric="euclidean")
+    distances, indices = oracle.neighbors(bank, bank, 9, "euclidean", leave_one_out=True)
+    np.testing.assert_array_equal(report.neighbors["flat"][1], indices)
+    assert report.neighbors["flat"][1][50, 0] == 10
+    for record in report.records:
+        k = record["k"]
+        top1, _ = oracle.judge(distances[:, :k], indices[:, :k], labels, labels, 0.07, "inverse", 7)
+        assert record["top1"] == pytest.approx(top1.mean())
+    assert report.records[0]["duplicates"] == 2
+
+
+def test_leave_one_out_with_an_index_that_misses_rows():
+    bank, labels, *_ = blobs(2, n=300)
+    report = evaluate(bank, labels, leave_one_out=True, k=9, index=["IVF8,Flat"], nprobe=1, keep_neighbors=True)
+    indices = report.neighbors["IVF8,Flat"][1]
+    assert indices.shape == (300, 9)
+    assert not (indices == np.arange(300)[:, None]).any()
+
+
+def test_a_class_without_weight_is_no_hit_in_the_first_five():
+    bank = np.array([[0.0], [1.0], [2.0], [3.0]])
+    near = evaluate(
+        bank, [0, 1, 2, 3], [[0.1]], [3], k=4, distance_metric="euclidean", temperature=1e-3, weighting="softmax"
+    )
+    assert near.records[0]["top5"] == 0  # exp(-2.8 / 0.001) is 0 in float32
+    wide = evaluate(bank, [0, 1, 2, 3], [[0.1]], [3], k=4, distance_metric="euclidean", weighting="uniform")
+    assert wide.records[0]["top5"] == 1
+    unseen = evaluate(bank, [0, 1, 2, 3], [[0.1]], [0], k=1, num_classes=9, distance_metric="euclidean")
+    assert unseen.records[0]["top5"] == 1
+
+
+def test_equal_scores_go_to_the_lowest_class():
+    bank, labels = [[1.0, 0.0], [0.0, 1.0]], [1, 0]
+    report = evaluate(bank, labels, [[1.0, 1.0], [1.0, 1.0]], [0, 1], k=2, weighting="uniform")
+    assert report.per_class[next(iter(report.per_class))] == [1.0, 0.0]
+
+
+def test_multi_hot_labels_give_mean_average_precision():
+    from sklearn.metrics import average_precision_score
+
+    rng = np.random.default_rng(3)
+    bank, _, queries, _ = blobs(3)
+    bank_labels, query_labels = (rng.random((n, 4)) < 0.4 for n in (90, 40))
+    query_labels[:, 3] = False
+    report = evaluate(
+        bank, bank_labels.astype(int), queries, query_labels.astype(int), k=(3, 9), weighting="uniform",
+        metrics=["MultilabelAUROC(average='micro')"],
+    )  # fmt: skip
+    _, indices = oracle.neighbors(queries, bank, 9, "cosine")
+    for record in report.records:
+        scores = bank_labels[indices[:, : record["k"]]].mean(1)
+        expected = np.mean([average_precision_score(query_labels[:, c], scores[:, c]) for c in range(3)])
+        assert record["map"] == pytest.approx(expected)
+        hits = [truth[np.argmax(s)] and s.max() > 0 for s, truth in zip(scores, query_labels, strict=True)]
+        assert record["top1"] == pytest.approx(np.mean(hits))
+        assert record["MultilabelAUROC(average='micro')"] > 0
+        assert record["macro_top1"] is None
+        assert record["retrieval_precision"] is None
+
+
+def test_few_shot_is_the_mean_over_draws():
+    bank, bank_labels, queries, query_labels = blobs(4)
+    given = (bank, bank_labels, queries, query_labels)
+    together = evaluate(*given, k=(1, 3), per_class=4, tries=3, seed=5)
+    single = [evaluate(*given, k=(1, 3), per_class=4, tries=1, seed=5 + i) for i in range(3)]
+    for i, record in enumerate(together.records):
+        scores = [one.records[i]["top1"] for one in single]
+        assert record["n_bank"] == 4 * 5
+        assert record["top1"] == pytest.approx(np.mean(scores))
+        assert record["top1_std"] == pytest.approx(np.std(scores, ddof=1))
+    assert len({record["top1"] for one in single for record in one.records}) > 2
+
+
+def test_torchmetrics_metrics_see_the_shares_of_weight():
+    from torchmetrics.classification import MulticlassAUROC, MulticlassCalibrationError
+
+    from faiss_knn.classify.vote import neighbor_weights, normalize_scores, vote
+
+    bank, bank_labels, queries, query_labels = blobs(5)
+    bank_labels, query_labels = bank_labels % 3, query_labels % 3  # torchmetrics warns of classes without queries
+    names = ["MulticlassAUROC", "MulticlassCalibrationError(n_bins=5)", "MulticlassAccuracy(average='micro')"]
+    (record,) = evaluate(bank, bank_labels, queries, query_labels, k=9, metrics=names).records
+    found = KNNIndex(distance_metric="cosine").build(bank).search(queries, 9)
+    weights = neighbor_weights(found.distances)
+    shares = normalize_scores(vote(found.distances, torch.from_numpy(bank_labels)[found.indices], 3), weights)
+    truth = torch.from_numpy(query_labels)
+    assert record["MulticlassAUROC"] == pytest.approx(MulticlassAUROC(3)(shares, truth).item())
+    assert record[names[1]] == pytest.approx(MulticlassCalibrationError(3, n_bins=5)(shares, truth).item())
+    assert record[names[2]] == pytest.approx(record["top1"])
+
+
+def test_an_index_is_compared_with_exact_neighbours_of_the_same_queries():
+    bank, bank_labels, queries, query_labels = blobs(6, n=400, num_queries=150, spread=0.8)
+    bank[200:] = bank[:200]  # every neighbour has a twin at the same distance
+    report = evaluate(
+        bank, bank_labels, queries, query_labels, k=(2, 5), weighting=("uniform", "softmax"),
+        index=("IVF16,Flat", "flat"), nprobe=1, keep_neighbors=True,
+    )  # fmt: skip
+    (found_d, found_i), (exact_d, exact_i) = report.neighbors["IVF16,Flat"], report.neighbors["flat"]
+    for record in report.records[:4]:
+        k, w = record["k"], record["weighting"]
+        hits = []
+        for d, i in ((found_d, found_i), (exact_d, exact_i)):
+            lists = [
+                (np.ma.compressed(np.ma.masked_invalid(x)), y[y >= 0]) for x, y in zip(d[:, :k], i[:, :k], strict=True)
+            ]
+            hits.append(
+                np.array([
+                    oracle.judge(x[None], y[None], bank_labels, [t], 0.07, w, 7)[0][0]
+                    for (x, y), t in zip(lists, query_labels, strict=True)
+                ])
+            )  # fmt: skip
+        loss = hits[1].astype(float) - hits[0]
+        assert record["accuracy_loss"] == pytest.approx(loss.mean(), abs=1e-12)
+        assert record["accuracy_loss_se"] == pytest.approx(loss.std() / np.sqrt(150))
+        by_id = np.mean([len(set(a[:k]) & set(b[:k])) / k for a, b in zip(found_i, exact_i, strict=True)])
+        by_distance = np.mean(found_d[:, :k] <= exact_d[:, k - 1 : k] * (1 + 1e-5))
+        assert record["recall_ids"] == pytest.approx(by_id)
+        assert record["recall"] == pytest.approx(by_distance)
+        assert 0.2 < record["recall"] < 1
+    assert [record["accuracy_loss"] for record in report.records[4:]] == [0, 0, 0, 0]
+
+
+def test_another_row_of_the_same_distance_is_no_miss():
+    from faiss_knn.offline.scores import recalls
+
+    exact = torch.tensor([[0.5, 1.0, 1.0]]), torch.tensor([[4, 1, 2]])
+    assert recalls(torch.tensor([[0.5, 1.0, 1.0]]), torch.tensor([[4, 3, 7]]), *exact) == (1.0, pytest.approx(1 / 3))
+    assert recalls(torch.tensor([[0.5, 1.1, float("inf")]]), torch.tensor([[4, 9, -1]]), *exact)[0] == pytest.approx(
+        1 / 3
+    )
+    with pytest.raises(ValueError, match="a row twice"):
+        recalls(torch.tensor([[0.5, 0.5, 1.0]]), torch.tensor([[4, 4, 1]]), *exact)
+
+
+def test_one_search_serves_every_setting(monkeypatch):
+    built = []
+    monkeypatch.setattr(KNNIndex, "build", _counting(KNNIndex.build, built))
+    report = evaluate(*blobs(), k=KS, temperature=TEMPERATURES, weighting=WEIGHTINGS, index=("flat", "IVF4,Flat"))
+    assert len(report.records) == 2 * 18
+    assert built == ["flat", "IVF4,Flat"]
+
+
+def _counting(build, built):
+    def counted(index, *args, **options):
+        built.append(index.spec)
+        return build(index, *args, **options)
+
+    return counted
+
+
+def test_a_sweep_tries_each_value_on_the_indexes_that_have_the_parameter():
+    bank, bank_labels, queries, query_labels = blobs(7, n=400)
+    report = evaluate(
+        bank, bank_labels, queries, query_labels, k=5, index=("flat", "IVF16,Flat"), sweep={"nprobe": [1, 4, 16]}
+    )
+    assert [(r["spec"], r["settings"], r["nprobe"]) for r in report.records] == [
+        ("flat", {}, None), *(("IVF16,Flat", {"nprobe": n}, n) for n in (1, 4, 16)),
+    ]  # fmt: skip
+    recalls = [r["recall"] for r in report.records]
+    assert recalls[1] < recalls[2] < recalls[3] == 1.0
+
+
+def test_records_that_are_there_are_not_made_again(monkeypatch):
+    data = blobs()
+    full = evaluate(*data, k=KS, index=("flat", "IVF4,Flat"))
+    built, fresh = [], []
+    monkeypatch.setattr(KNNIndex, "build", _counting(KNNIndex.build, built))
+    again = evaluate(*data, k=KS, index=("flat", "IVF4,Flat"), done=full.records)
+    assert (again.records, built) == (full.records, [])
+    part = evaluate(
+        *data, k=KS, index=("flat", "IVF4,Flat"), done=full.records[:4], on_record=lambda r, _: fresh.append(r)
+    )
+    assert [(r["spec"], r["k"]) for r in fresh] == [("IVF4,Flat", 4), ("IVF4,Flat", 9)]
+    assert [r["top1"] for r in part.records] == [r["top1"] for r in full.records]
+    other = data[0] + 1, *data[1:]
+    evaluate(*other, k=KS, done=full.records, on_record=lambda r, _: fresh.append(r))
+    assert len(fresh) == 5  # other features: nothing of the old run is taken
+
+
+@pytest.mark.parametrize("kind", ["shards", "bytes", "memmap", "half", "big-endian", "tensor"])
+@pytest.mark.parametrize("index", ["flat", "IVF4,Flat"])
+def test_rows_of_any_kind_give_the_same_neighbours(tmp_path, monkeypatch, kind, index):
+    monkeypatch.setattr(search_step, "BANK_BLOCK_BYTES", 4 * 5 * 37)  # pieces of 37 rows
+    rng = np.random.default_rng(8)
+    bank, queries = rng.integers(0, 20, (150, 5)).astype(np.float32), rng.integers(1, 20, (20, 5)).astype(np.float32)
+    bank[:, 0] += 1  # no zero row
+    np.save(tmp_path / "bank.npy", bank)
+    rows = {
+        "shards": lambda: Shards([bank[:1], bank[1:90], bank[90:]]),
+        "bytes": lambda: bank.astype(np.uint8),
+        "memmap": lambda: np.load(tmp_path / "bank.npy", mmap_mode="r"),
+        "half": lambda: bank.astype(np.float16),
+        "big-endian": lambda: bank.astype(">f4"),
+        "tensor": lambda: torch.from_numpy(bank),
+    }[kind]()
+    labels, query_labels = rng.integers(0, 4, 150), rng.integers(0, 4, 20)
+    options = {"k": 9, "index": index, "nprobe": 4 if index != "flat" else None, "keep_neighbors": True}
+    got = evaluate(rows, labels, queries, query_labels, distance_metric="euclidean", **options)
+    distances, indices = oracle.neighbors(queries, bank, 9, "euclidean")
+    np.testing.assert_array_equal(got.neighbors[index][1], indices)
+    np.testing.assert_allclose(got.neighbors[index][0], distances, rtol=1e-6)
+
+
+def test_unlabelled_rows_are_left_out_and_row_numbers_stay():
+    bank, bank_labels, queries, query_labels = blobs(9)
+    bank_labels[::3] = -1
+    query_labels[:5] = -1
+    report = evaluate(bank, bank_labels, queries, query_labels, k=4, keep_neighbors=True)
+    kept = np.flatnonzero(bank_labels >= 0)
+    _, indices = oracle.neighbors(queries[5:], bank[kept], 4, "cosine")
+    np.testing.assert_array_equal(report.neighbors["flat"][1], kept[indices])
+    assert (report.checks["unlabelled_bank"], report.checks["unlabelled_queries"]) == (30, 5)
+
+
+def test_names_are_numbered_in_their_order():
+    bank, bank_labels, queries, query_labels = blobs(10)
+    words = np.array(["ant", "bee", "cat", "dog", "eel", "fox", "gnu"])
+    named = evaluate(bank, words[bank_labels], queries, words[query_labels], k=5)
+    plain = evaluate(bank, bank_labels, queries, query_labels, k=5)
+    assert named.records[0]["top1"] == plain.records[0]["top1"]
+    assert named.class_names == ["ant", "bee", "dog", "eel", "fox", "gnu"]  # no cat in the data
+    assert named.checks["classes_unseen"] == ["gnu"]
+
+
+def test_what_makes_a_number_suspect_is_found():
+    bank, bank_labels, queries, query_labels = blobs(11)
+    queries[:3] = bank[40:43]
+    report = evaluate(bank, bank_labels, queries, query_labels, k=(1, 200))
+    counts = np.bincount(bank_labels, minlength=7)
+    present = counts[counts > 0]
+    assert report.checks["rows_per_class"] == [present.min(), np.median(present), present.max()]
+    assert report.checks["queries_unseen"] == (query_labels == 6).sum()
+    assert report.checks["majority_baseline"] == pytest.approx((query_labels == counts.argmax()).mean())
+    assert report.checks["k_above_bank"] == [200]
+    assert report.records[0]["duplicates"] == 3
+
+
+def test_retrieval_metrics_come_from_the_lists():
+    from faiss_knn import retrieval_metrics
+
+    bank, bank_labels, queries, query_labels = blobs(12)
+    _, indices = oracle.neighbors(queries, bank, 90, "cosine")
+    relevant = torch.from_numpy((bank_labels[None] == query_labels[:, None]).sum(1))
+    whole = retrieval_metrics(torch.from_numpy(bank_labels[indices]), torch.from_numpy(query_labels), relevant, [3, 9])
+    deep = evaluate(bank, bank_labels, queries, query_labels, k=(3, 9), depth=90)
+    for record in deep.records:
+        for name in ("precision", "hit_rate", "recall", "map", "ndcg"):
+            assert record[f"retrieval_{name}"] == pytest.approx(whole[f"{name}@{record['k']}"]), name
+        assert record["retrieval_mrr"] == pytest.approx(whole["mrr"])
+        assert record["retrieval_r_precision"] == pytest.approx(whole["r_precision"])
+        assert record["retrieval_map_r"] == pytest.approx(whole["map@r"])
+    shallow = evaluate(bank, bank_labels, queries, query_labels, k=9)
+    assert shallow.records[0]["retrieval_r_precision"] is None
+
+
+def test_single_queries_are_timed_on_request():
+    (record,) = evaluate(*blobs(), k=1, latency=10).records
+    assert 0 < record["latency_p50_ms"] <= record["latency_p95_ms"]
+    assert "latency_p50_ms" not in evaluate(*blobs(), k=1).records[0]
+
+
+BANK, LABELS, QUERIES, TRUTH = [[1.0, 2.0], [3.0, 4.0]], [0, 1], [[1.0, 1.0]], [0]
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ((BANK, LABELS, None, None), {}, "`query_features` and `query_labels` are needed"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"leave_one_out": True}, "leave_one_out takes the bank alone"),
+        ((BANK, [0], QUERIES, TRUTH), {}, "`bank_labels` must have one entry per row, 2, got 1"),
+        ((BANK, [0, -2], QUERIES, TRUTH), {}, "`bank_labels` must be class ids from 0, .* got -2"),
+        ((BANK, [-1, -1], QUERIES, TRUTH), {}, "every entry of `bank_labels` is -1"),
+        ((BANK, [0.5, 1], QUERIES, TRUTH), {}, "`bank_labels` must be .* float64"),
+        ((BANK, LABELS, [[1.0]], TRUTH), {}, "`query_features` must have the bank's dimension 2, got 1"),
+        ((BANK, LABELS, QUERIES, ["a"]), {}, "both be names"),
+        ((BANK, LABELS, QUERIES, [[1, 0]]), {}, "of one kind"),
+        ((BANK, [[0, 2], [1, 0]], QUERIES, [[1, 0]]), {}, "`bank_labels` must be 0 and 1, .* got 2"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"num_classes": 1}, "give num_classes=2"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"class_names": ["a"]}, "`class_names` must name all 2"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"k": 0}, "must be positive integers, got 0"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"k": []}, "`k` needs at least one value"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"temperature": -1.0}, "temperature must be positive, got -1.0"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"weighting": "loud"}, "`weighting` must be one of"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"index": []}, "`index` needs at least one spec"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"sweep": {"speed": [1]}}, "`sweep` must name one of"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"tries": 3}, "give per_class too"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"per_class": 0}, "`per_class` must be positive"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"metrics": ["Accuracy"]}, "such as Multiclass"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"metrics": ["import os"]}, "must be Name or Name"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"metrics": ["MulticlassAccuracy(colour=3)"]}, "cannot be made"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"metrics": ["MulticlassConfusionMatrix"]}, "not give a single number"),
+        (
+            ([[float("nan"), 1.0], [1.0, 1.0]], LABELS, QUERIES, TRUTH),
+            {},
+            "`bank_features` must be finite, .* row 0 is not",
+        ),
+        ((BANK, LABELS, [[1.0, 1.0], [0.0, 0.0]], [-1, 1]), {}, "`query_features` must be finite, .* row 1 is not"),
+        ((BANK, LABELS, [[float("inf"), 1.0]], TRUTH), {"distance_metric": "euclidean"}, "must be finite: row 0"),
+    ],
+)
+def test_bad_input_is_named(given, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(*given, **{"k": 1} | options)
