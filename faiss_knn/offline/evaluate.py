@@ -123,6 +123,8 @@ def evaluate(
         bank_features, bank_labels, query_features, query_labels,
         num_classes=num_classes, class_names=class_names, leave_one_out=leave_one_out,
     )  # fmt: skip
+    for variant in variants:
+        options.check(variant, problem.dim)
     check_values(problem, distance_metric)
     judges = make_metrics(metrics, problem.num_classes, problem.multi_hot)
     run = _Run(problem, grid, options, judges, per_class, draws, seed)

@@ -1,5 +1,7 @@
 """A report as Markdown."""
 
+import re
+
 from faiss_knn.offline.document import Section, Table
 
 
@@ -28,14 +30,5 @@ def _table(table: Table) -> str:
 
 def _escaped(text: str) -> str:
     """Markdown renders raw HTML, and a bar ends a table's cell."""
-    for sign, written in (
-        ("&", "&amp;"),
-        ("<", "&lt;"),
-        ("|", "\\|"),
-        ("`", "\\`"),
-        ("*", "\\*"),
-        ("_", "\\_"),
-        ("[", "\\["),
-    ):
-        text = text.replace(sign, written)
-    return " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return " ".join(re.sub(r"([\\|`*_\[\]$])", r"\\\1", text).split())

@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from faiss_knn.offline.problem import Problem
 from faiss_knn.offline.rows import Rows, read_rows, spans
+from faiss_knn.search.backend import make_index
+from faiss_knn.search.distance import get_distance
 from faiss_knn.search.index import KNNIndex
 
 QUERY_BLOCK = 2048
@@ -61,6 +63,11 @@ class SearchOptions:
     target_recall: float | None = None
     latency: int = 0
     progress: bool | None = False
+
+    def check(self, variant: Variant, dim: int) -> None:
+        """Raise ValueError if FAISS has no such index for rows of this width, before the others are searched."""
+        if variant.spec not in ("flat", "ivf", "fast", "auto"):
+            make_index(variant.spec, dim, get_distance(self.distance_metric).faiss_metric)
 
     def index(self, variant: Variant) -> KNNIndex:
         """An index as this variant asks, not yet built."""

@@ -366,6 +366,8 @@ BANK, LABELS, QUERIES, TRUTH = [[1.0, 2.0], [3.0, 4.0]], [0, 1], [[1.0, 1.0]], [
         ((BANK, LABELS, QUERIES, TRUTH), {"weighting": "loud"}, "`weighting` must be one of"),
         ((BANK, LABELS, QUERIES, TRUTH), {"index": []}, "`index` needs at least one spec"),
         ((BANK, LABELS, QUERIES, TRUTH), {"sweep": {"speed": [1]}}, "`sweep` must name one of"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"index": ["flat", "IVG4,Flat"]}, "FAISS factory string .* got 'IVG4,Flat'"),
+        ((BANK, LABELS, QUERIES, TRUTH), {"distance_metric": "far"}, "`distance_metric` must be one of"),
         ((BANK, LABELS, QUERIES, TRUTH), {"tries": 3}, "give per_class too"),
         ((BANK, LABELS, QUERIES, TRUTH), {"per_class": 0}, "`per_class` must be positive"),
         ((BANK, LABELS, QUERIES, TRUTH), {"metrics": ["Accuracy"]}, "such as Multiclass"),

@@ -1,0 +1,242 @@
+"""The program as its user meets it: what it prints, writes, refuses, and how it goes on after a cut."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from faiss_knn import __version__
+from faiss_knn.offline.cli import main, parse
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    rng = np.random.default_rng(0)
+    for name, n in (("bank", 120), ("queries", 40)):
+        labels = rng.integers(0, 4, n)
+        np.savez(folder / f"{name}.npz", features=rng.standard_normal((n, 8)) + labels[:, None], labels=labels)
+    return str(folder / "bank.npz"), str(folder / "queries.npz")
+
+
+def records(folder):
+    return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
+
+
+def test_without_files_it_evaluates_the_digits(capsys):
+    assert main(["eval", "--k", "1", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].split()[:3] == ["index", "k", "T"]
+    assert out.splitlines()[1].split()[:5] == ["flat", "1", "0.07", "inverse", "99.33"]
+    assert err == ""  # no progress in a pipe
+
+
+def test_options_reach_the_records(files, tmp_path):
+    out = tmp_path / "out"
+    options = "--k 2 3 --temperature 0.1 1 --weighting softmax uniform --distance euclidean --index flat IVF4,Flat "
+    options += "--sweep nprobe=1,4 --metric MulticlassF1Score --latency 3 --depth 50 --seed 7 --num-classes 6"
+    assert main(["eval", *files, *options.split(), "--out", str(out), "--save-neighbors"]) == 0
+    found = records(out)
+    assert len(found) == 3 * 2 * 2 * 2
+    assert {r["spec"] for r in found} == {"flat", "IVF4,Flat"}
+    assert [r["settings"] for r in found[8::8]] == [{"nprobe": 1}, {"nprobe": 4}]
+    first = found[0]
+    assert (first["k"], first["temperature"], first["weighting"]) == (2, 0.1, "softmax")
+    assert (first["distance_metric"], first["num_classes"], first["seed"]) == ("euclidean", 6, 7)
+    assert first["MulticlassF1Score"] > 0
+    assert first["latency_p95_ms"] > 0
+    assert np.load(out / "neighbors.npz")["indices/flat"].shape == (40, 50)
+    assert (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("program", [["-m", "faiss_knn", "eval"], [str(ROOT / "scripts" / "index_eval.py")]])
+def test_each_way_to_start_it_is_one_program(files, tmp_path, program):
+    done = subprocess.run(
+        [sys.executable, *program, *files, "--k", "5"],
+        capture_output=True, text=True, cwd=ROOT if "-m" in program else tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_few_shot_and_leave_one_out(files, tmp_path):
+    assert main(["eval", *files, "--k", "1", "--per-class", "3", "--tries", "4", "--out", str(tmp_path / "a")]) == 0
+    (few,) = records(tmp_path / "a")
+    assert (few["n_bank"], few["tries"]) == (12, 4)
+    assert few["top1_std"] > 0
+    assert main(["eval", files[0], "--leave-one-out", "--k", "1", "--out", str(tmp_path / "b")]) == 0
+    (own,) = records(tmp_path / "b")
+    assert (own["n_queries"], own["leave_one_out"]) == (120, True)
+    assert own["top1"] < 1
+
+
+def test_a_config_file_gives_options_and_the_command_line_wins(files, tmp_path):
+    config = tmp_path / "eval.yaml"
+    config.write_text(
+        f"bank: {files[0]}\nqueries: {files[1]}\nk: [1, 7]\nweighting: uniform\nsweep: {{nprobe: [1, 2]}}\n"
+        "save-neighbors: true\nout: from-config\n"
+    )
+    given = parse(["eval", "--config", str(config), "--weighting", "softmax", "--no-save-neighbors"])
+    assert (given.bank, given.queries) == (Path(files[0]), Path(files[1]))
+    assert (given.k, given.weighting, given.save_neighbors) == ([1, 7], ["softmax"], False)
+    assert (given.sweep, given.out) == ([("nprobe", [1, 2])], Path("from-config"))
+
+
+def test_a_dry_run_prints_sizes_and_evaluates_nothing(files, tmp_path, capsys):
+    assert main(["eval", *files, "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "120 x 8" in out
+    assert "under 1 s" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_class_names_and_labels_from_their_own_files(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    np.save(tmp_path / "bank.npy", rng.standard_normal((20, 4)))
+    (tmp_path / "labels.txt").write_text("\n".join(["cat", "dog"] * 10))
+    arguments = ["eval", str(tmp_path / "bank.npy"), "--leave-one-out", "--labels", str(tmp_path / "labels.txt")]
+    assert main([*arguments, "--k", "3", "--out", str(tmp_path / "out")]) == 0
+    assert "dog" in (tmp_path / "out" / "per_class.csv").read_text()
+    (tmp_path / "names.txt").write_text("dog\ncat\n")
+    assert (
+        main([*arguments, "--k", "3", "--class-names", str(tmp_path / "names.txt"), "--out", str(tmp_path / "o2")]) == 0
+    )
+    assert "flat,3,0.07,inverse,0,dog" in (tmp_path / "o2" / "per_class.csv").read_text()
+    capsys.readouterr()
+
+
+def test_version_and_help_answer_at_once(capsys):
+    for arguments in (["--version"], ["eval", "--version"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(arguments)
+        assert capsys.readouterr().out == f"faiss-knn {__version__}\n"
+    code = (
+        "import sys; from faiss_knn.offline.cli import main\ntry: main(['eval', '--help'])\nexcept SystemExit: pass\n"
+    )
+    code += "print(sorted({'torch', 'numpy', 'faiss', 'lightning', 'yaml'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+BAD_DATA = {
+    "no such file": (["nothing.npz", "nothing.npz"], "nothing.npz: no such file"),
+    "no labels": (["bare.npy", "bare.npy"], "bare.npy: holds no labels: give them with --labels"),
+    "no query labels": (["bank.npz", "bare.npy"], "bare.npy: holds no labels: give them with --query-labels"),
+    "NaN": (["nan.npz", "nan.npz"], "`bank_features` must be finite, and not zero under cosine: row 2 is not"),
+    "another dimension": (["bank.npz", "narrow.npz"], "`query_features` must have the bank's dimension 8, got 3"),
+    "truncated": (["cut.npz", "bank.npz"], "cut.npz: cannot be read as .npz"),
+    "no such index": (["bank.npz", "bank.npz", "--index", "IVG4"], "got 'IVG4'"),
+    "nprobe above nlist": (["bank.npz", "bank.npz", "--index", "IVF4,Flat", "--nprobe", "9"], "nprobe"),
+    "no such metric": (["bank.npz", "bank.npz", "--metric", "Quality"], "`metrics` must name"),
+    "no such class names": (["bank.npz", "bank.npz", "--class-names", "n.txt"], "n.txt: no such file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_one_line_and_exit_1(files, tmp_path, monkeypatch, capsys, case):
+    monkeypatch.chdir(tmp_path)
+    good = dict(np.load(files[0]))
+    np.savez("bank.npz", **good)
+    np.save("bare.npy", good["features"])
+    broken = good["features"].copy()
+    broken[2, 1] = np.nan
+    np.savez("nan.npz", features=broken, labels=good["labels"])
+    np.savez("narrow.npz", features=good["features"][:, :3], labels=good["labels"])
+    Path("cut.npz").write_bytes(Path("bank.npz").read_bytes()[:900])
+    arguments, message = BAD_DATA[case]
+    assert main(["eval", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("faiss-knn: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+BAD_USAGE = {
+    "no command": ([], "required: command"),
+    "no queries": (["eval", "bank.npz"], "QUERIES is missing"),
+    "too many": (["eval", "a", "b", "--leave-one-out"], "takes BANK alone"),
+    "k of zero": (["eval", "--k", "0"], "must be a positive whole number, got '0'"),
+    "temperature of nothing": (["eval", "--temperature", "0"], "must be above 0, got '0'"),
+    "a word for a number": (["eval", "--temperature", "warm"], "must be a number, got 'warm'"),
+    "unknown weighting": (["eval", "--weighting", "loud"], "invalid choice: 'loud'"),
+    "unknown option": (["eval", "--colour", "red"], "unrecognized arguments"),
+    "unknown sweep": (["eval", "--sweep", "speed=1"], "must be nprobe=1,4,16"),
+    "recall above one": (["eval", "--target-recall", "1.5"], "must be in (0, 1]"),
+    "resume what": (["eval", "--resume"], "--resume needs --out"),
+    "tries of what": (["eval", "--tries", "3"], "--tries needs --per-class"),
+    "no config": (["eval", "--config", "none.yaml"], "none.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USAGE)
+def test_bad_usage_is_one_line_and_exit_2(capsys, case):
+    arguments, message = BAD_USAGE[case]
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["k: [0]", "colour: red", "- k", "k: [1", "weighting: loud"])
+def test_a_bad_config_is_bad_usage(tmp_path, capsys, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "--config", str(tmp_path / "c.yaml")])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_was_done_before_a_cut_is_kept_and_not_done_again(files, tmp_path, monkeypatch, capsys):
+    from faiss_knn.offline import report
+    from faiss_knn.search.index import KNNIndex
+
+    out, arguments = tmp_path / "out", ["eval", *files, "--k", "1", "5", "--index", "flat", "IVF4,Flat"]
+    add, added = report.Ledger.add, []
+
+    def add_three(ledger, *given):
+        if len(added) == 3:
+            raise KeyboardInterrupt
+        added.append(given)
+        add(ledger, *given)
+
+    monkeypatch.setattr(report.Ledger, "add", add_three)
+    assert main([*arguments, "--out", str(out)]) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    assert len(records(out)) == 3
+    monkeypatch.setattr(report.Ledger, "add", add)
+    assert main([*arguments, "--out", str(out), "--resume"]) == 0
+    done = records(out)
+    assert [(r["spec"], r["k"]) for r in done] == [(s, k) for s in ("flat", "IVF4,Flat") for k in (1, 5)]
+    assert done[:3] == [given[0] for given in added]
+    assert len((out / "per_class.csv").read_text().splitlines()) == 1 + 4 * 4
+    monkeypatch.setattr(KNNIndex, "build", None)  # a third run has nothing to search
+    assert main([*arguments, "--out", str(out), "--resume"]) == 0
+
+
+def test_ctrl_c_ends_with_one_line(tmp_path):
+    rng = np.random.default_rng(2)
+    np.savez(
+        tmp_path / "bank.npz", features=rng.standard_normal((60_000, 128), np.float32), labels=np.arange(60_000) % 9
+    )
+    arguments = ["eval", str(tmp_path / "bank.npz"), "--leave-one-out", "--out", str(tmp_path / "out")]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "faiss_knn", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    while not (tmp_path / "out").exists():  # made when the features have been read
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (130, "")
+    assert err.startswith("faiss-knn: stopped")
+    assert err.count("\n") == 1
