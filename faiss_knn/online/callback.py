@@ -1,6 +1,8 @@
 """OnlineKNN: a k-NN vote over the queue at every validation, logged as torchmetrics."""
 
-from collections.abc import MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,31 +10,84 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 from loguru import logger
 from torch import Tensor
 
 from faiss_knn.classify.bank import FeatureBank
+from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.classify.vote import check_vote_options, neighbor_weights, normalize_scores
 from faiss_knn.online.lookup import find_tensor, was_skipped
 from faiss_knn.online.metrics import MetricTable, class_count, named_metrics
-from faiss_knn.online.queue import OnlineQueue, find_or_create_queue
+from faiss_knn.online.queue import OnlineQueue, QueueStorage, RingBuffer, find_or_create_queue
 from faiss_knn.online.rows import class_labels, flat_rows, labelled, searchable
+from faiss_knn.online.samples import OncePerId, genuine_rows, newest_per_id, sample_ids
 from faiss_knn.online.state import trainer_state
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.index import KNNIndex, Neighbors
+from faiss_knn.search.ranks import agree, agreed, gather_rows, share, world
 
 
 @dataclass
 class _Run:
     """What one callback holds for one call of fit, validate or test."""
 
-    input_queue: OnlineQueue
-    target_queue: OnlineQueue
+    queues: dict[str, OnlineQueue]
     index: KNNIndex
-    bank: FeatureBank | None = None
-    table: MetricTable | None = None
-    skipped: int = 0
+    epoch: "_Epoch | None" = None
     warned: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Epoch:
+    """What it holds for one validation epoch; all ranks go through the same steps of it.
+
+    Attributes:
+        table: The metrics of the loaders that are scored.
+        loaders: The dataloaders, in order.
+        batches: How many batches of each loader the rank with the most of them has.
+        rows: What the bank's dataloader gave so far, by key, where one fills the bank.
+        once: Lets each sample id through once, by loader.
+        bank: None until it is built, and after that if there are no rows.
+        built: Whether that was tried.
+        searches: How many batches of each loader this rank has searched.
+        skipped: Rows left out on this rank.
+        error: What went wrong on this rank and waits for the end of the epoch.
+    """
+
+    table: MetricTable
+    loaders: list[Any]
+    batches: list[int]
+    rows: dict[str, QueueStorage]
+    once: dict[int, OncePerId]
+    bank: FeatureBank | ShardedBank | None = None
+    built: bool = False
+    searches: Counter[int] = field(default_factory=Counter)
+    skipped: int = 0
+    error: Exception | None = None
+
+
+@dataclass
+class _Asked:
+    """What a validation batch asks: (n, d) queries that can be searched, of B rows.
+
+    Attributes:
+        queries: The rows of `searched`.
+        labels: (B,) or (B, C).
+        searched: (B,) bool, the rows that have a distance to others.
+        counted: (B,) bool, those that the metrics count.
+        ids: (B,) sample ids, if asked for.
+        place: Where the predictions go.
+        loader: Number of the dataloader.
+    """
+
+    queries: Tensor
+    labels: Tensor
+    searched: Tensor
+    counted: Tensor
+    ids: Tensor | None
+    place: MutableMapping[str, Any] | None
+    loader: int
 
 
 class OnlineKNN(Callback):
@@ -156,66 +211,112 @@ class OnlineKNN(Callback):
         if len(twins) > 1:
             raise ValueError(f"{len(twins)} OnlineKNN callbacks are named '{self.name}': give each a name of its own")
         previous = trainer_state(trainer).get(self)
-        dtype = self.bank_dtype or (torch.float32 if self.input_dim else None)
-        target_dtype = torch.long if self.target_dim else None
-        trainer_state(trainer)[self] = _Run(
-            self._queue(trainer, self.input, self.input_dim, dtype),
-            self._queue(trainer, self.target, self.target_dim, target_dtype),
-            previous.index if previous else self._new_index(),
-        )
+        queues = {} if self.bank_dataloader_idx is not None else self._queues(trainer)
+        trainer_state(trainer)[self] = _Run(queues, previous.index if previous else self._new_index())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if was_skipped(pl_module, outputs):
+        if self.bank_dataloader_idx is not None or was_skipped(pl_module, outputs):
             return
-        self._check_aligned(*(find_tensor(key, outputs, batch, self.name) for key in (self.input, self.target)))
+        rows = {key: find_tensor(key, outputs, batch, self.name) for key in self._keys()}
+        self._check_aligned(rows)
+        if self.id is not None:
+            sample_ids(rows[self.id], f"'{self.id}'")
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         run = self._run(trainer)
-        run.bank, run.skipped = None, 0
-        if self._is_due(trainer):
-            loaders = _loader_count(trainer)
-            run.table = MetricTable(self.metrics, self.ks, loaders, pl_module.device)
-            run.bank = self._build_bank(trainer, run)
+        run.epoch = None
+        if not self._is_due(trainer):
+            return
+        batches = _batch_counts(trainer)
+        self._check_bank_loader(len(batches))
+        scored = [i for i in range(len(batches)) if i != self.bank_dataloader_idx]
+        run.epoch = _Epoch(
+            MetricTable(self.metrics, self.ks, scored, pl_module.device),
+            _loaders(trainer, len(batches)),
+            self._most_batches(batches),
+            {key: QueueStorage(self._ring(key, pl_module.device)) for key in self._keys()},
+            {i: OncePerId() for i in scored},
+        )
+        if self.bank_dataloader_idx is None:
+            self._build_bank(trainer, run, run.epoch)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         run = self._run(trainer)
-        if run.bank is None:
+        epoch = run.epoch
+        if epoch is None:
             return
-        place = _first_mapping(batch, outputs)
-        if place is not None and f"{self.name}_preds" in place:
-            raise ValueError(f"Key '{self.name}_preds' already exists in batch")
-        queries = flat_rows(find_tensor(self.input, outputs, batch, self.name))
-        labels = class_labels(find_tensor(self.target, outputs, batch, self.name), f"'{self.target}'")
-        scores = self._score(trainer, run, queries, labels, dataloader_idx)
-        if place is not None:
-            place[f"{self.name}_preds"] = scores
+        if dataloader_idx == self.bank_dataloader_idx:
+            with _held_back(epoch):
+                self._fill(trainer, run, epoch, outputs, batch, batch_idx)
+            return
+        if not epoch.built:
+            self._build_bank(trainer, run, epoch)
+        if epoch.bank is None:
+            return
+        self._serve(epoch, before=dataloader_idx)
+        asked: _Asked | None = None
+        with _held_back(epoch):
+            asked = self._read(trainer, run, epoch, outputs, batch, batch_idx, dataloader_idx)
+        with _held_back(epoch):
+            found = self._search(epoch, asked, dataloader_idx)
+            if asked is not None and found is not None and epoch.error is None:
+                self._score(epoch, asked, *found)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         run = self._run(trainer)
-        if run.bank is None or run.table is None:
+        epoch, run.epoch = run.epoch, None
+        if epoch is None:
             return
+        if not epoch.built:
+            self._build_bank(trainer, run, epoch)
+        if epoch.bank is None:
+            return
+        self._serve(epoch, before=len(epoch.loaders))
+        if self.id is not None:
+            for once in epoch.once.values():
+                with _held_back(epoch):
+                    once.finish()
+        agree(epoch.error)
         stage = "test" if trainer.state.stage == RunningStage.TESTING else "eval"
-        values = run.table.values(f"{stage}/{self.name}", several_k=not isinstance(self.k, int))
-        stats = run.index.stats
-        if not stats.exact and stats.recall is not None:
-            values[f"{stage}/{self.name}_index_recall"] = torch.tensor(stats.recall)
-        if run.skipped:
-            values[f"{stage}/{self.name}_skipped"] = torch.tensor(float(run.skipped))
+        values = epoch.table.values(f"{stage}/{self.name}", several_k=not isinstance(self.k, int))
+        values |= self._about_the_search(run, epoch, f"{stage}/{self.name}")
         for key, value in values.items():
-            pl_module.log(key, value.to(pl_module.device, torch.float32), add_dataloader_idx=False)
-        run.bank = run.table = None
+            # Every rank has the same value; the largest of them is that value, and says so to Lightning.
+            value = value.to(pl_module.device, torch.float32)
+            pl_module.log(key, value, add_dataloader_idx=False, sync_dist=True, reduce_fx="max")
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
+    def _keys(self) -> list[str]:
+        return [self.input, self.target, *([] if self.id is None else [self.id])]
+
+    def _queues(self, trainer: Any) -> dict[str, OnlineQueue]:
+        dtype = self.bank_dtype or (torch.float32 if self.input_dim else None)
+        target_dtype = torch.long if self.target_dim else None
+        queues = {
+            self.input: self._queue(trainer, self.input, self.input_dim, dtype),
+            self.target: self._queue(trainer, self.target, self.target_dim, target_dtype),
+        }
+        if self.id is not None:
+            queues[self.id] = self._queue(trainer, self.id, None, None)
+        return queues
+
     def _queue(self, trainer: Any, key: str, dim: int | None, dtype: torch.dtype | None) -> OnlineQueue:
-        queue = find_or_create_queue(trainer, key, self.queue_length, dim, dtype, gather_distributed=True)
+        queue = find_or_create_queue(
+            trainer, key, self.queue_length, dim, dtype, gather_distributed=True, device=self.bank_device
+        )
         if queue.verbose is None:
             queue.verbose = self.verbose
         return queue
+
+    def _ring(self, key: str, device: torch.device) -> RingBuffer:
+        """Room for the rows of the bank's dataloader: as many as a queue would hold."""
+        dtype = self.bank_dtype if key == self.input else None
+        return RingBuffer(self.queue_length, None, dtype, self.bank_device or device)
 
     def _run(self, trainer: Any) -> _Run:
         run: _Run = trainer_state(trainer)[self]
@@ -232,12 +333,23 @@ class OnlineKNN(Callback):
             chunk_size=self.chunk_size,
         )
 
-    def _check_aligned(self, features: Tensor, labels: Tensor) -> None:
-        if len(features) != len(labels):
+    def _check_aligned(self, rows: Mapping[str, Tensor]) -> None:
+        shapes = {key: tuple(values.shape) for key, values in rows.items()}
+        if len({shape[0] for shape in shapes.values()}) > 1:
+            described = " and ".join(f"'{key}' of shape {shape}" for key, shape in shapes.items())
             raise ValueError(
-                f"OnlineKNN[{self.name}]: one step must give as many features as labels, got "
-                f"'{self.input}' of shape {tuple(features.shape)} and '{self.target}' of shape {tuple(labels.shape)}: "
+                f"OnlineKNN[{self.name}]: one step must give as many features as labels, got {described}: "
                 "repeat the labels once per view, or keep one view's features"
+            )
+
+    def _check_bank_loader(self, loaders: int) -> None:
+        if self.bank_dataloader_idx is None:
+            return
+        if self.bank_dataloader_idx != 0 or loaders < 2:
+            raise ValueError(
+                f"OnlineKNN[{self.name}]: the bank's dataloader must come first and others after it, got "
+                f"bank_dataloader_idx={self.bank_dataloader_idx} of {loaders} validation dataloaders: they run in "
+                "order, so return [bank_loader, *scored_loaders] and set bank_dataloader_idx=0"
             )
 
     def _is_due(self, trainer: Any) -> bool:
@@ -249,30 +361,91 @@ class OnlineKNN(Callback):
             logger.warning(message)
         run.warned.add(what)
 
-    def _build_bank(self, trainer: Any, run: _Run) -> FeatureBank | None:
-        features = flat_rows(run.input_queue.snapshot(trainer))
-        labels = class_labels(run.target_queue.snapshot(trainer), f"'{self.target}'")
-        self._check_aligned(features, labels)
-        kept = self._searchable(features) & labelled(labels)
-        if self._count_skipped(trainer, run, kept, "bank"):
-            features, labels = features[kept], labels[kept]
-        if len(features) == 0:
+    def _shards(self) -> bool:
+        return self.gather == "shard" and world()[1] > 1
+
+    def _most_batches(self, batches: list[float]) -> list[int]:
+        """How many batches of each loader some rank has; sharded ranks search as often as that."""
+        if not self._shards():
+            return []
+        most = [max(per_rank) for per_rank in zip(*share(batches), strict=True)]
+        if any(count == float("inf") for count in most):
+            raise ValueError(
+                f"OnlineKNN[{self.name}]: gather='shard' needs validation dataloaders with a length, got {most} "
+                "batches: ranks that cannot know how often the others search would hang; use gather='replicate'"
+            )
+        return [int(count) for count in most]
+
+    def _fill(self, trainer: Any, run: _Run, epoch: _Epoch, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Take a batch of the bank's dataloader in."""
+        rows = {key: find_tensor(key, outputs, batch, self.name) for key in self._keys()}
+        self._check_aligned(rows)
+        assert self.bank_dataloader_idx is not None
+        loader = epoch.loaders[self.bank_dataloader_idx]
+        own = genuine_rows(loader, batch_idx, len(rows[self.input]))
+        if len(epoch.rows[self.input].ring) + own > self.queue_length:
+            self._warn_once(
+                trainer,
+                run,
+                "full",
+                f"OnlineKNN[{self.name}]: dataloader {self.bank_dataloader_idx} has more than queue_length="
+                f"{self.queue_length} rows for the bank on each rank: only the last are kept. Raise queue_length",
+            )
+        for key, values in rows.items():
+            epoch.rows[key].ring.append(values[:own])
+
+    def _build_bank(self, trainer: Any, run: _Run, epoch: _Epoch) -> None:
+        """Make the bank of this epoch from every rank's rows; every rank must call it at the same point."""
+        epoch.built = True
+        agree(epoch.error)
+        features, labels = self._bank_rows(trainer, run, epoch)
+        rows = sum(share(len(labels))) if self._shards() else len(labels)
+        if rows == 0:
             if not trainer.sanity_checking:
                 self._warn_once(trainer, run, "empty", f"! {self.name}: queue data is empty, skipping KNN computation")
-            return None
+            return
         classes = self._class_count(trainer, labels)
-        bank = FeatureBank(features, labels, num_classes=classes, index=run.index)
-        if self.verbose and trainer.is_global_zero:
-            logger.info(f"OnlineKNN[{self.name}]: bank of {len(bank):,} rows, {run.index.stats}")
-        return bank
+        options: dict[str, Any] = {"num_classes": classes, "index": run.index, "expected_k": max(self.ks)}
+        if self._shards():
+            epoch.bank = ShardedBank(features, labels, **options)
+        else:
+            with agreed():
+                epoch.bank = FeatureBank(features, labels, **options)
+        if self.verbose and trainer.is_global_zero and len(run.index):
+            logger.info(f"OnlineKNN[{self.name}]: bank of {rows:,} rows, {run.index.stats}")
+
+    def _bank_rows(self, trainer: Any, run: _Run, epoch: _Epoch) -> tuple[Tensor, Tensor]:
+        """The features and labels that this rank indexes: its own, or gathered from all ranks."""
+        gathered = not self._shards()
+        rows = {key: self._snapshot(trainer, run, epoch, key, gathered) for key in (self.input, self.target)}
+        if self.id is not None:
+            own = self._snapshot(trainer, run, epoch, self.id, gathered=False)
+            with agreed():
+                ids = sample_ids(own, f"'{self.id}'")
+            newest = newest_per_id(ids)
+            rows[self.id] = gather_rows(newest)[0] if gathered else newest
+        with agreed():
+            self._check_aligned(rows)
+            features, labels = flat_rows(rows[self.input]), class_labels(rows[self.target], f"'{self.target}'")
+            kept = self._searchable(features) & labelled(labels)
+            self._count_skipped(trainer, run, epoch, kept, "bank")
+            if self.id is not None:
+                kept &= rows[self.id].to(kept.device)
+            return (features, labels) if kept.all() else (features[kept], labels[kept])
+
+    def _snapshot(self, trainer: Any, run: _Run, epoch: _Epoch, key: str, gathered: bool) -> Tensor:
+        if self.bank_dataloader_idx is None:
+            return run.queues[key].snapshot(trainer, gathered)
+        return epoch.rows[key].snapshot(self.queue_length, gathered)
 
     def _searchable(self, rows: Tensor) -> Tensor:
         return searchable(rows, directions=self.distance_metric == "cosine")
 
-    def _count_skipped(self, trainer: Any, run: _Run, kept: Tensor, where: str) -> int:
-        """Count the rows that are not kept, warn of them once per run, and return how many they are."""
+    def _count_skipped(self, trainer: Any, run: _Run, epoch: _Epoch, kept: Tensor, where: str) -> None:
+        """Count the rows that are not kept, and warn of them once per run."""
         skipped = len(kept) - int(kept.sum())
-        run.skipped += skipped
+        if where == "query" or self._shards() or world()[0] == 0:  # of a gathered bank, one rank counts the rows
+            epoch.skipped += skipped
         if skipped:
             self._warn_once(
                 trainer,
@@ -282,10 +455,11 @@ class OnlineKNN(Callback):
                 f"(or zero, under cosine) or '{self.target}' -1. All are counted in {self.name}_skipped; "
                 "this is said once per run",
             )
-        return skipped
 
     def _class_count(self, trainer: Any, labels: Tensor) -> int:
-        seen = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
+        seen = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1 if len(labels) else 0
+        if self._shards():
+            seen = max(share(seen))
         classes = self.num_classes or self._metrics_class_count
         if classes is None:
             if not self._warned_inferred_num_classes and trainer.is_global_zero:
@@ -305,26 +479,97 @@ class OnlineKNN(Callback):
                 f"num_classes. Increase num_classes to at least {highest + 1}."
             )
 
-    def _score(self, trainer: Any, run: _Run, queries: Tensor, labels: Tensor, loader: int) -> Tensor:
-        """Update the loader's metrics and return (B, C) raw scores of the largest k, 0 for rows without a distance."""
-        assert run.bank is not None
-        assert run.table is not None
-        self._check_aligned(queries, labels)
-        classes = run.bank.num_classes
+    def _read(
+        self, trainer: Any, run: _Run, epoch: _Epoch, outputs: Any, batch: Any, batch_idx: int, loader: int
+    ) -> _Asked:
+        assert epoch.bank is not None
+        place = _first_mapping(batch, outputs)
+        if place is not None and f"{self.name}_preds" in place:
+            raise ValueError(f"Key '{self.name}_preds' already exists in batch")
+        rows = {key: find_tensor(key, outputs, batch, self.name) for key in self._keys()}
+        self._check_aligned(rows)
+        queries, labels = flat_rows(rows[self.input]), class_labels(rows[self.target], f"'{self.target}'")
         if len(labels):
-            self._check_label(int(labels.max()) if labels.ndim == 1 else labels.shape[1] - 1, classes)
+            self._check_label(int(labels.max()) if labels.ndim == 1 else labels.shape[1] - 1, epoch.bank.num_classes)
         searched = self._searchable(queries)
         counted = searched & labelled(labels)
-        self._count_skipped(trainer, run, counted, "query")
-        found = run.bank.neighbors(queries if searched.all() else queries[searched], max(self.ks))
-        predictions = queries.new_zeros(len(queries), classes, dtype=torch.float32)
+        own = len(counted) if self.id is not None else genuine_rows(epoch.loaders[loader], batch_idx, len(counted))
+        self._count_skipped(trainer, run, epoch, counted[:own], "query")
+        counted[own:] = False
+        ids = None if self.id is None else sample_ids(rows[self.id], f"'{self.id}'")
+        return _Asked(queries if searched.all() else queries[searched], labels, searched, counted, ids, place, loader)
+
+    def _search(self, epoch: _Epoch, asked: _Asked | None, loader: int) -> tuple[Neighbors, Tensor | None] | None:
+        """Find the neighbours of a batch; sharded, with their labels, and together with all ranks, asked or not."""
+        queries = None if asked is None or epoch.error is not None else asked.queries
+        if isinstance(epoch.bank, ShardedBank):
+            epoch.searches[loader] += 1
+            return epoch.bank.neighbors(queries, max(self.ks))
+        if queries is None or epoch.bank is None:
+            return None
+        return epoch.bank.neighbors(queries, max(self.ks)), None
+
+    def _serve(self, epoch: _Epoch, before: int) -> None:
+        """Search along for the ranks that have more batches of the loaders `before` this one."""
+        for loader, batches in enumerate(epoch.batches[:before]):
+            while loader != self.bank_dataloader_idx and epoch.searches[loader] < batches:
+                self._search(epoch, None, loader)
+
+    def _score(self, epoch: _Epoch, asked: _Asked, found: Neighbors, labels: Tensor | None) -> None:
+        """Update the loader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance."""
+        assert epoch.bank is not None
+        options: dict[str, Any] = {"temperature": self.temperature, "weighting": self.weighting}
+        predictions = asked.queries.new_zeros(len(asked.searched), epoch.bank.num_classes, dtype=torch.float32)
+        shares = {}
         for k in sorted(self.ks):
             nearest = Neighbors(found.distances[:, :k], found.indices[:, :k])
-            scores = run.bank.score(nearest, temperature=self.temperature, weighting=self.weighting)
-            weights = neighbor_weights(nearest.distances, temperature=self.temperature, weighting=self.weighting)
-            run.table.update(loader, k, normalize_scores(scores, weights)[counted[searched]], labels[counted])
-            predictions[searched] = scores
-        return predictions
+            if isinstance(epoch.bank, ShardedBank):
+                assert labels is not None
+                scores = epoch.bank.score(nearest, labels[:, :k], **options)
+            else:
+                scores = epoch.bank.score(nearest, **options)
+            shares[k] = normalize_scores(scores, neighbor_weights(nearest.distances, **options))
+            predictions[asked.searched] = scores
+
+        def count(rows: Tensor) -> None:
+            for k, share_per_class in shares.items():
+                epoch.table.update(asked.loader, k, share_per_class[rows[asked.searched]], asked.labels[rows])
+
+        if asked.ids is None:
+            count(asked.counted)
+        else:
+            epoch.once[asked.loader].add(asked.ids, lambda new: count(asked.counted & new.to(asked.counted.device)))
+        if asked.place is not None:
+            asked.place[f"{self.name}_preds"] = predictions
+
+    def _about_the_search(self, run: _Run, epoch: _Epoch, prefix: str) -> dict[str, Tensor]:
+        """What approximation the index makes, and how many rows were left out, over all ranks."""
+        stats = run.index.stats if len(run.index) else None
+        recall = None if stats is None or stats.exact else stats.recall
+        reports = share((len(run.index), recall, epoch.skipped))
+        values = {}
+        measured = [(rows, recall) for rows, recall, _ in reports if recall is not None]
+        if measured:
+            mean = sum(rows * recall for rows, recall in measured) / sum(rows for rows, _ in measured)
+            values[f"{prefix}_index_recall"] = torch.tensor(mean)
+        if skipped := sum(report[2] for report in reports):
+            values[f"{prefix}_skipped"] = torch.tensor(float(skipped))
+        return values
+
+
+@contextmanager
+def _held_back(epoch: _Epoch) -> Iterator[None]:
+    """Keep an error of one of several ranks for the end of the epoch, where all ranks raise it.
+
+    Raised at once it would leave the others waiting in their next collective. Until then this rank goes along.
+    """
+    try:
+        yield
+    except Exception as error:
+        if world()[1] == 1:
+            raise
+        logger.error(f"rank {world()[0]} stops scoring, and all ranks stop when the epoch ends: {error}")
+        epoch.error = epoch.error or error
 
 
 def _checked_ks(k: int | Sequence[int]) -> tuple[int, ...]:
@@ -347,7 +592,14 @@ def _first_mapping(*places: Any) -> MutableMapping[str, Any] | None:
     return next((place for place in places if isinstance(place, MutableMapping)), None)
 
 
-def _loader_count(trainer: Any) -> int:
+def _batch_counts(trainer: Any) -> list[float]:
+    """How many batches of each dataloader this rank will see."""
     if trainer.sanity_checking:
-        return len(trainer.num_sanity_val_batches)
-    return len(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+        return list(trainer.num_sanity_val_batches)
+    return list(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+
+
+def _loaders(trainer: Any, count: int) -> list[Any]:
+    """The dataloaders by number; None where several are read at once under one number."""
+    loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
+    return loaders if len(loaders) == count else [None] * count

@@ -1,10 +1,14 @@
 """The torchmetrics that a callback was given: their names, their clones, their values."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+
+from faiss_knn.search.ranks import gather_rows, share
 
 
 def named_metrics(metrics: Any) -> dict[str, Metric]:
@@ -69,23 +73,21 @@ def scalars(key: str, value: Any) -> dict[str, Tensor]:
 
 
 class MetricTable:
-    """A clone of each metric per loader and k, for one validation run.
+    """A clone of each metric per scored loader and k, for one validation run.
 
     Args:
         metrics: Name to metric.
         ks: The numbers of neighbours that are scored.
-        loaders: How many dataloaders are scored.
+        loaders: Numbers of the dataloaders that are scored.
         device: Where the clones keep their states.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric], ks: Sequence[int], loaders: int, device: Any) -> None:
-        self._clones = [
-            {k: {name: metric.clone().to(device) for name, metric in metrics.items()} for k in ks}
-            for _ in range(loaders)
-        ]
-        self._rows = [0] * loaders
-        for clone in (m for per_k in self._clones for named in per_k.values() for m in named.values()):
-            clone.reset()
+    def __init__(self, metrics: Mapping[str, Metric], ks: Sequence[int], loaders: Sequence[int], device: Any) -> None:
+        self._clones = {
+            loader: {k: {name: _own_clone(metric, device) for name, metric in metrics.items()} for k in ks}
+            for loader in loaders
+        }
+        self._rows = dict.fromkeys(loaders, 0)
 
     def update(self, loader: int, k: int, shares: Tensor, labels: Tensor) -> None:
         """Add a batch: `shares` (B, C) in [0, 1] and `labels` (B,) or (B, C)."""
@@ -96,18 +98,43 @@ class MetricTable:
             metric.update(shares.to(metric.device), labels.to(metric.device))
 
     def values(self, prefix: str, several_k: bool) -> dict[str, Tensor]:
-        """Compute what was updated, as log keys: `{prefix}[_k{K}]_{metric}[/dataloader_idx_{i}]`."""
+        """Compute what was updated on all ranks, as log keys: `{prefix}[_k{K}]_{metric}[/dataloader_idx_{i}]`."""
         values: dict[str, Tensor] = {}
-        for loader, clones in enumerate(self._clones):
-            if not self._rows[loader]:
+        on_ranks = share(self._rows)
+        for loader, clones in self._clones.items():
+            if not any(rows[loader] for rows in on_ranks):
                 continue
             suffix = f"/dataloader_idx_{loader}" if len(self._clones) > 1 else ""
             for k, named in clones.items():
                 stem = f"{prefix}_k{k}" if several_k else prefix
                 for name, metric in named.items():
-                    found = scalars(f"{stem}_{name}", metric.compute())
+                    found = scalars(f"{stem}_{name}", _compute(metric))
                     values.update({key + suffix: value for key, value in found.items()})
         return values
+
+
+def _own_clone(metric: Metric, device: Any) -> Metric:
+    clone = metric.clone().to(device)
+    clone.reset()
+    for part in clone.modules():
+        if isinstance(part, Metric) and part.dist_sync_fn is None:
+            part.dist_sync_fn = _gather_states
+    return clone
+
+
+def _gather_states(state: Tensor, group: Any = None) -> list[Tensor]:
+    """Every rank's state. torchmetrics' own gather aborts where a rank without a query has no idea of the shape."""
+    if state.ndim == 0:
+        return list(gather_rows(state[None], group=group, device=state.device)[0])
+    rows, counts = gather_rows(state, group=group, device=state.device)
+    return list(torch.split(rows, counts))
+
+
+def _compute(metric: Metric) -> Any:
+    with warnings.catch_warnings():
+        # A rank without a query takes part in the computation all the same.
+        warnings.filterwarnings("ignore", ".*was called before the ``update`` method", UserWarning)
+        return metric.compute()
 
 
 def _by_class(metrics: list[Metric]) -> dict[str, Metric]:

@@ -9,8 +9,9 @@ from loguru import logger
 from torch import Tensor
 
 from faiss_knn.online.lookup import find_tensor, was_skipped
+from faiss_knn.online.resume import rows_of_rank
 from faiss_knn.online.state import trainer_state
-from faiss_knn.search.ranks import gather_rows, world
+from faiss_knn.search.ranks import gather_rows, gather_to, world
 
 Dim = int | Sequence[int] | None
 
@@ -26,6 +27,7 @@ class RingBuffer:
         dim: Trailing shape of a row: d, or a shape. None: that of the first rows.
         dtype: None: that of the first rows.
         device: None: that of the first rows.
+        pin_memory: Whether a CPU buffer is page-locked, so that rows from a GPU are copied without waiting for them.
 
     Raises:
         ValueError: If `length` is not positive.
@@ -44,6 +46,7 @@ class RingBuffer:
         dim: Dim = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        pin_memory: bool = False,
     ) -> None:
         if length <= 0:
             raise ValueError(f"`length` must be positive, got {length}")
@@ -51,11 +54,13 @@ class RingBuffer:
         self.shape = _row_shape(dim)
         self.dtype = dtype
         self.device = None if device is None else torch.device(device)
+        self.pin_memory = pin_memory
         self._rows: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
         self._next = 0
         self._filled = 0
         if self.shape is not None and dtype is not None and device is not None:
-            self._rows = torch.empty(length, *self.shape, dtype=dtype, device=device)
+            self._rows = self._empty(self.shape)
 
     def __len__(self) -> int:
         return self._filled
@@ -83,9 +88,12 @@ class RingBuffer:
             rows, n = rows[-self.length :], self.length
         start = self._next
         fits = min(n, self.length - start)
-        self._rows[start : start + fits].copy_(rows[:fits])
+        self._rows[start : start + fits].copy_(rows[:fits], non_blocking=self.pin_memory)
         if fits < n:
-            self._rows[: n - fits].copy_(rows[fits:])
+            self._rows[: n - fits].copy_(rows[fits:], non_blocking=self.pin_memory)
+        if self.pin_memory and rows.is_cuda:
+            self._copied = self._copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
         self._next = (start + n) % self.length
         self._filled = min(self.length, self._filled + n)
 
@@ -97,6 +105,8 @@ class RingBuffer:
         """
         if self._rows is None:
             return torch.empty(0, *(self.shape or ()), dtype=self.dtype, device=self.device)
+        if self._copied is not None:
+            self._copied.synchronize()
         n = self._filled if n is None else min(n, self._filled)
         start = (self._next - n) % self.length
         if start + n <= self.length:
@@ -112,7 +122,7 @@ class RingBuffer:
         """Forget every row, then append `rows`; None leaves it empty."""
         length = length or self.length
         if self._rows is not None and length != self.length:
-            self._rows = self._rows.new_empty(length, *self._rows.shape[1:])
+            self._rows = None
         self.length, self._next, self._filled = length, 0, 0
         if rows is not None and len(rows):
             self.append(rows)
@@ -126,8 +136,11 @@ class RingBuffer:
         self.shape = shape
         self.dtype = self.dtype or rows.dtype
         self.device = self.device or rows.device
+        self._rows = self._empty(shape)
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
         with torch.inference_mode(False):  # an inference tensor could not be written to in training
-            self._rows = torch.empty(self.length, *shape, dtype=self.dtype, device=self.device)
+            return torch.empty(self.length, *shape, dtype=self.dtype, device=self.device, pin_memory=self.pin_memory)
 
 
 class QueueStorage:
@@ -162,6 +175,7 @@ class QueueStorage:
         rows, counts = self._gathered or gather_rows(local)
         if self._validating:
             self._gathered = rows, counts
+            self._local = torch.split(rows, counts)[world()[0]]  # not a second copy
         if max(counts) <= length:
             return rows
         return torch.cat([part[-length:] for part in torch.split(rows, counts)])
@@ -184,6 +198,8 @@ class OnlineQueue(Callback):
         gather_distributed: Whether `data` holds the rows of every rank, rank after rank.
         verbose: Whether to log `queue/{key}_fill_pct` (percent) at each step.
         persistent: Whether checkpoints hold the rows.
+        device: Where the rows are kept; None: the module's device. "cpu" beside a module on a GPU: in page-locked
+            memory, into which training copies without waiting.
 
     Raises:
         ValueError: If `queue_length` is not positive.
@@ -199,6 +215,7 @@ class OnlineQueue(Callback):
         verbose: bool | None = None,
         *,
         persistent: bool = True,
+        device: torch.device | str | None = None,
     ) -> None:
         if queue_length <= 0:
             raise ValueError(f"queue_length must be positive, got {queue_length}")
@@ -209,6 +226,7 @@ class OnlineQueue(Callback):
         self.gather_distributed = gather_distributed
         self.verbose = verbose
         self.persistent = persistent
+        self.device = None if device is None else torch.device(device)
         self._evaluating: Any = None
         self._told_checkpoint_cost = False
 
@@ -246,8 +264,10 @@ class OnlineQueue(Callback):
         """The storage of this key in `trainer`, made or grown to `queue_length` as needed."""
         storages = trainer_state(trainer).setdefault("queues", {})
         if self.key not in storages:
-            device = getattr(trainer.lightning_module, "device", None)
-            storages[self.key] = QueueStorage(RingBuffer(self.queue_length, self.dim, self.dtype, device))
+            module_device = getattr(trainer.lightning_module, "device", None)
+            device = self.device or module_device
+            pin_memory = getattr(module_device, "type", "cpu") == "cuda" and device == torch.device("cpu")
+            storages[self.key] = QueueStorage(RingBuffer(self.queue_length, self.dim, self.dtype, device, pin_memory))
         storage: QueueStorage = storages[self.key]
         storage.ring.resize(max(storage.ring.length, self.queue_length))
         return storage
@@ -282,18 +302,36 @@ class OnlineQueue(Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if not (self.persistent and self._is_first(trainer)):
             return
-        ring = self.storage(trainer).ring
-        checkpoint.setdefault("callbacks", {})[self.state_key] = {"rows": [ring.latest().cpu()]}
-        if not self._told_checkpoint_cost and trainer.is_global_zero:
-            logger.info(f"OnlineQueue[{self.key}] adds {ring.nbytes:,} bytes to each checkpoint")
+        saved = self._rows_of_all_ranks(trainer)
+        if saved is None:
+            return
+        checkpoint.setdefault("callbacks", {})[self.state_key] = {"rows": saved}
+        if not self._told_checkpoint_cost:
+            logger.info(f"OnlineQueue[{self.key}] adds {sum(r.nbytes for r in saved):,} bytes to each checkpoint")
             self._told_checkpoint_cost = True
+
+    def _rows_of_all_ranks(self, trainer: Any) -> list[Tensor] | None:
+        """What a checkpoint holds, one tensor per rank: on rank zero, which writes it."""
+        rows = self.storage(trainer).ring.latest()
+        if world()[1] > 1 and trainer.interrupted:
+            # Not every rank need have failed, and one alone would wait for the others for ever.
+            logger.warning(f"OnlineQueue[{self.key}]: saved after an exception, with the rows of one rank only")
+            return [rows.cpu()]
+        return gather_to(rows)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("callbacks", {})
         if not self._is_first(trainer) or not states.get(self.state_key):
             return
-        rows = states[self.state_key]["rows"][0]
-        self.storage(trainer).ring.replace(rows if len(rows) else None)
+        saved, ring = states[self.state_key]["rows"], self.storage(trainer).ring
+        rank, size = world()
+        rows = rows_of_rank(saved, rank, size)
+        ring.replace(rows if len(rows) else None)
+        if len(rows) > ring.length and len(saved) != size and rank == 0:
+            logger.warning(
+                f"OnlineQueue[{self.key}]: the checkpoint of {len(saved)} ranks has {len(rows):,} rows for each of "
+                f"{size}, of which the last {ring.length:,} fit: raise queue_length to keep them"
+            )
         states[self.state_key] = {}  # Lightning would deep-copy the rows once more for load_state_dict
 
     def _is_first(self, trainer: Any) -> bool:
@@ -308,6 +346,8 @@ def find_or_create_queue(
     dtype: torch.dtype | None = None,
     gather_distributed: bool = False,
     create_if_missing: bool = True,
+    *,
+    device: torch.device | str | None = None,
 ) -> OnlineQueue:
     """Find the `OnlineQueue` of a key among `trainer.callbacks`, or append one.
 
@@ -321,6 +361,7 @@ def find_or_create_queue(
         dtype: As in `OnlineQueue`; taken over likewise.
         gather_distributed: As in `OnlineQueue`.
         create_if_missing: Whether to append a queue. If not, one of another length will do, with a warning.
+        device: As in `OnlineQueue`, for a queue that is appended.
 
     Returns:
         The queue, set up if the trainer has its module already.
@@ -338,7 +379,7 @@ def find_or_create_queue(
         return _instead(same_key, trainer, key, queue_length)
     if same_key:
         dim, dtype = dim or same_key[0].dim, dtype or same_key[0].dtype
-    queue = OnlineQueue(key, queue_length, dim, dtype, gather_distributed)
+    queue = OnlineQueue(key, queue_length, dim, dtype, gather_distributed, device=device)
     trainer.callbacks.append(queue)
     if getattr(trainer, "lightning_module", None) is not None:
         queue.setup(trainer, trainer.lightning_module, stage="fit")

@@ -135,27 +135,27 @@ def gather_rows(
 
 
 def gather_to(
-    rows: Tensor | None, dst: int = 0, *, group: Group = None, block_bytes: int = BLOCK_BYTES
-) -> list[Tensor | None] | None:
+    rows: Tensor, dst: int = 0, *, group: Group = None, block_bytes: int = BLOCK_BYTES
+) -> list[Tensor] | None:
     """Every rank's rows as CPU tensors on rank `dst` alone, as a checkpoint needs them; None on the other ranks.
 
     Args:
-        rows: (n_r, …) tensor, which may differ between ranks in everything; None from a rank that has none.
+        rows: (n_r, …) tensor, which may differ between ranks in everything.
         dst: The rank, within the group, that receives.
         group: The ranks that take part; None for all.
         block_bytes: The most bytes in one message, and the most held on a rank that sends.
 
     Returns:
-        On rank `dst`, one entry per rank, None where that rank gave None; elsewhere None.
+        On rank `dst`, one tensor per rank; elsewhere None.
     """
     rank, _ = world(group)
-    received: list[Tensor | None] = []
-    for src, header in enumerate(share(Rows.of(rows), group)):
-        if src == dst:
-            received.append(rows.detach().cpu() if rows is not None and rank == dst else None)
+    received = []
+    for src, header in enumerate(share(Rows(len(rows), tuple(rows.shape[1:]), rows.dtype), group)):
+        if rank == src == dst:
+            received.append(rows.detach().cpu())
         elif rank == dst:
-            received.append(_receive(header, src, group, block_bytes) if header else None)
-        elif rank == src and rows is not None:
+            received.append(_receive(header, src, group, block_bytes))
+        elif rank == src:
             _send(rows, dst, group, block_bytes)
     return received if rank == dst else None
 

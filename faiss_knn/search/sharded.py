@@ -14,7 +14,6 @@ from faiss_knn.search.ranks import (
     Rows,
     agreed,
     gather_known,
-    gather_rows,
     send_rows,
     share,
     survey,
@@ -22,8 +21,6 @@ from faiss_knn.search.ranks import (
     wire,
     world,
 )
-
-__all__ = ["ShardedIndex", "ShardedRows", "gather_rows", "world"]
 
 
 class ShardedRows:
@@ -102,11 +99,12 @@ class ShardedIndex:
         """The number of rows over all ranks."""
         return sum(self.counts)
 
-    def build(self, features: Tensor | None) -> ShardedIndex:
+    def build(self, features: Tensor | None, *, expected_k: int | None = None) -> ShardedIndex:
         """Index this rank's rows; global indices count the ranks' rows in rank order.
 
         Args:
             features: (n_r, d) of this rank; None or no rows from a rank that has none.
+            expected_k: See `KNNIndex.build`.
 
         Raises:
             ValueError: On every rank, if no rank has rows, if d or the dtype differs, or if any rank cannot build.
@@ -117,7 +115,7 @@ class ShardedIndex:
         (dim,) = _matrix_shape(kind, "features")
         with agreed(self.group):
             if features is not None and len(features):
-                self.index.build(features)
+                self.index.build(features, **({} if expected_k is None else {"expected_k": expected_k}))
         self.counts, self.dim = counts, dim
         return self
 

@@ -1,0 +1,132 @@
+"""Training runs that the tests start on every rank; module-level, so that a spawned process finds them."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+
+from faiss_knn import OnlineKNN
+from faiss_knn.online.queue import find_or_create_queue
+from faiss_knn.search.ranks import world
+from tests.online.parts import Echo, Rows, clusters, loader, trainer
+
+CLASSES = 4
+TRAIN = {**clusters(120, CLASSES, spread=3.0), "id": torch.arange(120)}
+VAL = {**clusters(97, CLASSES, spread=3.0, seed=1), "id": torch.arange(97)}  # no number of ranks divides 97
+
+
+def knn(**options: Any) -> OnlineKNN:
+    metrics = {"acc": MulticlassAccuracy(CLASSES, average="micro"), "auroc": MulticlassAUROC(CLASSES)}
+    return OnlineKNN("knn", "embedding", "label", **{"queue_length": 400, "metrics": metrics} | options)
+
+
+def ddp(*callbacks: L.Callback, **options: Any) -> L.Trainer:
+    return trainer(*callbacks, **{"strategy": "ddp", "devices": world()[1], "num_sanity_val_steps": 0} | options)
+
+
+def logged(run: L.Trainer) -> dict[str, float]:
+    return {key: value.item() for key, value in run.callback_metrics.items()}
+
+
+def queued(run: L.Trainer, key: str = "embedding") -> Tensor:
+    """This rank's rows of a queue, oldest first."""
+    queue = next(q for q in run.callbacks if getattr(q, "key", None) == key)
+    return find_or_create_queue(run, key, queue.queue_length, gather_distributed=True).snapshot(run, gathered=False)
+
+
+def fit(options: dict[str, Any], batch_size: int = 7, epochs: int = 1) -> dict[str, float]:
+    """The usual run: Lightning deals both data sets out with its DistributedSampler."""
+    run = ddp(knn(**options), max_epochs=epochs)
+    run.fit(Echo(), loader(batch_size, **TRAIN), loader(batch_size, **VAL))
+    return logged(run)
+
+
+class Batches(L.LightningDataModule):
+    """Training batches of this rank as they are given, and a shared validation set."""
+
+    def __init__(self, per_rank: list[list[dict[str, Tensor]]], val: Any = None) -> None:
+        super().__init__()
+        self.batches, self.val = per_rank[world()[0]], val
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> Any:
+        return self.val or loader(16, **VAL)
+
+
+def uneven_batches(counts: list[list[int]]) -> list[list[dict[str, Tensor]]]:
+    """`counts[r]` rows per batch on rank r, dealt in turn from TRAIN."""
+    start, per_rank = 0, []
+    for rank_counts in counts:
+        batches = []
+        for n in rank_counts:
+            batches.append({key: values[start : start + n] for key, values in TRAIN.items()})
+            start += n
+        per_rank.append(batches)
+    return per_rank
+
+
+def fit_uneven(counts: list[list[int]], options: dict[str, Any]) -> tuple[dict[str, float], Tensor, Tensor]:
+    run = ddp(knn(**options), use_distributed_sampler=False)
+    run.fit(Echo(), datamodule=Batches(uneven_batches(counts)))
+    queue = find_or_create_queue(run, "embedding", 400, gather_distributed=True)
+    return logged(run), queued(run), queue.snapshot(run)
+
+
+class Padding(Sampler[int]):
+    """Deals samples out like a DistributedSampler, but is none: nothing tells that it pads."""
+
+    def __init__(self, n: int) -> None:
+        rank, size = world()
+        self.inner = DistributedSampler(range(n), size, rank, shuffle=False)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self) -> Any:
+        return iter(self.inner)
+
+
+def fit_with_ids(options: dict[str, Any], epochs: int = 1) -> dict[str, float]:
+    """Both sets are dealt out by a sampler that repeats samples, which only their ids tell."""
+    sets = [{key: values[:n] for key, values in data.items()} for data, n in ((TRAIN, 119), (VAL, 97))]
+    loaders = [DataLoader(Rows(**data), 7, sampler=Padding(len(data["x"]))) for data in sets]
+    run = ddp(knn(id="id", **options), use_distributed_sampler=False, max_epochs=epochs)
+    run.fit(Moving(), *loaders)
+    return logged(run)
+
+
+class Moving(Echo):
+    """In its first epoch each class lies where the next class belongs."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        shift = torch.randn(CLASSES, 8, generator=torch.Generator().manual_seed(99)) * 3
+        wrong = batch["x"] - shift[batch["label"]] + shift[(batch["label"] + 1) % CLASSES]
+        last = self.current_epoch == self.trainer.max_epochs - 1
+        return {**self.step(batch), "embedding": batch["x"] if last else wrong}
+
+
+def fit_with_bank_loader(options: dict[str, Any], loaders: int) -> dict[str, float]:
+    bank = loader(16, **TRAIN)
+    scored = [loader(7, **VAL) for _ in range(loaders)]
+    run = ddp(knn(bank_dataloader_idx=0, **options))
+    run.validate(Echo(), [bank, *scored], verbose=False)
+    return logged(run)
+
+
+def save(path: Path, options: dict[str, Any], counts: list[list[int]]) -> Tensor:
+    run = ddp(knn(**options), use_distributed_sampler=False)
+    run.fit(Echo(), datamodule=Batches(uneven_batches(counts)))
+    run.save_checkpoint(path)
+    return queued(run)
+
+
+def resume(path: Path, options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, float]]:
+    run = ddp(knn(**options))
+    run.validate(Echo(), loader(7, **VAL), ckpt_path=path, verbose=False)
+    return queued(run), queued(run, "label"), logged(run)

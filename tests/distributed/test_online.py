@@ -1,0 +1,90 @@
+"""OnlineKNN and OnlineQueue on real ranks, through Lightning's ddp strategy."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed import runs
+from tests.distributed.ranks import Ranks
+from tests.distributed.runs import TRAIN, VAL
+
+GATHERS = ("replicate", "shard")
+
+
+def accuracy(bank: dict[str, Tensor], queries: dict[str, Tensor], k: int = 5) -> float:
+    """k-NN accuracy with weights 1 / (d + 0.07), row by row in float64."""
+    right = 0
+    for query, label in zip(queries["x"].double(), queries["label"], strict=True):
+        distances, nearest = (bank["x"].double() - query).norm(dim=1).sort(stable=True)
+        votes = torch.zeros(runs.CLASSES, dtype=torch.float64)
+        for distance, row in zip(distances[:k], nearest[:k], strict=True):
+            votes[bank["label"][row]] += 1 / (distance + 0.07)
+        right += int(votes.argmax() == label)
+    return right / len(queries["x"])
+
+
+@pytest.fixture(scope="module")
+def of_one_process(ranks: Ranks) -> dict[str, float]:
+    (values,) = ranks.run(runs.fit, {}, ranks=1)
+    assert 0.5 < values["eval/knn_acc"] < 0.95  # neither chance nor saturated: a wrong bank moves it
+    return values
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_number_is_that_of_one_process(
+    ranks: Ranks, size: int, gather: str, of_one_process: dict[str, float]
+) -> None:
+    results = ranks.run(runs.fit, {"gather": gather}, ranks=size)
+    assert results[0]["eval/knn_acc"] == pytest.approx(accuracy(TRAIN, VAL), abs=1e-6)
+    for values in results:
+        assert values == pytest.approx(of_one_process, abs=1e-6)
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+@pytest.mark.parametrize("counts", [[[3, 5], [5, 1]], [[0, 0], [20, 9]], [[9, 9], [0, 0], [2, 40]]], ids=str)
+def test_ranks_with_other_fill_hold_each_row_once(ranks: Ranks, counts: list[list[int]], gather: str) -> None:
+    rows = sum(map(sum, counts))
+    bank = {key: values[:rows] for key, values in TRAIN.items()}
+    results = ranks.run(runs.fit_uneven, counts, {"gather": gather}, ranks=len(counts))
+    for values, _, gathered in results:
+        assert torch.equal(gathered, bank["x"])
+        assert values["eval/knn_acc"] == pytest.approx(accuracy(bank, VAL), abs=1e-6)
+    assert torch.equal(torch.cat([own for _, own, _ in results if len(own)]), bank["x"])
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_without_any_rows_nothing_is_logged(ranks: Ranks, gather: str) -> None:
+    for values, _, _ in ranks.run(runs.fit_uneven, [[0, 0], [0, 0]], {"gather": gather}):
+        assert not any(key.startswith("eval/") for key in values)
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_samples_repeated_by_a_sampler_count_once_by_their_id(ranks: Ranks, gather: str) -> None:
+    bank = {key: values[:119] for key, values in TRAIN.items()}
+    for size in (1, 2, 4):
+        for values in ranks.run(runs.fit_with_ids, {"gather": gather}, 2, ranks=size):
+            assert values["eval/knn_acc"] == pytest.approx(accuracy(bank, VAL), abs=1e-6)
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_bank_comes_from_a_dataloader(ranks: Ranks, size: int, gather: str) -> None:
+    expected = accuracy(TRAIN, VAL)
+    for values in ranks.run(runs.fit_with_bank_loader, {"gather": gather}, 1, ranks=size):
+        assert values["eval/knn_acc"] == pytest.approx(expected, abs=1e-6)
+    for values in ranks.run(runs.fit_with_bank_loader, {"gather": gather}, 2, ranks=size):
+        assert values["eval/knn_acc/dataloader_idx_1"] == pytest.approx(expected, abs=1e-6)
+        assert values["eval/knn_acc/dataloader_idx_2"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bank_device": "cpu"}, {"bank_dtype": torch.bfloat16}, {"index": "IVF4,Flat", "nprobe": 4}], ids=str
+)
+@pytest.mark.parametrize("gather", GATHERS)
+def test_other_banks_work_on_ranks(ranks: Ranks, options: dict[str, Any], gather: str) -> None:
+    bank = TRAIN | {"x": TRAIN["x"].to(options.get("bank_dtype", torch.float32)).float()}
+    for values in ranks.run(runs.fit, options | {"gather": gather}):
+        assert values["eval/knn_acc"] == pytest.approx(accuracy(bank, VAL), abs=1e-6)
