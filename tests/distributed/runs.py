@@ -1,12 +1,15 @@
 """Training runs that the tests start on every rank; module-level, so that a spawned process finds them."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from faiss_knn import OnlineKNN
@@ -65,7 +68,7 @@ def uneven_batches(counts: list[list[int]]) -> list[list[dict[str, Tensor]]]:
     for rank_counts in counts:
         batches = []
         for n in rank_counts:
-            batches.append({key: values[start : start + n] for key, values in TRAIN.items()})
+            batches.append({key: values[start : start + n].clone() for key, values in TRAIN.items()})
             start += n
         per_rank.append(batches)
     return per_rank
@@ -130,3 +133,118 @@ def resume(path: Path, options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[st
     run = ddp(knn(**options))
     run.validate(Echo(), loader(7, **VAL), ckpt_path=path, verbose=False)
     return queued(run), queued(run, "label"), logged(run)
+
+
+class Net(Echo):
+    """Learns a little, so that every epoch's features differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, CLASSES)
+
+    def step(self, batch: Any) -> dict[str, Tensor]:
+        embedding = self.encoder(batch["x"]).tanh()
+        loss = torch.nn.functional.cross_entropy(self.head(embedding), batch["label"]) + 0 * self.weight.sum()
+        return {"loss": loss, "embedding": embedding}
+
+
+class Kill(L.Callback):
+    """SIGKILL to this process at a training step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(folder: Path, epochs: int, *, ckpt: Path | None = None, kill_at: int = 0, **options: Any) -> dict[str, float]:
+    """Train with a checkpoint per epoch, up to the end or to death."""
+    checkpoints = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    run = ddp(knn(**options), checkpoints, Kill(kill_at), max_epochs=epochs, enable_checkpointing=True)
+    run.fit(Net(), loader(8, **TRAIN), loader(8, **VAL), ckpt_path=ckpt)
+    return logged(run)
+
+
+def save_while_failing(path: Path) -> str:
+    """Only one rank fails, and saves what it has."""
+
+    class Fails(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 2 and world()[0] == 1:
+                raise RuntimeError("a broken batch")
+
+        def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
+            connector = trainer._checkpoint_connector
+            torch.save(connector.dump_checkpoint(), path)
+
+    run = ddp(knn(), Fails(), use_distributed_sampler=False)
+    try:
+        run.fit(Echo(), datamodule=Batches(uneven_batches([[4] * 4, [4] * 4])))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def fit_with_one_bad_rank(where: str, options: dict[str, Any]) -> str:
+    rank, _ = world()
+
+    class Faulty(Echo):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            outputs = self.step(batch)
+            if where == "validation" and rank == 1 and batch_idx == 1:
+                outputs.pop("embedding")
+            return outputs
+
+    batches = uneven_batches([[8, 8], [8, 8]])
+    if where == "label":
+        batches[1][0]["label"][3] = 17
+    if where == "shape" and rank == 1:
+        batches[1] = [{**batch, "x": batch["x"][:, :5]} for batch in batches[1]]
+    try:
+        ddp(knn(**options), use_distributed_sampler=False).fit(Faulty(), datamodule=Batches(batches))
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def fit_with_own_validation(
+    batches: list[list[list[dict[str, Tensor]]]], endless: bool, options: dict[str, Any]
+) -> Any:
+    """Validation batches of which ranks have different numbers, or do not know the number."""
+    rank, _ = world()
+    val = [DataLoader(part, batch_size=None) for part in batches[rank]]  # type: ignore[arg-type]
+    if endless:
+        val = [DataLoader(Endless(batches[rank][0]), batch_size=None)]
+    run = ddp(knn(**options), use_distributed_sampler=False)
+    try:
+        run.fit(Echo(), datamodule=Batches(uneven_batches([[30, 30], [30, 30]]), val))
+    except ValueError as error:
+        return str(error)
+    return logged(run)
+
+
+class Endless(IterableDataset[Any]):
+    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+def rows_in_a_buffer_and_in_the_queue(counts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    class Buffered(Echo):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rows", torch.zeros(4, 8))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.seen = self.rows.clone()
+            self.rows.copy_(batch["x"])
+            return self.step(batch)
+
+    module, run = Buffered(), ddp(knn(), use_distributed_sampler=False)
+    run.fit(module, datamodule=Batches(uneven_batches(counts)))
+    return module.seen, queued(run)

@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.distributed import runs
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import TRAIN, VAL
+from tests.online.parts import Echo, loader, trainer
 
 GATHERS = ("replicate", "shard")
 
@@ -88,3 +89,39 @@ def test_other_banks_work_on_ranks(ranks: Ranks, options: dict[str, Any], gather
     bank = TRAIN | {"x": TRAIN["x"].to(options.get("bank_dtype", torch.float32)).float()}
     for values in ranks.run(runs.fit, options | {"gather": gather}):
         assert values["eval/knn_acc"] == pytest.approx(accuracy(bank, VAL), abs=1e-6)
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+@pytest.mark.parametrize("where", ["label", "shape", "validation"])
+def test_an_error_on_one_rank_stops_all(ranks: Ranks, where: str, gather: str) -> None:
+    first, second = ranks.run(runs.fit_with_one_bad_rank, where, {"gather": gather, "num_classes": 4})
+    said = {"label": "observed label 17", "shape": "same shape and dtype", "validation": "Key 'embedding' not found"}
+    assert said[where] in first
+    assert said[where] in second
+    assert first.startswith("ValueError")
+
+
+def test_ranks_with_other_numbers_of_validation_batches(ranks: Ranks) -> None:
+    parts = [{key: values[i : i + 10] for key, values in VAL.items()} for i in range(0, 97, 10)]
+    loaders = [[parts[:1], parts[:5]], [parts[1:], parts[5:]]]
+    expected = accuracy(TRAIN, VAL)
+    for values in ranks.run(runs.fit_with_own_validation, loaders, False, {"gather": "shard"}):
+        assert values["eval/knn_acc/dataloader_idx_0"] == pytest.approx(expected, abs=1e-6)
+        assert values["eval/knn_acc/dataloader_idx_1"] == pytest.approx(expected, abs=1e-6)
+    for message in ranks.run(runs.fit_with_own_validation, loaders, True, {"gather": "shard"}):
+        assert "gather='shard' needs validation dataloaders with a length" in message
+
+
+def test_ddp_overwrites_buffers_but_no_queue(ranks: Ranks) -> None:
+    """The first rows show that this run would catch a queue among the module's buffers."""
+    results = ranks.run(runs.rows_in_a_buffer_and_in_the_queue, [[4, 4, 4], [4, 4, 4]])
+    assert torch.equal(results[1][0], TRAIN["x"][4:8])  # rank 0's second batch, on rank 1
+    for rank, (_, rows) in enumerate(results):
+        assert torch.equal(rows, TRAIN["x"][12 * rank : 12 * rank + 12])
+
+
+@pytest.mark.parametrize(("index", "loaders"), [(1, 2), (0, 1)])
+def test_the_bank_loader_must_come_before_a_scored_one(index: int, loaders: int) -> None:
+    run = trainer(runs.knn(bank_dataloader_idx=index))
+    with pytest.raises(ValueError, match="must come first and others after it"):
+        run.validate(Echo(), [loader(16, **VAL)] * loaders, verbose=False)
