@@ -1,16 +1,40 @@
 """Indexes that FAISS makes from a factory string, over centred rows, with exact distances of what they find."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from faiss_knn.search import backend
 from faiss_knn.search.distance import Distance, unit
+from faiss_knn.search.exact import ExactEngine
 from faiss_knn.search.rerank import measure, nearest
 from faiss_knn.search.rows import Rows
+from faiss_knn.search.tuning import HELD_OUT, hold_out, measure_recall
 
 _TRAIN_ROWS_PER_CENTROID = 256  # more do not help k-means, by FAISS's own cap
 _MIN_TRAIN_ROWS = 65536
+_LEAST_ROWS_PER_CENTROID = 39  # by FAISS's own advice
+
+
+def ivf_spec(rows: int) -> str:
+    """Return the inverted lists that "ivf" makes of N rows: 4√N, as far as each can be trained.
+
+    Raises:
+        ValueError: If there are too few rows for two lists.
+
+    Example:
+        >>> ivf_spec(10_000)
+        'IVF256,Flat'
+    """
+    lists = min(int(4 * rows**0.5), rows // _LEAST_ROWS_PER_CENTROID)
+    if lists < 2:
+        raise ValueError(
+            f"`features` must hold at least {2 * _LEAST_ROWS_PER_CENTROID} rows for 'ivf' (two lists of "
+            f"{_LEAST_ROWS_PER_CENTROID}), got {rows}: use 'flat'"
+        )
+    return f"IVF{1 << (lists.bit_length() - 1)},Flat"
 
 
 class FaissEngine:
@@ -21,6 +45,7 @@ class FaissEngine:
         distance: Which distance.
         spec: FAISS factory string.
         nprobe: Lists visited by an IVF index; None leaves the index's own.
+        trained: An engine of the same spec whose trained state is taken over, and with it its index.
 
     Raises:
         ValueError: If the spec is not valid, the bank too small for it, or nprobe out of range.
@@ -29,16 +54,30 @@ class FaissEngine:
     exact = False
     backend = "faiss"
 
-    def __init__(self, rows: Rows, distance: Distance, spec: str, nprobe: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        distance: Distance,
+        spec: str,
+        nprobe: int | None = None,
+        trained: "FaissEngine | None" = None,
+    ) -> None:
+        self.spec = spec
         self._rows = rows
-        self.parameters: dict[str, object] = {}
+        self.recall: float | None = None
+        self.tuned_k: int | None = None
+        self.parameters: dict[str, object] = {"warm": trained is not None}
         self._distance = distance
         self.uncertified = 0
-        self.index = backend.make_index(spec, rows.dim, distance.faiss_metric)
+        if trained is not None:
+            self.index: Any = trained.index
+            self._centre: Tensor = trained._centre
+            self.index.reset()
+        else:
+            self.index = backend.make_index(spec, rows.dim, distance.faiss_metric)
         self.nprobe = self._set_nprobe(nprobe)
-        sample = rows.take(torch.randperm(len(rows), generator=_generator())[: self._train_rows()].sort().values)
-        self._centre = _prepared(sample, distance).mean(0)
-        self._train(spec, sample)
+        if trained is None:
+            self._train(rows, spec)
         for _, block in rows.blocks():
             self.index.add(self._array(block))
         self._probe(spec)
@@ -59,7 +98,34 @@ class FaissEngine:
         ivf.nprobe = nprobe
         return nprobe
 
-    def _train(self, spec: str, sample: Tensor) -> None:
+    def fits(self, rows: Rows, distance: Distance, spec: str) -> bool:
+        """Tell whether what was trained here serves another bank."""
+        return (self.spec, self._distance, self._rows.dim) == (spec, distance, rows.dim)
+
+    def tune(self, k: int, target: float, nprobe: int | None) -> None:
+        """Measure the recall on held-out rows: at `nprobe`, or at the first of 1, 2, 4, … lists that meets the target.
+
+        Args:
+            k: Neighbours that the recall is of.
+            target: The recall to meet, where there is something to tune.
+            nprobe: Lists to visit; None: to be tuned.
+        """
+        held_out = hold_out(self._rows, ExactEngine(self._rows, self._distance, lean=True), k, HELD_OUT)
+        ivf = backend.inner_ivf(self.index)
+        tried: list[int | None] = [nprobe]
+        if ivf is not None and nprobe is None:
+            tried = [*(1 << power for power in range(int(ivf.nlist).bit_length() - 1)), int(ivf.nlist)]
+        for probes in tried:
+            self.nprobe = self._set_nprobe(probes)
+            self.recall = measure_recall(self, held_out)
+            if self.recall >= target:
+                break
+        self.tuned_k = k
+
+    def _train(self, rows: Rows, spec: str) -> None:
+        chosen = torch.randperm(len(rows), generator=_generator())[: self._train_rows()].sort().values
+        sample = rows.take(chosen.to(rows.device))
+        self._centre = _prepared(sample, self._distance).mean(0)
         try:
             self.index.train(self._array(sample))
         except RuntimeError as error:

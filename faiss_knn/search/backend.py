@@ -11,8 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch  # before faiss: then both share one OpenMP runtime, and forked workers can search
+import torch  # noqa: F401  # before faiss: then both share one OpenMP runtime, and forked workers can search
 from loguru import logger
 
 _INSTALL = (
@@ -135,21 +134,6 @@ def _warn_if_slow() -> None:
 
 
 @contextlib.contextmanager
-def threads_kept() -> Iterator[None]:
-    """Leave torch's and FAISS's thread counts as they were found."""
-    before = torch.get_num_threads()
-    library = faiss()
-    faiss_before = library.omp_get_max_threads()
-    try:
-        yield
-    finally:
-        if library.omp_get_max_threads() != faiss_before:
-            library.omp_set_num_threads(faiss_before)
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
 def blas_for_all_sizes() -> Iterator[None]:
     """Have FAISS use matrix products for batches of any size, not its slow sequential kernel for small ones."""
     variables = faiss().cvar
@@ -159,14 +143,6 @@ def blas_for_all_sizes() -> Iterator[None]:
         yield
     finally:
         variables.distance_compute_blas_threshold = before
-
-
-def gpu_count() -> int:
-    """Return how many GPUs this FAISS can use: 0 for a CPU build, and where no driver answers."""
-    library = faiss()
-    if not hasattr(library, "StandardGpuResources"):
-        return 0
-    return int(library.get_num_gpus())
 
 
 def make_index(spec: str, dim: int, metric: str) -> Any:
@@ -208,16 +184,3 @@ def index_bytes(index: Any) -> int:
         return len(library.serialize_index(index))
     library.write_index(index, writer)
     return int(writer.total_written)
-
-
-def search_rows(index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Search float32 C-contiguous `queries` (B, d): distances as FAISS gives them, and ids, each (B, k)."""
-    if k > len_of(index) or len(queries) == 0:
-        k = min(k, len_of(index))
-    distances, ids = index.search(queries, k)
-    return distances, ids
-
-
-def len_of(index: Any) -> int:
-    """Return how many rows an index holds."""
-    return int(index.ntotal)

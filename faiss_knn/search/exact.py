@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance, pair_norms, unit
+from faiss_knn.search.projection import effective_rank, leading_directions
 from faiss_knn.search.rerank import measure, nearest
 from faiss_knn.search.rows import Rows
 from faiss_knn.search.scan import best_scores, reaching
@@ -15,7 +16,10 @@ _CHUNK = 512  # queries of one pass
 _SECOND_CHUNK = 64
 _KEPT = 1 << 18  # candidates of one chunk
 _SECOND_BLOCK = 8192
-_TRIAL, _LOOSE = 64, 0.3  # bfloat16 bounds are too loose if after so many queries such a share is uncertified
+_WIDE = 512  # narrower rows gain too little from a projection
+_BASIS_SHARE = 3  # of the dimensions at most one in so many
+_LEFT_OUT = 0.03  # energy that a projection may leave out: its bound must exclude nearly all rows
+_TRIAL, _LOOSE = 64, 0.3  # bounds are too loose if after so many queries such a share is uncertified
 
 
 class ExactEngine:
@@ -24,20 +28,28 @@ class ExactEngine:
     Args:
         rows: The bank.
         distance: Which distance.
+        lean: Whether to make nothing of the bank beforehand: for a few queries.
     """
 
     exact = True
+    spec = "flat"
     backend = "torch"
+    nprobe = None
+    recall = 1.0
+    tuned_k = None
 
-    def __init__(self, rows: Rows, distance: Distance) -> None:
+    def __init__(self, rows: Rows, distance: Distance, *, lean: bool = False) -> None:
         self._rows = rows
         self._distance = distance
         self._dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
         self._twins: Twins | None = None
         self._sketch: Sketch
-        self._searched = self.uncertified = 0
-        if distance.norm == 2:
+        self.uncertified = self._trial_searched = self._trial_uncertified = 0
+        self._lean = lean
+        self._basis: Tensor | None = None
+        if distance.norm == 2 and not lean:
             self._twins = Twins.among(rows)
+            self._basis = _worthwhile_basis(rows, distance)
         self._prepare()
 
     @property
@@ -48,12 +60,17 @@ class ExactEngine:
     @property
     def parameters(self) -> dict[str, object]:
         """What the scan computes in."""
-        return {"scan": str(self._dtype).removeprefix("torch.")} if isinstance(self._sketch, ProductSketch) else {}
+        if not isinstance(self._sketch, ProductSketch):
+            return {}
+        dims = self._rows.dim if self._basis is None else self._basis.shape[1]
+        return {"scan_dtype": str(self._dtype).removeprefix("torch."), "scan_dims": dims}
 
     def _prepare(self) -> None:
         if self._distance.norm == 2:
             later = None if self._twins is None else self._twins.later
-            self._sketch = ProductSketch(self._rows, self._distance, self._dtype, passed_over=later)
+            self._sketch = ProductSketch(
+                self._rows, self._distance, self._dtype, passed_over=later, basis=self._basis, copied=not self._lean
+            )
         else:
             self._sketch = DifferenceSketch(self._rows)
 
@@ -88,11 +105,23 @@ class ExactEngine:
         return (distances, ids) if self._twins is None else self._twins.expand(distances, ids, k)
 
     def _count(self, searched: int, uncertified: int) -> None:
-        self._searched += searched
         self.uncertified += uncertified
-        if self._dtype == torch.bfloat16 and self._searched >= _TRIAL and self.uncertified > _LOOSE * self._searched:
+        self._trial_searched += searched
+        self._trial_uncertified += uncertified
+        if self._trial_searched >= _TRIAL and self._trial_uncertified > _LOOSE * self._trial_searched:
+            self._tighten()
+
+    def _tighten(self) -> None:
+        """Go on with tighter bounds: all coordinates instead of a projection, float32 instead of bfloat16."""
+        self._trial_searched = self._trial_uncertified = 0
+        if self._basis is not None:
+            self._basis = None
+        elif self._dtype == torch.bfloat16:
             self._dtype = torch.float32
-            self._prepare()
+        else:
+            return
+        del self._sketch  # before the next is made: one copy at a time
+        self._prepare()
 
     def _second_pass(self, queries: Tensor, k: int, limits: Tensor) -> tuple[Tensor, Tensor]:
         """Measure every row whose bound does not exclude it from the k nearest.
@@ -140,3 +169,25 @@ def _by_query(query: Tensor, distances: Tensor, ids: Tensor, queries: int) -> tu
     dense_ids = ids.new_full(dense.shape, -1)
     dense[query, place], dense_ids[query, place] = distances, ids
     return dense, dense_ids
+
+
+def _worthwhile_basis(rows: Rows, distance: Distance) -> Tensor | None:
+    """Return (d, m) leading directions if a few of them hold nearly all the spread, else None."""
+    if rows.dim < _WIDE:
+        return None
+    ids = torch.linspace(0, len(rows) - 1, min(2048, len(rows)), dtype=torch.float64).long()
+    sample = rows.directed(ids, distance)
+    sample -= sample.median(0).values
+    most = rows.dim // _BASIS_SHARE
+    if len(sample) < 2 * most or effective_rank(sample) > most:
+        return None
+    basis, energies = leading_directions(sample, most)
+    enough = (energies.cumsum(0) >= 1 - _LEFT_OUT).nonzero()
+    if len(enough) == 0:
+        return None
+    return basis[:, : min(most, _padded(int(enough[0]) + 1))].contiguous()
+
+
+def _padded(count: int) -> int:
+    """Fill the product's width up to a multiple of 32 with further directions, four columns left for the bounds."""
+    return -(-(count + 4) // 32) * 32 - 4

@@ -8,17 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from faiss_knn.search.approximate import FaissEngine
+from faiss_knn.search.approximate import FaissEngine, ivf_spec
 from faiss_knn.search.arithmetic import full_precision
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.exact import ExactEngine
+from faiss_knn.search.fast import FastEngine
 from faiss_knn.search.rerank import Neighbors
 from faiss_knn.search.rows import Rows, as_k, as_queries
+from faiss_knn.search.sketch import has_fast_bfloat16
+from faiss_knn.search.tuning import prefers_fast
 
 __all__ = ["IndexStats", "KNNIndex", "Neighbors"]
 
 _STORAGE = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEFAULT_K = 20
+_TARGET_RECALL = 0.99
+_FAST_ROWS = 4096  # below, the exact search takes about as long as any other
+
+Engine = ExactEngine | FastEngine | FaissEngine
 _CHUNK = 4096  # queries prepared at once; an engine bounds its own blocks
 
 
@@ -63,7 +70,9 @@ class KNNIndex:
         distance_metric: "euclidean", "squared_euclidean", "cosine" (1 - cos) or "manhattan".
         device: Where to hold and search the bank; None: where the features are.
         nprobe: Inverted lists that an IVF index visits; None: tuned, or FAISS's default for a factory string.
-        target_recall: Share of the exact neighbours that an approximate index must find.
+        target_recall: Share of the exact neighbours that "fast", "ivf" or "auto" must find on held-out rows of the
+            bank (a row is not its own neighbour); None: 0.99. With a factory string it has the recall measured, and
+            nprobe tuned where the string has inverted lists. `stats.recall` says what was measured.
         storage_dtype: Dtype of the stored rows; None: the features' own, float64 as float32.
         chunk_size: Queries searched at once; -1: chosen so that memory stays bounded.
 
@@ -104,7 +113,7 @@ class KNNIndex:
         self.storage_dtype = storage_dtype
         self.chunk_size = chunk_size
         self._distance = get_distance(distance_metric)
-        self._engine: ExactEngine | FaissEngine | None = None
+        self._engine: Engine | None = None
         self._rows: Rows | None = None
         self._build_seconds = 0.0
         self._expected: tuple[int, int | None] = _DEFAULT_K, None
@@ -147,16 +156,48 @@ class KNNIndex:
         rows = Rows(features, storage_dtype=self.storage_dtype, device=self.device)
         with full_precision(rows.device):
             rows.check(self._distance)
-            self._engine = self._make_engine(rows)
+            before, self._engine = self._engine, None
+            self._engine = self._make_engine(rows, before)
         self._rows = rows
         self._build_seconds = time.perf_counter() - start
         return self
 
-    def _make_engine(self, rows: Rows) -> ExactEngine | FaissEngine:
-        if self.spec in ("flat", "fast", "auto"):
+    def _make_engine(self, rows: Rows, before: Engine | None) -> Engine:
+        spec = self._chosen(rows, before)
+        if spec == "flat":
             return ExactEngine(rows, self._distance)
-        spec = f"IVF{max(1, int(len(rows) ** 0.5))},Flat" if self.spec == "ivf" else self.spec
-        return FaissEngine(rows, self._distance, spec, self.nprobe)
+        k, _ = self._expected
+        if spec == "fast":
+            tuned = before.tuned if isinstance(before, FastEngine) else None
+            return FastEngine(rows, self._distance, k, self._target, tuned)
+        measured = self.spec == "ivf" or self.target_recall is not None
+        spec = ivf_spec(len(rows)) if spec == "ivf" else spec
+        trained = before if measured and isinstance(before, FaissEngine) else None
+        if trained is not None and not trained.fits(rows, self._distance, spec):
+            trained = None
+        engine = FaissEngine(rows, self._distance, spec, self.nprobe, trained)
+        if measured:
+            engine.tune(k, self._target, self.nprobe)
+        return engine
+
+    @property
+    def _target(self) -> float:
+        return _TARGET_RECALL if self.target_recall is None else self.target_recall
+
+    def _chosen(self, rows: Rows, before: Engine | None) -> str:
+        """Resolve "auto", and "fast" where there is nothing faster than the exact search."""
+        if self.spec not in ("fast", "auto"):
+            return self.spec
+        if self._distance.norm != 2 or rows.streamed or len(rows) < _FAST_ROWS:
+            return "flat"
+        if self.spec == "fast":
+            return "fast"
+        k, queries = self._expected
+        warm = isinstance(before, FastEngine)
+        dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
+        wanted = len(rows) if queries is None else queries
+        on_cpu = rows.device.type == "cpu"
+        return "fast" if on_cpu and prefers_fast(len(rows), rows.dim, wanted, k, dtype, warm=warm) else "flat"
 
     def search(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
         """Find the k nearest rows of each query.
@@ -181,30 +222,38 @@ class KNNIndex:
         k = min(as_k(k), len(rows))
         step = self.chunk_size if self.chunk_size > 0 else _CHUNK
         with full_precision(rows.device):
+            if engine.tuned_k is not None and k > 2 * engine.tuned_k:
+                self._tune_anew(engine, k)
             checked = as_queries(queries, rows, self._distance)
             parts = [engine.search(part, k) for part in torch.split(checked, step)]
         device = queries.device if isinstance(queries, Tensor) else rows.device
         distances, indices = (torch.cat(column).to(device) for column in zip(*parts, strict=True))
         return Neighbors(distances, indices)
 
+    def _tune_anew(self, engine: Engine, k: int) -> None:
+        if isinstance(engine, FastEngine):
+            engine.tune(k)
+        elif isinstance(engine, FaissEngine):
+            engine.tune(k, self._target, self.nprobe)
+
     @property
     def stats(self) -> IndexStats:
         """What the index is and what it cost; grows with searches (`uncertified`)."""
         rows, engine = self._built()
         return IndexStats(
-            spec=self.spec,
+            spec=engine.spec,
             exact=engine.exact,
             backend=engine.backend,
             device=str(rows.device),
             bytes=engine.bytes,
             build_seconds=self._build_seconds,
-            nprobe=getattr(engine, "nprobe", None),
-            recall=1.0 if engine.exact else None,
+            nprobe=engine.nprobe,
+            recall=engine.recall,
             uncertified=engine.uncertified,
             parameters=engine.parameters,
         )
 
-    def _built(self) -> tuple[Rows, ExactEngine | FaissEngine]:
+    def _built(self) -> tuple[Rows, Engine]:
         if self._rows is None or self._engine is None:
             raise RuntimeError("the index is empty: call build(features) first")
         return self._rows, self._engine

@@ -11,6 +11,9 @@ them. Then s²|x - q|² = |v|² + 2t with t = |u|²/2 - u·v, and
 so m - t <= û·v̂ - (h - m) + |û|β with h <= |u|²/2 and β = r|v| + |v - v̂| + γ|v̂|, where r >= |u - û| / |û| and m is any
 constant. h and |û| are two further columns of û. The margin |û|β belongs to the row: one huge row does not widen the
 others'.
+
+Given a basis P of m orthonormal directions, û holds Pu alone. What is left of u and v, of lengths ρu and ρv, adds at
+most ρuρv to u·v (Cauchy-Schwarz again): one more column. Where the spectrum decays, m products do for d.
 """
 
 import math
@@ -70,29 +73,43 @@ class ProductSketch:
     """A centred copy of the bank in `dtype` whose products with queries bound euclidean and cosine distances.
 
     Args:
-        rows: The bank. A streamed one is not copied: its blocks are made anew for every scan.
+        rows: The bank. A streamed one is never copied.
         distance: One that is measured by euclidean norms.
         dtype: torch.bfloat16 (half the memory; where the CPU or GPU is fast in it) or torch.float32.
         passed_over: Numbers of rows that get the lowest score, so that a scan passes them over.
+        basis: (d, m) float32 orthonormal directions to project to; None: all d coordinates as they are.
+        copied: Whether to keep what is made of the rows; if not, it is made anew for every scan.
     """
 
     def __init__(
-        self, rows: Rows, distance: Distance, dtype: torch.dtype, *, passed_over: Tensor | None = None
+        self,
+        rows: Rows,
+        distance: Distance,
+        dtype: torch.dtype,
+        *,
+        passed_over: Tensor | None = None,
+        basis: Tensor | None = None,
+        copied: bool = True,
     ) -> None:
         self._rows = rows
         self._distance = distance
         self.dtype = dtype
         self._pieces = 2 if dtype == torch.bfloat16 else 1  # h in bfloat16 alone would be off by 2^-9
-        self._width = _aligned(rows.dim + self._pieces + 1)
+        self._basis = basis
+        self._vector = rows.dim if basis is None else basis.shape[1]
+        self._width = _aligned(self._vector + self._pieces + (1 if basis is None else 2))
         self._gamma = 2.02 * (self._width + 8) * 2.0**-24  # twice: for units that do not round to nearest
         # Rounding to bfloat16 changes each value by 2^-9 of it, hence a row by as much; and 2^-22 for centring.
         self._ratio = (2.0**-9 if dtype == torch.bfloat16 else 0.0) + 2.0**-22
+        # What float32 loses of a projection, and the basis lacks of being orthonormal.
+        self._tilt = 0.0 if basis is None else _tilt(basis)
+        self._ratio += 2 * self._tilt
         self._passed_over: Tensor | None = None
         if passed_over is not None:
             self._passed_over = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
             self._passed_over[passed_over] = True
         self._place(rows)
-        self._copy = None if rows.streamed else self._copied(rows)
+        self._copy = self._copied(rows) if copied and not rows.streamed else None
         self.bytes = 0 if self._copy is None else self._copy.numel() * self._copy.element_size()
 
     def _place(self, rows: Rows) -> None:
@@ -131,8 +148,8 @@ class ProductSketch:
         return copy
 
     def _write(self, block: Tensor, start: int, out: Tensor) -> None:
-        """Write û, h and |û| of a block of rows (n, d), which starts at row `start`, to `out` (n, K)."""
-        dim = block.shape[1]
+        """Write û, h, |û| and ρ of a block of rows (n, d), which starts at row `start`, to `out` (n, K)."""
+        dim = self._vector
         rows = (self._directed(block, start) - self._centre.to(self._work)).mul_(self._scale).float()
         sizes = rows.norm(dim=1)
         far = ~(sizes <= _FAR)
@@ -140,7 +157,8 @@ class ProductSketch:
             far |= self._passed_over[start : start + len(block)]
         if far.any():
             rows[far], sizes[far] = 0.0, 0.0
-        out[:, :dim] = rows
+        seen = rows if self._basis is None else rows @ self._basis
+        out[:, :dim] = seen
         half = sizes.square() / 2
         half = half - self._shift - 2 * self._gamma * (half + self._shift) - self._blur * sizes - _FLUSHED
         half = half.masked_fill(far, _FAR_HALF_SQUARE)
@@ -152,22 +170,41 @@ class ProductSketch:
             left = left - out[:, column].float()
         out[:, dim + self._pieces] = (sizes * (1 + 2.0**-7) + self._blur / self._ratio).masked_fill(far, 0.0)
         out[:, dim + self._pieces + 1 :] = 0
+        if self._basis is not None:
+            out[:, dim + self._pieces + 1] = self._left_out(sizes.square(), seen.square().sum(1)) * (1 + 2.0**-7)
 
-    def ask(self, queries: Tensor) -> Asked:
-        """Prepare queries (B, d)."""
-        dim = queries.shape[1]
+    def _left_out(self, square: Tensor, seen: Tensor) -> Tensor:
+        """Return at least the length of what a projection leaves out, from |u|² and |Pu|²."""
+        return ((square - seen).clamp(min=0) + 4 * self._tilt * square).sqrt()
+
+    def ask(self, queries: Tensor, *, bound: bool = True) -> Asked:
+        """Prepare queries (B, d); without `bound`, scores estimate and prove nothing."""
         directed = unit(queries) if self._distance.unit_rows else queries.double()
         exact = (directed - self._centre).mul_(self._scale)
         square = exact.square().sum(1)
         outside = ~(square <= (_FAR / 4) ** 2)
         exact[outside] = 0.0
+        seen = exact if self._basis is None else exact @ self._basis.double()
         vectors = torch.zeros(len(queries), self._width, dtype=self.dtype, device=queries.device)
-        vectors[:, :dim] = exact
-        vectors[:, dim : dim + self._pieces] = -1
-        lost = (exact - vectors[:, :dim].double()).norm(dim=1) + self._unit_error
-        beta = (self._ratio + self._gamma * 1.01) * exact.norm(dim=1) + lost * 1.01
-        vectors[:, dim + self._pieces] = beta * (1 + 2.0**-7)
+        vectors[:, : self._vector] = seen
+        vectors[:, self._vector : self._vector + self._pieces] = -1
+        if bound:
+            self._widen(vectors, exact, seen)
         return Asked(vectors, square.masked_fill(outside, torch.inf))
+
+    def narrow(self, asked: Asked, dims: int) -> None:
+        """Restrict queries asked without bound to the first `dims` directions, in place."""
+        asked.vectors[:, dims : self._vector] = 0
+
+    def _widen(self, vectors: Tensor, exact: Tensor, seen: Tensor) -> None:
+        """Write β and ρ of queries v (B, d), projected to (B, m), to the columns beside v̂."""
+        column = self._vector + self._pieces
+        lost = (seen - vectors[:, : self._vector].double()).norm(dim=1) + self._unit_error
+        beta = (self._ratio + self._gamma * 1.01) * exact.norm(dim=1) + lost * 1.01
+        vectors[:, column] = beta * (1 + 2.0**-7)
+        if self._basis is not None:
+            left_out = self._left_out(exact.square().sum(1), seen.square().sum(1))
+            vectors[:, column + 1] = left_out * (1 + 2.0**-7)
 
     def scores(self, asked: Asked, start: int, stop: int) -> Tensor:
         """Return (B, stop - start) scores of a block of rows."""
@@ -238,3 +275,10 @@ class DifferenceSketch:
 
 def _aligned(width: int) -> int:
     return -(-width // 32) * 32
+
+
+def _tilt(basis: Tensor) -> float:
+    dim, count = basis.shape
+    exact = basis.double()
+    skew = float((exact.T @ exact - torch.eye(count, dtype=torch.float64, device=basis.device)).norm())
+    return float(1.01 * dim * 2.0**-24 * count**0.5 + 2 * skew)

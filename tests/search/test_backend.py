@@ -1,0 +1,70 @@
+"""What FAISS runs on, tried in processes of their own: it is chosen once, at import."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from faiss_knn.search.backend import cpu_flags, openblas_kernels
+
+FULL = frozenset({"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"})
+
+
+def run(code: str, **environment: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True, check=True
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "kernels"),
+    [
+        (FULL, "SkylakeX"),
+        (FULL - {"avx512vl"}, "Haswell"),
+        (frozenset({"avx2"}), None),
+        (frozenset(), None),
+    ],
+)
+def test_kernels_are_named_only_where_the_cpu_has_them(flags, kernels):
+    assert openblas_kernels(flags) == kernels
+
+
+def test_faiss_runs_the_kernels_of_the_cpu_and_leaves_the_environment_alone():
+    said = run(
+        "import os; from faiss_knn.search import backend; backend.faiss();"
+        "print(backend.openblas_core(), 'OPENBLAS_CORETYPE' in os.environ)"
+    )
+    core, left = said.split()
+    if core != "None" and openblas_kernels(cpu_flags()) is not None:
+        assert core not in ("Prescott", "Barcelona")
+    assert left == "False"
+
+
+def test_a_users_choice_of_kernels_stays():
+    said = run(
+        "import os; from faiss_knn.search import backend; backend.faiss(); print(os.environ['OPENBLAS_CORETYPE'])",
+        OPENBLAS_CORETYPE="Haswell",
+    )
+    assert said.strip() == "Haswell"
+
+
+def test_searches_leave_thread_counts_and_thresholds_alone():
+    said = run(
+        "import torch; torch.set_num_threads(1); from faiss_knn import KNNIndex; from faiss_knn.search import backend;"
+        "f = backend.faiss(); before = f.omp_get_max_threads(), f.cvar.distance_compute_blas_threshold;"
+        "x = torch.randn(500, 8);"
+        "[KNNIndex(s).build(x).search(x[:3], 2) for s in ('flat', 'Flat', 'ivf')];"
+        "print(before == (f.omp_get_max_threads(), f.cvar.distance_compute_blas_threshold), torch.get_num_threads())"
+    )
+    assert said.split()[-2:] == ["True", "1"]
+
+
+def test_flat_needs_no_faiss():
+    said = run(
+        "import sys; sys.modules['faiss'] = None; import torch; from faiss_knn import KNNIndex;"
+        "print(KNNIndex().build(torch.eye(3)).search(torch.eye(3), 1).indices.tolist())"
+    )
+    assert said.strip() == "[[0], [1], [2]]"
