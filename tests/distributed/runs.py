@@ -2,13 +2,17 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
@@ -248,3 +252,30 @@ def rows_in_a_buffer_and_in_the_queue(counts: list[list[int]]) -> tuple[Tensor, 
     module, run = Buffered(), ddp(knn(), use_distributed_sampler=False)
     run.fit(module, datamodule=Batches(uneven_batches(counts)))
     return module.seen, queued(run)
+
+
+class Sharded(Net):
+    """Its parameters are spread over the ranks by FSDP."""
+
+    def configure_model(self) -> None:
+        for part in (self.encoder, self.head):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
+
+
+def fit_fsdp_and_resume(path: Path) -> tuple[bool, Tensor, Tensor, dict[str, float], dict[str, float]]:
+    def strategy() -> ModelParallelStrategy:
+        return ModelParallelStrategy(data_parallel_size=world()[1], tensor_parallel_size=1)
+
+    module, run = Sharded(), ddp(knn(), strategy=strategy())
+    run.fit(module, loader(8, **TRAIN), loader(8, **VAL))
+    run.save_checkpoint(path)
+    resumed = ddp(knn(), strategy=strategy())
+    resumed.validate(Sharded(), loader(8, **VAL), ckpt_path=path, verbose=False)
+    is_sharded = all(isinstance(parameter, DTensor) for parameter in module.encoder.parameters())
+    return is_sharded, queued(run), queued(resumed), logged(run), logged(resumed)
+
+
+if __name__ == "__main__":  # what a user of a strategy that starts its own processes runs
+    run = trainer(knn(), strategy=sys.argv[1], devices=2, num_sanity_val_steps=0)
+    run.fit(Echo(), loader(7, **TRAIN), loader(7, **VAL))
+    sys.stdout.write(f"{logged(run)}\n")
