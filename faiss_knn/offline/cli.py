@@ -100,7 +100,7 @@ def _add_search(group: Any) -> None:
         type=_sweep,
         default=[],
         metavar="NAME=V,V",
-        help="search parameters to try: nprobe=1,4,16",
+        help="search parameters to try: nprobe=1,4,16 k_factor=1,5",
     )
     group.add_argument(
         "--latency", type=_count, default=0, metavar="N", help="time N queries one at a time, for p50 and p95"

@@ -91,7 +91,8 @@ def evaluate(
             wanted: "MulticlassF1Score(average=micro)".
         depth: Length of the lists for retrieval metrics; None: the largest k. `r_precision` and `map@r` are given where
             every R is within it.
-        sweep: Search parameters and values to try on each index that has them: {"nprobe": [1, 4, 16]}.
+        sweep: Search parameters and values to try on each index that has them: `nprobe` for inverted lists, {"nprobe":
+            [1, 4, 16]}; `k_factor` for codes, candidates per neighbour that are re-ranked by exact distance.
         nprobe: For IVF indexes, as in `KNNIndex`.
         target_recall: For approximate indexes, as in `KNNIndex`.
         latency: How many queries to time one at a time.

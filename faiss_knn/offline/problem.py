@@ -231,12 +231,23 @@ def check_values(problem: Problem, distance_metric: str) -> None:
     for name, side in sides.items():
         for start, stop in spans(len(side.rows), max(1, _CHECKED_BYTES // (4 * problem.dim))):
             block = read_rows(side.rows, start, stop)
-            size = block.abs().amax(1).cpu().numpy() if isinstance(block, Tensor) else np.abs(block).max(1)
-            bad = ~np.isfinite(size) | ((size == 0) & (distance_metric == "cosine"))  # NaN and inf stay in a maximum
-            if bad.any():
-                row = int(side.ids[start + int(bad.argmax())])
+            bad = _unfit(block, distance_metric == "cosine")
+            if len(bad):
+                row = int(side.ids[start + bad[0]])
                 need = "finite, and not zero under cosine" if distance_metric == "cosine" else "finite"
                 raise ValueError(f"`{name}` must be {need}: row {row} is not: leave it out (label -1) or mend it")
+
+
+def _unfit(block: npt.NDArray[Any] | Tensor, needs_direction: bool) -> Ids:
+    """Places of rows that are not finite, or zero where that matters."""
+    if isinstance(block, Tensor):
+        largest = block.abs().amax(1).cpu().numpy()
+        return np.flatnonzero(~np.isfinite(largest) | ((largest == 0) & needs_direction))
+    squares = np.einsum("ij,ij->i", block, block)  # one fast pass clears all rows but those and the over- or underflown
+    doubtful = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
+    largest = np.abs(block[doubtful]).max(1, initial=0)  # NaN and inf stay in a maximum
+    bad: Ids = doubtful[~np.isfinite(largest) | ((largest == 0) & needs_direction)]
+    return bad
 
 
 def suspicions(problem: Problem, ks: Sequence[int]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """evaluate() against slow float64 arithmetic, scikit-learn and torchmetrics."""
 
 import importlib.util
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -243,6 +245,22 @@ def test_a_sweep_tries_each_value_on_the_indexes_that_have_the_parameter():
     assert recalls[1] < recalls[2] < recalls[3] == 1.0
 
 
+def test_k_factor_asks_codes_for_more_candidates():
+    bank, bank_labels, queries, query_labels = blobs(8, n=600, dim=8)
+    report = evaluate(
+        bank,
+        bank_labels,
+        queries,
+        query_labels,
+        k=5,
+        index=("flat", "SQ4", "IVF4,Flat"),
+        sweep={"k_factor": [1, 2, 120]},
+    )
+    assert [r["settings"] for r in report.records] == [{}, {"k_factor": 1}, {"k_factor": 2}, {"k_factor": 120}, {}]
+    recalls = [r["recall"] for r in report.records[1:4]]
+    assert recalls[0] < recalls[1] <= recalls[2] == 1.0
+
+
 def test_records_that_are_there_are_not_made_again(monkeypatch):
     data = blobs()
     full = evaluate(*data, k=KS, index=("flat", "IVF4,Flat"))
@@ -282,6 +300,32 @@ def test_rows_of_any_kind_give_the_same_neighbours(tmp_path, monkeypatch, kind, 
     distances, indices = oracle.neighbors(queries, bank, 9, "euclidean")
     np.testing.assert_array_equal(got.neighbors[index][1], indices)
     np.testing.assert_allclose(got.neighbors[index][0], distances, rtol=1e-6)
+
+
+LIMITED = """
+import resource, sys
+import numpy as np
+from faiss_knn import evaluate
+from faiss_knn.offline import neighbors, problem
+bank, labels = np.load(sys.argv[1], mmap_mode="r"), np.arange(400_000) % 10
+neighbors.BANK_BLOCK_BYTES = problem._CHECKED_BYTES = 8 << 20
+queries, truth = bank[:20] + np.float32(1e-3), labels[:20]
+evaluate(bank[:1000], labels[:1000], queries, truth, k=1)  # threads and libraries are there
+held = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024
+limit = held + (100 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+print(evaluate(bank, labels, queries, truth, k=1).records[0]["top1"])
+"""
+
+
+def test_a_bank_on_disk_is_searched_in_less_memory_than_it_takes(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = np.lib.format.open_memmap(tmp_path / "bank.npy", "w+", np.float32, (400_000, 128))  # 195 MiB
+    for start in range(0, len(rows), 100_000):
+        rows[start : start + 100_000] = rng.standard_normal((100_000, 128), np.float32)
+    rows.flush()
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path / "bank.npy")], capture_output=True, text=True)
+    assert done.stdout.strip() == "1.0", done.stderr
 
 
 def test_unlabelled_rows_are_left_out_and_row_numbers_stay():
