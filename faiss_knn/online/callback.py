@@ -282,6 +282,7 @@ class OnlineKNN(Callback):
         stage = "test" if trainer.state.stage == RunningStage.TESTING else "eval"
         values = epoch.table.values(f"{stage}/{self.name}", several_k=not isinstance(self.k, int))
         values |= self._about_the_search(run, epoch, f"{stage}/{self.name}")
+        run.index.release()
         for key, value in values.items():
             # Every rank has the same value; the largest of them is that value, and says so to Lightning.
             value = value.to(pl_module.device, torch.float32)

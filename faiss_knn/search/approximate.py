@@ -64,6 +64,7 @@ class FaissEngine:
     ) -> None:
         self.spec = spec
         self._rows = rows
+        self._dim = rows.dim
         self.recall: float | None = None
         self.tuned_k: int | None = None
         self.parameters: dict[str, object] = {"warm": trained is not None}
@@ -72,7 +73,6 @@ class FaissEngine:
         if trained is not None:
             self.index: Any = trained.index
             self._centre: Tensor = trained._centre
-            self.index.reset()
         else:
             self.index = backend.make_index(spec, rows.dim, distance.faiss_metric)
         self.nprobe = self._set_nprobe(nprobe)
@@ -100,7 +100,12 @@ class FaissEngine:
 
     def fits(self, rows: Rows, distance: Distance, spec: str) -> bool:
         """Tell whether what was trained here serves another bank."""
-        return (self.spec, self._distance, self._rows.dim) == (spec, distance, rows.dim)
+        return (self.spec, self._distance, self._dim) == (spec, distance, rows.dim)
+
+    def release(self) -> None:
+        """Drop the rows and keep what was trained; nothing can be searched after that."""
+        del self._rows
+        self.index.reset()
 
     def tune(self, k: int, target: float, nprobe: int | None) -> None:
         """Measure the recall on held-out rows: at `nprobe`, or at the first of 1, 2, 4, … lists that meets the target.

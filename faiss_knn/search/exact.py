@@ -65,6 +65,10 @@ class ExactEngine:
         dims = self._rows.dim if self._basis is None else self._basis.shape[1]
         return {"scan_dtype": str(self._dtype).removeprefix("torch."), "scan_dims": dims}
 
+    def release(self) -> None:
+        """Drop the rows; nothing can be searched after that."""
+        del self._rows, self._sketch, self._twins
+
     def _prepare(self) -> None:
         if self._distance.norm == 2:
             later = None if self._twins is None else self._twins.later

@@ -86,6 +86,10 @@ class FastEngine:
             "warm": self._warm,
         }
 
+    def release(self) -> None:
+        """Drop the rows and keep what was tuned; nothing can be searched after that."""
+        del self._rows, self._sketch
+
     def _kept(self, before: Tuned, k: int) -> bool:
         """Take over an earlier choice if a few held-out rows confirm it."""
         if before.k < k or (before.basis is not None and len(before.basis) != self._rows.dim):

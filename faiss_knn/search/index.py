@@ -114,6 +114,7 @@ class KNNIndex:
         self.chunk_size = chunk_size
         self._distance = get_distance(distance_metric)
         self._engine: Engine | None = None
+        self._released: Engine | None = None
         self._rows: Rows | None = None
         self._build_seconds = 0.0
         self._expected: tuple[int, int | None] = _DEFAULT_K, None
@@ -156,11 +157,19 @@ class KNNIndex:
         rows = Rows(features, storage_dtype=self.storage_dtype, device=self.device)
         with full_precision(rows.device):
             rows.check(self._distance)
-            before, self._engine = self._engine, None
+            self.release()
+            before, self._released = self._released, None
             self._engine = self._make_engine(rows, before)
         self._rows = rows
         self._build_seconds = time.perf_counter() - start
         return self
+
+    def release(self) -> None:
+        """Forget the rows and free their memory; what was learned from them is kept for the next `build`."""
+        if self._engine is not None:
+            self._engine.release()
+            self._engine, self._released = None, self._engine
+        self._rows = None
 
     def _make_engine(self, rows: Rows, before: Engine | None) -> Engine:
         spec = self._chosen(rows, before)

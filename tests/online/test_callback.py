@@ -1,6 +1,7 @@
 """OnlineKNN inside real Trainer runs."""
 
 import functools
+import gc
 import math
 import warnings
 
@@ -506,6 +507,15 @@ class TestCheckpoint:
 def test_state_key_and_state():
     assert knn("linear").state_key == "OnlineKNN[name=linear]"
     assert knn("linear").state_dict() == {}
+
+
+def test_the_bank_is_freed_when_the_epoch_ends():
+    def of_queue_length():
+        gc.collect()
+        return [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == (50, 8)]
+
+    _run, _keep = fit(knn(queue_length=50), clusters(80), clusters(32, seed=1))
+    assert len(of_queue_length()) == 1  # the ring buffer
 
 
 def test_every_n_epochs():
