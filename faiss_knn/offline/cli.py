@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -226,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _evaluate(given)
+        with _ranks():
+            return _evaluate(given)
     except (ValueError, OSError) as error:
         return _failed(" ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -236,21 +238,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(reason: str) -> int:
-    print(f"faiss-knn: error: {reason}", file=sys.stderr)
+    if _is_first():
+        print(f"faiss-knn: error: {reason}", file=sys.stderr)
     return 1
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _ranks() -> Iterator[None]:
+    """Under torchrun, take part in the group of its processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")  # also where each process searches on a GPU of its own: little travels
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _evaluate(given: argparse.Namespace) -> int:
     from faiss_knn.offline.evaluate import evaluate
     from faiss_knn.offline.features import read_class_names
     from faiss_knn.offline.report import Ledger
+    from faiss_knn.search.ranks import agreed, broadcast_object
 
-    bank, queries = _read(given)
-    names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
+    ledger = None
+    with agreed():
+        bank, queries = _read(given)
+        names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
+        if given.out is not None and not given.dry_run and _is_first():
+            ledger = Ledger(given.out, given.resume)
     if given.dry_run:
-        print(_dry_run(given, bank, queries, names))
+        if _is_first():
+            print(_dry_run(given, bank, queries, names))
         return 0
-    ledger = Ledger(given.out, given.resume) if given.out is not None else None
     report = evaluate(
         bank.rows,
         bank.labels,
@@ -275,14 +302,15 @@ def _evaluate(given: argparse.Namespace) -> int:
         latency=given.latency,
         device=_device(given.device),
         keep_neighbors=given.save_neighbors,
-        progress=None,
-        done=ledger.records if ledger is not None else (),
+        progress=None if _is_first() else False,
+        done=broadcast_object(ledger.records if ledger is not None else []),
         on_record=ledger.add if ledger is not None else None,
     )
     if ledger is not None:
         report.per_class = ledger.per_class | report.per_class
         report.save(given.out)
-    _show(report, given.out)
+    if _is_first():
+        _show(report, given.out)
     return 0
 
 
@@ -324,7 +352,8 @@ def _device(name: str) -> str | None:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else None
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        return f"cuda:{local_rank % gpus}" if gpus else None
     return name
 
 

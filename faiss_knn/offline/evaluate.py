@@ -15,11 +15,12 @@ from torch import Tensor
 
 from faiss_knn.classify.vote import check_vote_options
 from faiss_knn.offline.metrics import make_metrics
-from faiss_knn.offline.neighbors import EXACT, Found, SearchOptions, Variant, find_neighbors, has_parameter
+from faiss_knn.offline.neighbors import EXACT, Found, SearchOptions, Variant, has_parameter
 from faiss_knn.offline.problem import Problem, check_values, make_problem, suspicions
 from faiss_knn.offline.report import EvalReport, Record, mean_values, record_key
 from faiss_knn.offline.rows import Rows, read_rows, spans
 from faiss_knn.offline.scores import ClassJudge, Hits, MultiHotJudge, recalls
+from faiss_knn.offline.together import find_neighbors
 from faiss_knn.retrieval import retrieval_metrics
 
 __all__ = ["EvalReport", "evaluate"]
@@ -70,6 +71,9 @@ def evaluate(
     on_record: Callable[[Record, list[float]], None] | None = None,
 ) -> EvalReport:
     """Judge features by their nearest neighbours: for each index one search, then every k, temperature and weighting.
+
+    Where `torch.distributed` is set up, all ranks call it with the same arguments, share the searches, and get the same
+    records but for times.
 
     Args:
         bank_features: (N, d) tensor, ndarray, memmap, or `Rows` that are read in blocks.

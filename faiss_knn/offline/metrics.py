@@ -38,9 +38,11 @@ def _make(text: str, prefix: str, num_classes: int) -> Any:
     if name not in known:
         raise ValueError(f"`metrics` must name classes of torchmetrics.classification such as {known[0]}, got {text!r}")
     try:
-        return getattr(classification, name)(**{_COUNT[prefix]: num_classes, **arguments})
+        made = getattr(classification, name)(**{_COUNT[prefix]: num_classes, **arguments})
     except (TypeError, ValueError) as error:
         raise ValueError(f"`metrics`: {text} cannot be made: {error}") from error
+    made.sync_on_compute = False  # with several ranks, each scores all queries
+    return made
 
 
 def _parsed(text: str) -> tuple[str, dict[str, Any]]:

@@ -105,30 +105,28 @@ class Found:
     cost: dict[str, Any]
 
 
-def find_neighbors(problem: Problem, k: int, variant: Variant, options: SearchOptions) -> Found:
-    """Search once, for the largest k that anything is scored at.
-
-    Args:
-        problem: Bank and queries.
-        k: Neighbours wanted, itself not counted with leave-one-out; lists are padded where the bank is smaller.
-        variant: Which index.
-        options: How.
+def search_bank(problem: Problem, span: tuple[int, int], k: int, variant: Variant, options: SearchOptions) -> Found:
+    """Search rows [start, stop) of the bank for all queries: float64 distances, min(k, stop - start) neighbours.
 
     Raises:
         ValueError: If the index refuses the features or its parameters.
     """
-    wanted = k + problem.leave_one_out
     bank = problem.bank.rows
     whole = variant.spec != "flat" or (_is_plain(bank) and not is_memmap(bank))  # pieces are read from disk once
-    pieces = [(0, len(bank))] if whole else list(spans(len(bank), _block_rows(bank)))
+    size = span[1] - span[0] if whole else _block_rows(bank)
     found: Found | None = None
-    for start, stop in pieces:
-        piece = _search_piece(problem, (start, stop), wanted, variant, options)
-        found = piece if found is None else _merged(found, piece, wanted)
+    for start, stop in spans(span[1] - span[0], size):
+        piece = _search_piece(problem, (span[0] + start, span[0] + stop), k, variant, options)
+        found = piece if found is None else _merged(found, piece, k)
     assert found is not None  # a problem has rows
+    return found
+
+
+def finish(found: Found, problem: Problem, k: int) -> Found:
+    """Make the lists of a whole bank those that are scored: without the query itself, k long, float32."""
     if problem.leave_one_out:
         found = _without_self(found)
-    found = _padded(found, k)
+    found = pad_lists(found, k)
     return replace(found, distances=found.distances.float())
 
 
@@ -140,8 +138,8 @@ def _is_plain(rows: Rows) -> bool:
 
 
 def _piece(bank: Rows, span: tuple[int, int]) -> Any:
-    if span == (0, len(bank)) and _is_plain(bank):
-        return bank
+    if _is_plain(bank) and (span == (0, len(bank)) or not is_memmap(bank)):
+        return bank[span[0] : span[1]]
     block = read_rows(bank, *span)
     return np.array(block) if is_memmap(block) else block
 
@@ -231,14 +229,19 @@ def _latencies(index: KNNIndex, queries: Rows, k: int, variant: Variant, count: 
 def _merged(first: Found, second: Found, k: int) -> Found:
     """Join the lists of two pieces of the bank, `first` the one of lower places, so that equal distances keep order."""
     distances = torch.cat([first.distances, second.distances], 1)
-    indices = torch.cat([first.indices, second.indices], 1)
-    distances, order = distances.sort(dim=1, stable=True)
+    distances, indices = merge_nearest(distances, torch.cat([first.indices, second.indices], 1), k)
     cost = dict(second.cost)
     for name in ("build_s", "search_s", "bytes", "uncertified", "latency_p50_ms", "latency_p95_ms"):
         if name in cost:
             cost[name] += first.cost[name]
     cost["qps"] = len(indices) / cost["search_s"]
-    return Found(distances[:, :k], indices.gather(1, order[:, :k]), cost)
+    return Found(distances, indices, cost)
+
+
+def merge_nearest(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of lists side by side, those of lower places first, so that equal distances keep their order."""
+    distances, order = distances.sort(dim=1, stable=True)
+    return distances[:, :k], indices.gather(1, order[:, :k])
 
 
 def _without_self(found: Found) -> Found:
@@ -249,7 +252,8 @@ def _without_self(found: Found) -> Found:
     return replace(found, distances=found.distances.gather(1, kept), indices=found.indices.gather(1, kept))
 
 
-def _padded(found: Found, k: int) -> Found:
+def pad_lists(found: Found, k: int) -> Found:
+    """Lengthen lists to k with missing neighbours, (inf, -1)."""
     missing = k - found.indices.shape[1]
     if missing <= 0:
         return found

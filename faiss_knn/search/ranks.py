@@ -56,14 +56,16 @@ def agree(error: Exception | None, group: Group = None) -> None:
 
     Raises:
         Exception: This rank's own error; or, naming the first rank that failed, a ValueError where that rank met a
-            ValueError and a RuntimeError where it met anything else.
+            ValueError or OSError and a RuntimeError where it met anything else.
     """
     rank, size = world(group)
     if size > 1:
         failed = torch.tensor(error is not None, dtype=torch.int32, device=wire(group))
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
         if failed.item():
-            _raise_first(share((type(error).__name__, str(error)) if error else None, group), rank, error)
+            failures = share((f"{type(error).__name__}: {error}", _is_input(error)) if error else None, group)
+            if error is None:
+                raise _of_another_rank(failures, rank)
     if error is not None:
         raise error
 
@@ -215,13 +217,15 @@ def share(obj: T, group: Group = None) -> list[T]:
     return shared
 
 
-def _raise_first(failures: list[tuple[str, str] | None], rank: int, error: Exception | None) -> None:
-    if error is not None:
-        raise error
-    first = next(index for index, failure in enumerate(failures) if failure)
-    kind, message = failures[first] or ("", "")
-    raised = ValueError if kind == "ValueError" else RuntimeError
-    raise raised(f"rank {first} failed, so rank {rank} stops too: {kind}: {message}")
+def _is_input(error: Exception) -> bool:
+    return isinstance(error, ValueError | OSError)
+
+
+def _of_another_rank(failures: list[tuple[str, bool] | None], rank: int) -> Exception:
+    first, failure = next((index, failure) for index, failure in enumerate(failures) if failure)
+    message, is_input = failure
+    kind = ValueError if is_input else RuntimeError
+    return kind(f"rank {first} failed, so rank {rank} stops too: {message}")
 
 
 def survey(headers: Sequence[Rows | None]) -> tuple[Rows | None, list[int]]:
