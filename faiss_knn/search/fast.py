@@ -99,7 +99,7 @@ class FastEngine:
         held_out = hold_out(self._rows, ExactEngine(self._rows, self._distance, lean=True), k, RECHECK)
         found = self._scan(self._sketch, held_out.queries, before.candidates(k) + 1)
         self.recall = recall(without_self(found, held_out.ids, before.candidates(k)), held_out.neighbors)
-        return self.recall >= self._target
+        return self.recall + 2 * _error(self.recall, held_out) >= self._target  # unless they refute it
 
     def _made(self, basis: Tensor | None) -> ProductSketch:
         return ProductSketch(self._rows, self._distance, self._dtype, basis=basis)
@@ -115,7 +115,7 @@ class FastEngine:
         for share in _SHARES:
             dims = max(1, round(share * self._rows.dim / 32) * 32 - 4)  # with the other columns a multiple of 32
             choices.append((dims, *self._least_factor(rotated, held_out, dims)))
-        good = [choice for choice in choices if choice[2] >= self._target] or choices[:1]
+        good = [choice for choice in choices if choice[1] < _FACTORS[-1]] or choices[:1]
         dims, factor, self.recall = min(good, key=lambda choice: self._cost(choice[0], choice[1] * k))
         self.tuned = Tuned(None if dims == self._rows.dim else basis[:, :dims].contiguous(), factor, k)
         if self.tuned.basis is not None:
@@ -136,7 +136,7 @@ class FastEngine:
         found = without_self(self._scan(sketch, held_out.queries, most, dims), held_out.ids, most)
         for factor in _FACTORS:
             share = recall(found[:, : math.ceil(factor * k)], held_out.neighbors)
-            if share >= self._target:
+            if share - _error(share, held_out) >= self._target:
                 return factor, share
         return _FACTORS[-1], share
 
@@ -163,3 +163,8 @@ class FastEngine:
             lambda start, stop: self._sketch.scores(asked, start, stop), len(queries), len(self._rows), kept
         )
         return nearest(measure(queries, self._rows, ids, self._distance), ids, k)
+
+
+def _error(share: float, held_out: HeldOut) -> float:
+    """Return the standard error of a measured recall: what the choice of held-out rows may have added to it."""
+    return math.sqrt(max(share * (1 - share), 1e-6) / held_out.neighbors.numel())

@@ -86,10 +86,8 @@ class Rows:
 
     def directed(self, ids: Tensor, distance: Distance) -> Tensor:
         """Return the rows of `ids` (n,), (n, d) float64, of length 1 if the distance asks for it."""
-        rows = self.take(ids).double()
-        if distance.unit_rows:
-            rows /= self.lengths[ids][:, None]
-        return rows
+        rows = self.take(ids)
+        return rows / self.lengths[ids][:, None] if distance.unit_rows else rows.double()  # both float64
 
     def check(self, distance: Distance) -> None:
         """Check every row, and learn the rows' lengths if the distance is one of directions.
