@@ -25,7 +25,7 @@ from faiss_knn.online.samples import OncePerId, genuine_rows, newest_per_id, sam
 from faiss_knn.online.state import trainer_state
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.index import KNNIndex, Neighbors
-from faiss_knn.search.ranks import agree, agreed, gather_rows, share, world
+from faiss_knn.search.ranks import agree, agreed, broadcast_object, gather_rows, share, world
 
 
 @dataclass
@@ -323,13 +323,14 @@ class OnlineKNN(Callback):
         run: _Run = trainer_state(trainer)[self]
         return run
 
-    def _new_index(self) -> KNNIndex:
+    def _new_index(self, spec: str | None = None, nprobe: int | None = None) -> KNNIndex:
+        """An index as the options say, or of a spec (and nprobe) already chosen, which is not tuned again."""
         return KNNIndex(
-            self.index,
+            spec or self.index,
             distance_metric=self.distance_metric,
             device=self.bank_device,
-            nprobe=self.nprobe,
-            target_recall=self.target_recall,
+            nprobe=nprobe if spec else self.nprobe,
+            target_recall=None if spec else self.target_recall,
             storage_dtype=self.bank_dtype,
             chunk_size=self.chunk_size,
         )
@@ -412,6 +413,12 @@ class OnlineKNN(Callback):
         else:
             with agreed():
                 epoch.bank = FeatureBank(features, labels, **options)
+            choice = _choice(run.index)
+            of_rank_zero = broadcast_object(choice)
+            with agreed():
+                if of_rank_zero != choice:
+                    run.index = self._new_index(*of_rank_zero)
+                    epoch.bank = FeatureBank(features, labels, **options | {"index": run.index})
         if self.verbose and trainer.is_global_zero and len(run.index):
             logger.info(f"OnlineKNN[{self.name}]: bank of {rows:,} rows, {run.index.stats}")
 
@@ -556,6 +563,11 @@ class OnlineKNN(Callback):
         if skipped := sum(report[2] for report in reports):
             values[f"{prefix}_skipped"] = torch.tensor(float(skipped))
         return values
+
+
+def _choice(index: KNNIndex) -> tuple[str, int | None]:
+    """What an index chose by itself: other processors or thread counts may choose otherwise for the same bank."""
+    return index.stats.spec, index.stats.nprobe
 
 
 @contextmanager

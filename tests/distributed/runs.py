@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -18,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from faiss_knn import OnlineKNN
 from faiss_knn.online.queue import find_or_create_queue
+from faiss_knn.search.approximate import FaissEngine
 from faiss_knn.search.ranks import world
 from tests.online.parts import Echo, Rows, clusters, loader, trainer
 
@@ -273,6 +275,26 @@ def fit_fsdp_and_resume(path: Path) -> tuple[bool, Tensor, Tensor, dict[str, flo
     resumed.validate(Sharded(), loader(8, **VAL), ckpt_path=path, verbose=False)
     is_sharded = all(isinstance(parameter, DTensor) for parameter in module.encoder.parameters())
     return is_sharded, queued(run), queued(resumed), logged(run), logged(resumed)
+
+
+def fit_with_other_tuning() -> list[Tensor]:
+    """Scores of validation batches that both ranks have, where left to itself rank 1 would visit one list only."""
+    rank, _ = world()
+    predictions = []
+
+    class Keep(L.Callback):
+        def on_validation_batch_end(
+            self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *rest: Any
+        ) -> None:
+            predictions.append(batch["knn_preds"])
+
+    def tune(engine: FaissEngine, *args: Any) -> None:
+        engine.nprobe = engine._set_nprobe(1 if rank else 4)
+
+    with mock.patch.object(FaissEngine, "tune", tune):
+        run = ddp(knn(index="IVF4,Flat", target_recall=0.99), Keep(), use_distributed_sampler=False)
+        run.fit(Echo(), datamodule=Batches(uneven_batches([[30, 30], [30, 30]])))
+    return predictions
 
 
 if __name__ == "__main__":  # what a user of a strategy that starts its own processes runs

@@ -112,6 +112,19 @@ def test_ranks_with_other_numbers_of_validation_batches(ranks: Ranks) -> None:
         assert "gather='shard' needs validation dataloaders with a length" in message
 
 
+@pytest.mark.parametrize("gather", GATHERS)
+def test_a_rank_without_queries_of_a_loader_takes_part_in_its_metrics(ranks: Ranks, gather: str) -> None:
+    parts = [{key: values[i : i + 10] for key, values in VAL.items()} for i in range(0, 97, 10)]
+    unlabelled = parts[0] | {"label": torch.full((10,), -1)}
+    loaders = [[parts[:5], parts], [parts[5:], [unlabelled]]]
+    first, second = ranks.run(runs.fit_with_own_validation, loaders, False, {"gather": gather})
+    assert first == pytest.approx(second, abs=1e-6)
+    assert first["eval/knn_skipped"] == 10
+    for metric in ("acc", "auroc"):  # sums, and lists of scores
+        one, other = (first[f"eval/knn_{metric}/dataloader_idx_{i}"] for i in (0, 1))
+        assert one == pytest.approx(other, abs=1e-6)
+
+
 def test_ddp_overwrites_buffers_but_no_queue(ranks: Ranks) -> None:
     """The first rows show that this run would catch a queue among the module's buffers."""
     results = ranks.run(runs.rows_in_a_buffer_and_in_the_queue, [[4, 4, 4], [4, 4, 4]])
@@ -125,3 +138,9 @@ def test_the_bank_loader_must_come_before_a_scored_one(index: int, loaders: int)
     run = trainer(runs.knn(bank_dataloader_idx=index))
     with pytest.raises(ValueError, match="must come first and others after it"):
         run.validate(Echo(), [loader(16, **VAL)] * loaders, verbose=False)
+
+
+def test_what_an_index_chooses_by_itself_is_chosen_by_rank_zero(ranks: Ranks) -> None:
+    first, second = ranks.run(runs.fit_with_other_tuning)
+    assert len(first) == len(second) > 0
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
