@@ -8,7 +8,7 @@ from torch import Tensor
 from faiss_knn.search.distance import Distance, pair_norms, unit
 from faiss_knn.search.rows import Rows
 
-_PAIR_BYTES = 4 << 20  # float64 rows gathered at once: stays in cache
+_PAIR_BYTES = 16 << 20  # float64 rows gathered at once: below what malloc always maps anew
 
 
 class Neighbors(NamedTuple):

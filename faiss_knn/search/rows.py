@@ -12,7 +12,7 @@ from faiss_knn.search.distance import Distance, lengths
 
 _BLOCK_BYTES = 32 << 20
 _NAMED_ROWS = 5
-_CACHED = 1 << 18  # values of a block that stays in cache
+_CHECKED = 1 << 20  # values of a block checked at once
 
 
 class Rows:
@@ -97,7 +97,7 @@ class Rows:
         """
         if distance.unit_rows:
             self._lengths = torch.empty(len(self), dtype=torch.float64, device=self.device)
-        for start, block in self.blocks(max(1, _CACHED // self.dim)):
+        for start, block in self.blocks(max(1, _CHECKED // self.dim)):
             check_finite(block, "features", start)
             if self._lengths is not None:
                 self._lengths[start : start + len(block)] = lengths(block)

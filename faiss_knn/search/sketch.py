@@ -27,6 +27,9 @@ from faiss_knn.search.distance import Distance, unit
 from faiss_knn.search.rows import Rows
 
 _SAMPLE = 1024
+# Values of a block made at once: as fast as smaller ones that stay in cache, and each block costs a dozen barriers
+# between threads, which a busy machine makes expensive.
+_BLOCK_VALUES = 1 << 20
 _FAR = 2.0**40  # in units of the median norm; beyond it a row or query is not worth a float32 exponent
 _FAR_HALF_SQUARE = 2.0**77  # below |u|²/2 - |u||v| for any |u| > 2^40 and |v| <= 2^38
 _FLUSHED = 1e-30  # what products may lose to underflow, in units of the median square
@@ -142,7 +145,7 @@ class ProductSketch:
 
     def _copied(self, rows: Rows) -> Tensor:
         copy = torch.empty(len(rows), self._width, dtype=self.dtype, device=rows.device)
-        step = max(1, (1 << 18) // rows.dim)  # blocks that stay in cache
+        step = max(1, _BLOCK_VALUES // rows.dim)
         for start, block in rows.blocks(step):
             self._write(block, start, copy[start : start + len(block)])
         return copy
@@ -214,7 +217,7 @@ class ProductSketch:
         if self._copy is not None:
             return self._copy[start:stop]
         block = torch.empty(stop - start, self._width, dtype=self.dtype, device=self._rows.device)
-        step = max(1, (1 << 18) // self._rows.dim)
+        step = max(1, _BLOCK_VALUES // self._rows.dim)
         for left in range(start, stop, step):
             right = min(left + step, stop)
             self._write(self._rows.block(left, right), left, block[left - start : right - start])
