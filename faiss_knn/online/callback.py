@@ -1,6 +1,5 @@
 """OnlineKNN: a k-NN vote over the queue at every validation, logged as torchmetrics."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,24 +44,24 @@ class _Epoch:
     Attributes:
         table: The metrics of the loaders that are scored.
         loaders: The dataloaders, in order.
-        batches: How many batches of each loader the rank with the most of them has.
+        most_searches: How many batches the rank with the most of them scores; 0 unless they are searched together.
         rows: What the bank's dataloader gave so far, by key, where one fills the bank.
         once: Lets each sample id through once, by loader.
         bank: None until it is built, and after that if there are no rows.
         built: Whether that was tried.
-        searches: How many batches of each loader this rank has searched.
+        searches: How many batches this rank has searched together with the others.
         skipped: Rows left out on this rank.
         error: What went wrong on this rank and waits for the end of the epoch.
     """
 
     table: MetricTable
     loaders: list[Any]
-    batches: list[int]
+    most_searches: int
     rows: dict[str, QueueStorage]
     once: dict[int, OncePerId]
     bank: FeatureBank | ShardedBank | None = None
     built: bool = False
-    searches: Counter[int] = field(default_factory=Counter)
+    searches: int = 0
     skipped: int = 0
     error: Exception | None = None
 
@@ -233,7 +232,7 @@ class OnlineKNN(Callback):
         run.epoch = _Epoch(
             MetricTable(self.metrics, self.ks, scored, pl_module.device),
             _loaders(trainer, len(batches)),
-            self._most_batches(batches),
+            self._most_searches({i: batches[i] for i in scored}),
             {key: QueueStorage(self._ring(key, pl_module.device)) for key in self._keys()},
             {i: OncePerId() for i in scored},
         )
@@ -255,12 +254,11 @@ class OnlineKNN(Callback):
             self._build_bank(trainer, run, epoch)
         if epoch.bank is None:
             return
-        self._serve(epoch, before=dataloader_idx)
         asked: _Asked | None = None
         with _held_back(epoch):
             asked = self._read(trainer, run, epoch, outputs, batch, batch_idx, dataloader_idx)
         with _held_back(epoch):
-            found = self._search(epoch, asked, dataloader_idx)
+            found = self._search(epoch, asked)
             if asked is not None and found is not None and epoch.error is None:
                 self._score(epoch, asked, *found)
 
@@ -273,7 +271,7 @@ class OnlineKNN(Callback):
             self._build_bank(trainer, run, epoch)
         if epoch.bank is None:
             return
-        self._serve(epoch, before=len(epoch.loaders))
+        self._serve(epoch)
         if self.id is not None:
             for once in epoch.once.values():
                 with _held_back(epoch):
@@ -366,17 +364,18 @@ class OnlineKNN(Callback):
     def _shards(self) -> bool:
         return self.gather == "shard" and world()[1] > 1
 
-    def _most_batches(self, batches: list[float]) -> list[int]:
-        """How many batches of each loader some rank has; sharded ranks search as often as that."""
+    def _most_searches(self, batches: Mapping[int, float]) -> int:
+        """How many batches the rank with the most of them scores: sharded ranks all search as often as that."""
         if not self._shards():
-            return []
-        most = [max(per_rank) for per_rank in zip(*share(batches), strict=True)]
-        if any(count == float("inf") for count in most):
+            return 0
+        most = max(share(sum(batches.values())))
+        if most == float("inf"):
             raise ValueError(
-                f"OnlineKNN[{self.name}]: gather='shard' needs validation dataloaders with a length, got {most} "
-                "batches: ranks that cannot know how often the others search would hang; use gather='replicate'"
+                f"OnlineKNN[{self.name}]: gather='shard' needs validation dataloaders with a length, got "
+                f"{batches} batches by dataloader: ranks that cannot know how often the others search would hang; "
+                "use gather='replicate'"
             )
-        return [int(count) for count in most]
+        return int(most)
 
     def _fill(self, trainer: Any, run: _Run, epoch: _Epoch, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Take a batch of the bank's dataloader in."""
@@ -507,21 +506,20 @@ class OnlineKNN(Callback):
         ids = None if self.id is None else sample_ids(rows[self.id], f"'{self.id}'")
         return _Asked(queries if searched.all() else queries[searched], labels, searched, counted, ids, place, loader)
 
-    def _search(self, epoch: _Epoch, asked: _Asked | None, loader: int) -> tuple[Neighbors, Tensor | None] | None:
+    def _search(self, epoch: _Epoch, asked: _Asked | None) -> tuple[Neighbors, Tensor | None] | None:
         """Find the neighbours of a batch; sharded, with their labels, and together with all ranks, asked or not."""
         queries = None if asked is None or epoch.error is not None else asked.queries
         if isinstance(epoch.bank, ShardedBank):
-            epoch.searches[loader] += 1
+            epoch.searches += 1
             return epoch.bank.neighbors(queries, max(self.ks))
         if queries is None or epoch.bank is None:
             return None
         return epoch.bank.neighbors(queries, max(self.ks)), None
 
-    def _serve(self, epoch: _Epoch, before: int) -> None:
-        """Search along for the ranks that have more batches of the loaders `before` this one."""
-        for loader, batches in enumerate(epoch.batches[:before]):
-            while loader != self.bank_dataloader_idx and epoch.searches[loader] < batches:
-                self._search(epoch, None, loader)
+    def _serve(self, epoch: _Epoch) -> None:
+        """Search along for the ranks that have more batches."""
+        while epoch.searches < epoch.most_searches:
+            self._search(epoch, None)
 
     def _score(self, epoch: _Epoch, asked: _Asked, found: Neighbors, labels: Tensor | None) -> None:
         """Update the loader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance."""
