@@ -73,7 +73,10 @@ class KNNIndex:
         target_recall: Share of the exact neighbours that "fast", "ivf" or "auto" must find on held-out rows of the
             bank (a row is not its own neighbour); None: 0.99. With a factory string it has the recall measured, and
             nprobe tuned where the string has inverted lists. `stats.recall` says what was measured.
-        storage_dtype: Dtype of the stored rows; None: the features' own, float64 as float32.
+        storage_dtype: Dtype of the stored rows; None: the features' own, float64 as float32. torch.float16 and
+            torch.bfloat16 take half the memory of float32 and round each coordinate by up to 2⁻¹¹ and 2⁻⁸ of its
+            size (float16 refuses values above 65,504): distances are exact, but those of the rounded rows, so
+            neighbours nearer to each other than that can change places.
         chunk_size: Queries searched at once; -1: chosen so that memory stays bounded.
 
     Raises:
