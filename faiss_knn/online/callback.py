@@ -1,21 +1,19 @@
 """OnlineKNN: a k-NN vote over the queue at every validation, logged as torchmetrics."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import CombinedLoader
 from loguru import logger
 from torch import Tensor
 
 from faiss_knn.classify.bank import FeatureBank
 from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.classify.vote import check_vote_options, neighbor_weights, normalize_scores
+from faiss_knn.online.epoch import Asked, Epoch, Run, batch_counts, dataloaders, held_back, query_count
 from faiss_knn.online.lookup import find_tensor, was_skipped
 from faiss_knn.online.metrics import MetricTable, class_count, named_metrics
 from faiss_knn.online.queue import OnlineQueue, QueueStorage, RingBuffer, find_or_create_queue
@@ -25,68 +23,6 @@ from faiss_knn.online.state import trainer_state
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.index import KNNIndex, Neighbors
 from faiss_knn.search.ranks import agree, agreed, broadcast_object, gather_rows, share, world
-
-
-@dataclass
-class _Run:
-    """What one callback holds for one call of fit, validate or test."""
-
-    queues: dict[str, OnlineQueue]
-    index: KNNIndex
-    epoch: "_Epoch | None" = None
-    warned: set[str] = field(default_factory=set)
-
-
-@dataclass
-class _Epoch:
-    """What it holds for one validation epoch; all ranks go through the same steps of it.
-
-    Attributes:
-        table: The metrics of the loaders that are scored.
-        loaders: The dataloaders, in order.
-        most_searches: How many batches the rank with the most of them scores; 0 unless they are searched together.
-        rows: What the bank's dataloader gave so far, by key, where one fills the bank.
-        once: Lets each sample id through once, by loader.
-        bank: None until it is built, and after that if there are no rows.
-        built: Whether that was tried.
-        searches: How many batches this rank has searched together with the others.
-        skipped: Rows left out on this rank.
-        error: What went wrong on this rank and waits for the end of the epoch.
-    """
-
-    table: MetricTable
-    loaders: list[Any]
-    most_searches: int
-    rows: dict[str, QueueStorage]
-    once: dict[int, OncePerId]
-    bank: FeatureBank | ShardedBank | None = None
-    built: bool = False
-    searches: int = 0
-    skipped: int = 0
-    error: Exception | None = None
-
-
-@dataclass
-class _Asked:
-    """What a validation batch asks: (n, d) queries that can be searched, of B rows.
-
-    Attributes:
-        queries: The rows of `searched`.
-        labels: (B,) or (B, C).
-        searched: (B,) bool, the rows that have a distance to others.
-        counted: (B,) bool, those that the metrics count.
-        ids: (B,) sample ids, if asked for.
-        place: Where the predictions go.
-        loader: Number of the dataloader.
-    """
-
-    queries: Tensor
-    labels: Tensor
-    searched: Tensor
-    counted: Tensor
-    ids: Tensor | None
-    place: MutableMapping[str, Any] | None
-    loader: int
 
 
 class OnlineKNN(Callback):
@@ -211,7 +147,7 @@ class OnlineKNN(Callback):
             raise ValueError(f"{len(twins)} OnlineKNN callbacks are named '{self.name}': give each a name of its own")
         previous = trainer_state(trainer).get(self)
         queues = {} if self.bank_dataloader_idx is not None else self._queues(trainer)
-        trainer_state(trainer)[self] = _Run(queues, previous.index if previous else self._new_index())
+        trainer_state(trainer)[self] = Run(queues, previous.index if previous else self._new_index())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.bank_dataloader_idx is not None or was_skipped(pl_module, outputs):
@@ -226,13 +162,15 @@ class OnlineKNN(Callback):
         run.epoch = None
         if not self._is_due(trainer):
             return
-        batches = _batch_counts(trainer)
+        batches = batch_counts(trainer)
         self._check_bank_loader(len(batches))
         scored = [i for i in range(len(batches)) if i != self.bank_dataloader_idx]
-        run.epoch = _Epoch(
+        loaders = dataloaders(trainer, len(batches))
+        run.epoch = Epoch(
             MetricTable(self.metrics, self.ks, scored, pl_module.device),
-            _loaders(trainer, len(batches)),
+            loaders,
             self._most_searches({i: batches[i] for i in scored}),
+            query_count([loaders[i] for i in scored], [batches[i] for i in scored]),
             {key: QueueStorage(self._ring(key, pl_module.device)) for key in self._keys()},
             {i: OncePerId() for i in scored},
         )
@@ -247,17 +185,17 @@ class OnlineKNN(Callback):
         if epoch is None:
             return
         if dataloader_idx == self.bank_dataloader_idx:
-            with _held_back(epoch):
+            with held_back(epoch):
                 self._fill(trainer, run, epoch, outputs, batch, batch_idx)
             return
         if not epoch.built:
             self._build_bank(trainer, run, epoch)
         if epoch.bank is None:
             return
-        asked: _Asked | None = None
-        with _held_back(epoch):
+        asked: Asked | None = None
+        with held_back(epoch):
             asked = self._read(trainer, run, epoch, outputs, batch, batch_idx, dataloader_idx)
-        with _held_back(epoch):
+        with held_back(epoch):
             found = self._search(epoch, asked)
             if asked is not None and found is not None and epoch.error is None:
                 self._score(epoch, asked, *found)
@@ -274,7 +212,7 @@ class OnlineKNN(Callback):
         self._serve(epoch)
         if self.id is not None:
             for once in epoch.once.values():
-                with _held_back(epoch):
+                with held_back(epoch):
                     once.finish()
         agree(epoch.error)
         stage = "test" if trainer.state.stage == RunningStage.TESTING else "eval"
@@ -317,8 +255,8 @@ class OnlineKNN(Callback):
         dtype = self.bank_dtype if key == self.input else None
         return RingBuffer(self.queue_length, None, dtype, self.bank_device or device)
 
-    def _run(self, trainer: Any) -> _Run:
-        run: _Run = trainer_state(trainer)[self]
+    def _run(self, trainer: Any) -> Run:
+        run: Run = trainer_state(trainer)[self]
         return run
 
     def _new_index(self, spec: str | None = None, nprobe: int | None = None) -> KNNIndex:
@@ -356,7 +294,7 @@ class OnlineKNN(Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         return not fitting or trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
-    def _warn_once(self, trainer: Any, run: _Run, what: str, message: str) -> None:
+    def _warn_once(self, trainer: Any, run: Run, what: str, message: str) -> None:
         if what not in run.warned and trainer.is_global_zero:
             logger.warning(message)
         run.warned.add(what)
@@ -377,7 +315,7 @@ class OnlineKNN(Callback):
             )
         return int(most)
 
-    def _fill(self, trainer: Any, run: _Run, epoch: _Epoch, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def _fill(self, trainer: Any, run: Run, epoch: Epoch, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Take a batch of the bank's dataloader in."""
         rows = {key: find_tensor(key, outputs, batch, self.name) for key in self._keys()}
         self._check_aligned(rows)
@@ -395,7 +333,7 @@ class OnlineKNN(Callback):
         for key, values in rows.items():
             epoch.rows[key].ring.append(values[:own])
 
-    def _build_bank(self, trainer: Any, run: _Run, epoch: _Epoch) -> None:
+    def _build_bank(self, trainer: Any, run: Run, epoch: Epoch) -> None:
         """Make the bank of this epoch from every rank's rows; every rank must call it at the same point."""
         epoch.built = True
         agree(epoch.error)
@@ -410,6 +348,7 @@ class OnlineKNN(Callback):
         if self._shards():
             epoch.bank = ShardedBank(features, labels, **options)
         else:
+            options["expected_queries"] = epoch.queries
             with agreed():
                 epoch.bank = FeatureBank(features, labels, **options)
             choice = _choice(run.index)
@@ -421,7 +360,7 @@ class OnlineKNN(Callback):
         if self.verbose and trainer.is_global_zero and len(run.index):
             logger.info(f"OnlineKNN[{self.name}]: bank of {rows:,} rows, {run.index.stats}")
 
-    def _bank_rows(self, trainer: Any, run: _Run, epoch: _Epoch) -> tuple[Tensor, Tensor]:
+    def _bank_rows(self, trainer: Any, run: Run, epoch: Epoch) -> tuple[Tensor, Tensor]:
         """The features and labels that this rank indexes: its own, or gathered from all ranks."""
         gathered = not self._shards()
         rows = {key: self._snapshot(trainer, run, epoch, key, gathered) for key in (self.input, self.target)}
@@ -440,7 +379,7 @@ class OnlineKNN(Callback):
                 kept &= rows[self.id].to(kept.device)
             return (features, labels) if kept.all() else (features[kept], labels[kept])
 
-    def _snapshot(self, trainer: Any, run: _Run, epoch: _Epoch, key: str, gathered: bool) -> Tensor:
+    def _snapshot(self, trainer: Any, run: Run, epoch: Epoch, key: str, gathered: bool) -> Tensor:
         if self.bank_dataloader_idx is None:
             return run.queues[key].snapshot(trainer, gathered)
         return epoch.rows[key].snapshot(self.queue_length, gathered)
@@ -448,7 +387,7 @@ class OnlineKNN(Callback):
     def _searchable(self, rows: Tensor) -> Tensor:
         return searchable(rows, directions=self.distance_metric == "cosine")
 
-    def _count_skipped(self, trainer: Any, run: _Run, epoch: _Epoch, kept: Tensor, where: str) -> None:
+    def _count_skipped(self, trainer: Any, run: Run, epoch: Epoch, kept: Tensor, where: str) -> None:
         """Count the rows that are not kept, and warn of them once per run."""
         skipped = len(kept) - int(kept.sum())
         if where == "query" or self._shards() or world()[0] == 0:  # of a gathered bank, one rank counts the rows
@@ -487,8 +426,8 @@ class OnlineKNN(Callback):
             )
 
     def _read(
-        self, trainer: Any, run: _Run, epoch: _Epoch, outputs: Any, batch: Any, batch_idx: int, loader: int
-    ) -> _Asked:
+        self, trainer: Any, run: Run, epoch: Epoch, outputs: Any, batch: Any, batch_idx: int, loader: int
+    ) -> Asked:
         assert epoch.bank is not None
         place = _first_mapping(batch, outputs)
         if place is not None and f"{self.name}_preds" in place:
@@ -504,9 +443,9 @@ class OnlineKNN(Callback):
         self._count_skipped(trainer, run, epoch, counted[:own], "query")
         counted[own:] = False
         ids = None if self.id is None else sample_ids(rows[self.id], f"'{self.id}'")
-        return _Asked(queries if searched.all() else queries[searched], labels, searched, counted, ids, place, loader)
+        return Asked(queries if searched.all() else queries[searched], labels, searched, counted, ids, place, loader)
 
-    def _search(self, epoch: _Epoch, asked: _Asked | None) -> tuple[Neighbors, Tensor | None] | None:
+    def _search(self, epoch: Epoch, asked: Asked | None) -> tuple[Neighbors, Tensor | None] | None:
         """Find the neighbours of a batch; sharded, with their labels, and together with all ranks, asked or not."""
         queries = None if asked is None or epoch.error is not None else asked.queries
         if isinstance(epoch.bank, ShardedBank):
@@ -516,12 +455,12 @@ class OnlineKNN(Callback):
             return None
         return epoch.bank.neighbors(queries, max(self.ks)), None
 
-    def _serve(self, epoch: _Epoch) -> None:
+    def _serve(self, epoch: Epoch) -> None:
         """Search along for the ranks that have more batches."""
         while epoch.searches < epoch.most_searches:
             self._search(epoch, None)
 
-    def _score(self, epoch: _Epoch, asked: _Asked, found: Neighbors, labels: Tensor | None) -> None:
+    def _score(self, epoch: Epoch, asked: Asked, found: Neighbors, labels: Tensor | None) -> None:
         """Update the loader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance."""
         assert epoch.bank is not None
         options: dict[str, Any] = {"temperature": self.temperature, "weighting": self.weighting}
@@ -548,7 +487,7 @@ class OnlineKNN(Callback):
         if asked.place is not None:
             asked.place[f"{self.name}_preds"] = predictions
 
-    def _about_the_search(self, run: _Run, epoch: _Epoch, prefix: str) -> dict[str, Tensor]:
+    def _about_the_search(self, run: Run, epoch: Epoch, prefix: str) -> dict[str, Tensor]:
         """What approximation the index makes, and how many rows were left out, over all ranks."""
         stats = run.index.stats if len(run.index) else None
         recall = None if stats is None or stats.exact else stats.recall
@@ -566,21 +505,6 @@ class OnlineKNN(Callback):
 def _choice(index: KNNIndex) -> tuple[str, int | None]:
     """What an index chose by itself: other processors or thread counts may choose otherwise for the same bank."""
     return index.stats.spec, index.stats.nprobe
-
-
-@contextmanager
-def _held_back(epoch: _Epoch) -> Iterator[None]:
-    """Keep an error of one of several ranks for the end of the epoch, where all ranks raise it.
-
-    Raised at once it would leave the others waiting in their next collective. Until then this rank goes along.
-    """
-    try:
-        yield
-    except Exception as error:
-        if world()[1] == 1:
-            raise
-        logger.error(f"rank {world()[0]} stops scoring, and all ranks stop when the epoch ends: {error}")
-        epoch.error = epoch.error or error
 
 
 def _checked_ks(k: int | Sequence[int]) -> tuple[int, ...]:
@@ -601,16 +525,3 @@ def _check_positive(**counts: int | None) -> None:
 
 def _first_mapping(*places: Any) -> MutableMapping[str, Any] | None:
     return next((place for place in places if isinstance(place, MutableMapping)), None)
-
-
-def _batch_counts(trainer: Any) -> list[float]:
-    """How many batches of each dataloader this rank will see."""
-    if trainer.sanity_checking:
-        return list(trainer.num_sanity_val_batches)
-    return list(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
-
-
-def _loaders(trainer: Any, count: int) -> list[Any]:
-    """The dataloaders by number; None where several are read at once under one number."""
-    loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
-    return loaders if len(loaders) == count else [None] * count

@@ -1,0 +1,119 @@
+"""What OnlineKNN holds for a run, for a validation epoch and for a batch of it."""
+
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch.utilities import CombinedLoader
+from loguru import logger
+from torch import Tensor
+
+from faiss_knn.classify.bank import FeatureBank
+from faiss_knn.classify.sharded import ShardedBank
+from faiss_knn.online.metrics import MetricTable
+from faiss_knn.online.queue import OnlineQueue, QueueStorage
+from faiss_knn.online.samples import OncePerId
+from faiss_knn.search.index import KNNIndex
+from faiss_knn.search.ranks import world
+
+
+@dataclass
+class Run:
+    """What one callback holds for one call of fit, validate or test."""
+
+    queues: dict[str, OnlineQueue]
+    index: KNNIndex
+    epoch: "Epoch | None" = None
+    warned: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Epoch:
+    """What it holds for one validation epoch; all ranks go through the same steps of it.
+
+    Attributes:
+        table: The metrics of the loaders that are scored.
+        loaders: The dataloaders, in order.
+        most_searches: How many batches the rank with the most of them scores; 0 unless they are searched together.
+        queries: About how many rows will be scored; None if the dataloaders do not say.
+        rows: What the bank's dataloader gave so far, by key, where one fills the bank.
+        once: Lets each sample id through once, by loader.
+        bank: None until it is built, and after that if there are no rows.
+        built: Whether that was tried.
+        searches: How many batches this rank has searched together with the others.
+        skipped: Rows left out on this rank.
+        error: What went wrong on this rank and waits for the end of the epoch.
+    """
+
+    table: MetricTable
+    loaders: list[Any]
+    most_searches: int
+    queries: int | None
+    rows: dict[str, QueueStorage]
+    once: dict[int, OncePerId]
+    bank: FeatureBank | ShardedBank | None = None
+    built: bool = False
+    searches: int = 0
+    skipped: int = 0
+    error: Exception | None = None
+
+
+@dataclass
+class Asked:
+    """What a validation batch asks: (n, d) queries that can be searched, of B rows.
+
+    Attributes:
+        queries: The rows of `searched`.
+        labels: (B,) or (B, C).
+        searched: (B,) bool, the rows that have a distance to others.
+        counted: (B,) bool, those that the metrics count.
+        ids: (B,) sample ids, if asked for.
+        place: Where the predictions go.
+        loader: Number of the dataloader.
+    """
+
+    queries: Tensor
+    labels: Tensor
+    searched: Tensor
+    counted: Tensor
+    ids: Tensor | None
+    place: MutableMapping[str, Any] | None
+    loader: int
+
+
+@contextmanager
+def held_back(epoch: Epoch) -> Iterator[None]:
+    """Keep an error of one of several ranks for the end of the epoch, where all ranks raise it.
+
+    Raised at once it would leave the others waiting in their next collective. Until then this rank goes along.
+    """
+    try:
+        yield
+    except Exception as error:
+        if world()[1] == 1:
+            raise
+        logger.error(f"rank {world()[0]} stops scoring, and all ranks stop when the epoch ends: {error}")
+        epoch.error = epoch.error or error
+
+
+def batch_counts(trainer: Any) -> list[float]:
+    """How many batches of each dataloader this rank will see."""
+    if trainer.sanity_checking:
+        return list(trainer.num_sanity_val_batches)
+    return list(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+
+
+def dataloaders(trainer: Any, count: int) -> list[Any]:
+    """The dataloaders by number; None where several are read at once under one number."""
+    found = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
+    return found if len(found) == count else [None] * count
+
+
+def query_count(loaders: Sequence[Any], batches: Sequence[float]) -> int | None:
+    """How many rows the scored `loaders` will give in so many batches each; None where that is not known."""
+    rows = 0.0
+    for loader, count in zip(loaders, batches, strict=True):
+        size = getattr(loader, "batch_size", None)
+        rows += size * count if isinstance(size, int) else float("inf")
+    return None if rows == float("inf") else int(rows)
