@@ -232,6 +232,7 @@ def test_ctrl_c_ends_with_one_line(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs start with it ignored
     )
     while not (tmp_path / "out").exists():  # made when the features have been read
         time.sleep(0.02)
