@@ -9,6 +9,7 @@ from unittest import mock
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
@@ -301,3 +302,6 @@ if __name__ == "__main__":  # what a user of a strategy that starts its own proc
     run = trainer(knn(), strategy=sys.argv[1], devices=2, num_sanity_val_steps=0)
     run.fit(Echo(), loader(7, **TRAIN), loader(7, **VAL))
     sys.stdout.write(f"{logged(run)}\n")
+    if dist.is_initialized():  # leave together: gloo aborts a process whose peer goes while it still talks
+        dist.barrier()
+        dist.destroy_process_group()
