@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from faiss_knn.search import backend
+from faiss_knn.search import backend, gpu
 from faiss_knn.search.distance import Distance, unit
 from faiss_knn.search.exact import ExactEngine
 from faiss_knn.search.rerank import measure, nearest
@@ -16,6 +15,7 @@ from faiss_knn.search.tuning import HELD_OUT, hold_out, measure_recall
 _TRAIN_ROWS_PER_CENTROID = 256  # more do not help k-means, by FAISS's own cap
 _MIN_TRAIN_ROWS = 65536
 _LEAST_ROWS_PER_CENTROID = 39  # by FAISS's own advice
+_GPU_BLOCK_BYTES = 256 << 20  # an index on a GPU grows with every block added
 
 
 def ivf_spec(rows: int) -> str:
@@ -38,7 +38,7 @@ def ivf_spec(rows: int) -> str:
 
 
 class FaissEngine:
-    """A FAISS index on the CPU.
+    """A FAISS index: on the GPU where the rows are, if FAISS has it there, else on the CPU.
 
     Args:
         rows: The bank.
@@ -72,20 +72,38 @@ class FaissEngine:
         self.uncertified = 0
         if trained is not None:
             self.index: Any = trained.index
-            self._centre: Tensor = trained._centre
+            self._centre: Tensor = trained._centre.to(rows.device)
         else:
             self.index = backend.make_index(spec, rows.dim, distance.faiss_metric)
+        self._place(rows)
         self.nprobe = self._set_nprobe(nprobe)
         if trained is None:
             self._train(rows, spec)
-        for _, block in rows.blocks():
-            self.index.add(self._array(block))
+        on_cpu = self.device.type == "cpu"
+        for _, block in rows.blocks(None if on_cpu else max(1, _GPU_BLOCK_BYTES // (4 * rows.dim))):
+            gpu.add(self.index, self._array(block))
         self._probe(spec)
-        self.bytes = rows.bytes + backend.index_bytes(self.index)
+        self.bytes = rows.bytes + (backend.index_bytes(self.index) if on_cpu else len(rows) * self._row_bytes)
+
+    def _place(self, rows: Rows) -> None:
+        """Move the index to the rows' GPU, if FAISS has one for it."""
+        self.device = torch.device("cpu")
+        self._resources: gpu.Resources | None = None
+        if rows.device.type != "cuda":
+            return
+        row_bytes = getattr(self.index, "code_size", 0) + (8 if backend.inner_ivf(self.index) is not None else 0)
+        gpu.check_room(rows.device, len(rows) * row_bytes)
+        moved = gpu.to_gpu(self.index, rows.device)
+        if moved is not None:
+            self.index, self._resources = moved
+            self.device, self._row_bytes = rows.device, row_bytes
 
     def _train_rows(self) -> int:
         ivf = backend.inner_ivf(self.index)
         return max(_MIN_TRAIN_ROWS, _TRAIN_ROWS_PER_CENTROID * (ivf.nlist if ivf is not None else 0))
+
+    def _most_probes(self, ivf: Any) -> int:
+        return int(ivf.nlist) if self.device.type == "cpu" else min(int(ivf.nlist), gpu.MAX_NPROBE)
 
     def _set_nprobe(self, nprobe: int | None) -> int | None:
         ivf = backend.inner_ivf(self.index)
@@ -93,8 +111,11 @@ class FaissEngine:
             return int(ivf.nprobe) if ivf is not None else None
         if ivf is None:
             raise ValueError(f"`nprobe` is for indexes with inverted lists (IVF), got nprobe={nprobe}: leave it out")
-        if not 1 <= nprobe <= ivf.nlist:
-            raise ValueError(f"`nprobe` must be in [1, nlist={ivf.nlist}], got {nprobe}: lower it or raise nlist")
+        if not 1 <= nprobe <= self._most_probes(ivf):
+            on_gpu = "" if self.device.type == "cpu" else f", and up to {gpu.MAX_NPROBE} on a GPU"
+            raise ValueError(
+                f"`nprobe` must be in [1, nlist={ivf.nlist}]{on_gpu}, got {nprobe}: lower it or raise nlist"
+            )
         ivf.nprobe = nprobe
         return nprobe
 
@@ -106,6 +127,8 @@ class FaissEngine:
         """Drop the rows and keep what was trained; nothing can be searched after that."""
         del self._rows
         self.index.reset()
+        if self._resources is not None:
+            self.index, self._resources = gpu.to_cpu(self.index), None  # what was trained waits there
 
     def tune(self, k: int, target: float, nprobe: int | None) -> None:
         """Measure the recall on held-out rows: at `nprobe`, or at the first of 1, 2, 4, … lists that meets the target.
@@ -115,11 +138,13 @@ class FaissEngine:
             target: The recall to meet, where there is something to tune.
             nprobe: Lists to visit; None: to be tuned.
         """
+        k = k if self.device.type == "cpu" else min(k, gpu.MAX_K - 1)  # and the row itself
         held_out = hold_out(self._rows, ExactEngine(self._rows, self._distance, lean=True), k, HELD_OUT)
         ivf = backend.inner_ivf(self.index)
         tried: list[int | None] = [nprobe]
         if ivf is not None and nprobe is None:
-            tried = [*(1 << power for power in range(int(ivf.nlist).bit_length() - 1)), int(ivf.nlist)]
+            most = self._most_probes(ivf)
+            tried = [*(1 << power for power in range(most.bit_length() - 1)), most]
         for probes in tried:
             self.nprobe = self._set_nprobe(probes)
             self.recall = measure_recall(self, held_out)
@@ -132,7 +157,7 @@ class FaissEngine:
         sample = rows.take(chosen.to(rows.device))
         self._centre = _prepared(sample, self._distance).mean(0)
         try:
-            self.index.train(self._array(sample))
+            gpu.train(self.index, self._array(sample))
         except RuntimeError as error:
             raise ValueError(
                 f"`features` must hold enough rows to train {spec!r}, got {len(self._rows)}: "
@@ -148,15 +173,23 @@ class FaissEngine:
                 f"`spec` must be an index that searches by {self._distance.name}, got {spec!r}: {_reason(error)}"
             ) from error
 
-    def _array(self, rows: Tensor) -> np.ndarray:
+    def _array(self, rows: Tensor) -> Tensor:
+        """Return rows (n, d) centred, float32, where the index is."""
         centred = _prepared(rows, self._distance).sub_(self._centre)
-        return centred.float().cpu().contiguous().numpy()
+        return centred.float().to(self.device).contiguous()
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), (inf, -1) where missing."""
+        """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), (inf, -1) where missing.
+
+        Raises:
+            ValueError: If k is above what FAISS can do on a GPU.
+        """
+        if self.device.type != "cpu" and k > gpu.MAX_K:
+            raise ValueError(
+                f"`k` must be at most {gpu.MAX_K} for {self.spec!r} on a GPU, got {k}: use 'flat' or device='cpu'"
+            )
         with backend.blas_for_all_sizes():
-            _, ids = self.index.search(self._array(queries), k)
-        found = torch.from_numpy(ids).to(queries.device)
+            found = gpu.search(self.index, self._array(queries), k).to(queries.device)
         return nearest(measure(queries, self._rows, found, self._distance), found, k)
 
 

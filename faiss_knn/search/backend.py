@@ -170,6 +170,8 @@ def make_index(spec: str, dim: int, metric: str) -> Any:
 def inner_ivf(index: Any) -> Any | None:
     """Return the IVF index inside `index` (behind transforms and refinement), None if there is none."""
     library = faiss()
+    if isinstance(index, getattr(library, "GpuIndexIVF", ())):
+        return index
     try:
         return library.extract_index_ivf(index)
     except RuntimeError:

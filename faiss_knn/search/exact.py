@@ -40,6 +40,7 @@ class ExactEngine:
 
     def __init__(self, rows: Rows, distance: Distance, *, lean: bool = False) -> None:
         self._rows = rows
+        self.device = rows.device
         self._distance = distance
         self._dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
         self._twins: Twins | None = None
@@ -93,7 +94,7 @@ class ExactEngine:
         sketch = self._sketch
         asked = sketch.ask(queries)
         scores, ids = best_scores(
-            lambda start, stop: sketch.scores(asked, start, stop), len(queries), len(self._rows), kept
+            lambda start, stop: sketch.scores(asked, start, stop), len(queries), len(self._rows), kept, self.device
         )
         ids = ids if self._twins is None else self._twins.first_only(ids)
         distances, ids = self._followed(*nearest(measure(queries, self._rows, ids, self._distance), ids, k), k)

@@ -59,10 +59,13 @@ class FastEngine:
 
     def __init__(self, rows: Rows, distance: Distance, k: int, target: float, before: Tuned | None = None) -> None:
         self._rows = rows
+        self.device = rows.device
         self._distance = distance
         self._target = target
         self._dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
         self.recall = 0.0
+        if before is not None and before.basis is not None:
+            before = before._replace(basis=before.basis.to(rows.device))
         self._warm = before is not None and self._kept(before, k)
         if not self._warm:
             self.tune(k)
@@ -146,7 +149,7 @@ class FastEngine:
         if dims is not None:
             sketch.narrow(asked, dims)
         scores, ids = best_scores(
-            lambda start, stop: sketch.scores(asked, start, stop), len(queries), len(self._rows), kept
+            lambda start, stop: sketch.scores(asked, start, stop), len(queries), len(self._rows), kept, self.device
         )
         return ids.gather(1, scores.float().argsort(dim=1, descending=True))
 
@@ -160,7 +163,11 @@ class FastEngine:
     def _search_chunk(self, queries: Tensor, k: int, kept: int) -> tuple[Tensor, Tensor]:
         asked = self._sketch.ask(queries, bound=False)
         _, ids = best_scores(
-            lambda start, stop: self._sketch.scores(asked, start, stop), len(queries), len(self._rows), kept
+            lambda start, stop: self._sketch.scores(asked, start, stop),
+            len(queries),
+            len(self._rows),
+            kept,
+            self.device,
         )
         return nearest(measure(queries, self._rows, ids, self._distance), ids, k)
 

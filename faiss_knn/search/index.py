@@ -6,8 +6,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from loguru import logger
 from torch import Tensor
 
+from faiss_knn.search import gpu
 from faiss_knn.search.approximate import FaissEngine, ivf_spec
 from faiss_knn.search.arithmetic import full_precision
 from faiss_knn.search.distance import get_distance
@@ -27,6 +29,7 @@ _FAST_ROWS = 4096  # below, the exact search takes about as long as any other
 
 Engine = ExactEngine | FastEngine | FaissEngine
 _CHUNK = 4096  # queries prepared at once; an engine bounds its own blocks
+_SCARCE_CHUNK, _LEAST_CHUNK = 512, 32  # where a GPU's memory ran out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,8 @@ class KNNIndex:
             torch.bfloat16 take half the memory of float32 and round each coordinate by up to 2⁻¹¹ and 2⁻⁸ of its
             size (float16 refuses values above 65,504): distances are exact, but those of the rounded rows, so
             neighbours nearer to each other than that can change places.
-        chunk_size: Queries searched at once; -1: chosen so that memory stays bounded.
+        chunk_size: Queries searched at once; -1: chosen so that memory stays bounded. Where a GPU's memory runs out
+            all the same, smaller parts are searched, then the CPU searches, each with a warning.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -120,6 +124,8 @@ class KNNIndex:
         self._released: Engine | None = None
         self._rows: Rows | None = None
         self._build_seconds = 0.0
+        self._step = _CHUNK
+        self._shortage = ""
         self._expected: tuple[int, int | None] = _DEFAULT_K, None
 
     @property
@@ -157,15 +163,32 @@ class KNNIndex:
         """
         start = time.perf_counter()
         self._expected = expected_k, expected_queries
-        rows = Rows(features, storage_dtype=self.storage_dtype, device=self.device)
+        self._step = self.chunk_size if self.chunk_size > 0 else _CHUNK
+        try:
+            self._index(features, self.device)
+        except torch.cuda.OutOfMemoryError as error:
+            reason = _first_line(error)
+        else:
+            reason = ""
+        if reason:  # only now: the traceback held on to what had been allocated
+            self._move_to_cpu(features, reason)
+        self._build_seconds = time.perf_counter() - start
+        return self
+
+    def _index(self, features: Tensor | np.ndarray, device: torch.device | str | None) -> None:
+        rows = Rows(features, storage_dtype=self.storage_dtype, device=device)
         with full_precision(rows.device):
             rows.check(self._distance)
             self.release()
             before, self._released = self._released, None
             self._engine = self._make_engine(rows, before)
         self._rows = rows
-        self._build_seconds = time.perf_counter() - start
-        return self
+
+    def _move_to_cpu(self, features: Tensor | np.ndarray, reason: str) -> None:
+        logger.warning("the GPU's memory does not suffice for {} rows, so the CPU searches: {}", len(features), reason)
+        self.release()
+        torch.cuda.empty_cache()
+        self._index(features, "cpu")
 
     def release(self) -> None:
         """Forget the rows and free their memory; what was learned from them is kept for the next `build`."""
@@ -182,6 +205,9 @@ class KNNIndex:
         if spec == "fast":
             tuned = before.tuned if isinstance(before, FastEngine) else None
             return FastEngine(rows, self._distance, k, self._target, tuned)
+        if gpu.lacks_faiss(rows.device):
+            gpu.warn_without_faiss_gpu(spec)
+            return ExactEngine(rows, self._distance)
         measured = self.spec == "ivf" or self.target_recall is not None
         spec = ivf_spec(len(rows)) if spec == "ivf" else spec
         trained = before if measured and isinstance(before, FaissEngine) else None
@@ -230,17 +256,38 @@ class KNNIndex:
 
     def nearest(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
         """Search like `search`, with the distances in float64 as they were ordered: for merging parts of a bank."""
-        rows, engine = self._built()
+        rows, _ = self._built()
         k = min(as_k(k), len(rows))
-        step = self.chunk_size if self.chunk_size > 0 else _CHUNK
-        with full_precision(rows.device):
-            if engine.tuned_k is not None and k > 2 * engine.tuned_k:
-                self._tune_anew(engine, k)
-            checked = as_queries(queries, rows, self._distance)
-            parts = [engine.search(part, k) for part in torch.split(checked, step)]
+        found = self._try(queries, k)
+        while found is None:
+            self._spare_memory()
+            found = self._try(queries, k)
         device = queries.device if isinstance(queries, Tensor) else rows.device
-        distances, indices = (torch.cat(column).to(device) for column in zip(*parts, strict=True))
+        distances, indices = (torch.cat(column).to(device) for column in zip(*found, strict=True))
         return Neighbors(distances, indices)
+
+    def _try(self, queries: Tensor | np.ndarray, k: int) -> list[tuple[Tensor, Tensor]] | None:
+        """Return what is found, part by part; None if a GPU's memory did not suffice."""
+        rows, engine = self._built()
+        try:
+            with full_precision(rows.device):
+                if engine.tuned_k is not None and k > 2 * engine.tuned_k:
+                    self._tune_anew(engine, k)
+                checked = as_queries(queries, rows, self._distance)
+                return [engine.search(part, k) for part in torch.split(checked, self._step)]
+        except torch.cuda.OutOfMemoryError as error:
+            self._shortage = _first_line(error)
+            return None
+
+    def _spare_memory(self) -> None:
+        """Search in smaller parts from now on, which finds the same, and where they are smallest, on the CPU."""
+        rows, _ = self._built()
+        if self._step <= _LEAST_CHUNK:
+            self._move_to_cpu(rows.data, self._shortage)
+            return
+        self._step = max(_LEAST_CHUNK, min(self._step, _SCARCE_CHUNK) // 4)
+        torch.cuda.empty_cache()
+        logger.warning("the GPU's memory is short, so {} queries are searched at once: {}", self._step, self._shortage)
 
     def _tune_anew(self, engine: Engine, k: int) -> None:
         if isinstance(engine, FastEngine):
@@ -251,12 +298,12 @@ class KNNIndex:
     @property
     def stats(self) -> IndexStats:
         """What the index is and what it cost; grows with searches (`uncertified`)."""
-        rows, engine = self._built()
+        _, engine = self._built()
         return IndexStats(
             spec=engine.spec,
             exact=engine.exact,
             backend=engine.backend,
-            device=str(rows.device),
+            device=str(engine.device),
             bytes=engine.bytes,
             build_seconds=self._build_seconds,
             nprobe=engine.nprobe,
@@ -269,3 +316,7 @@ class KNNIndex:
         if self._rows is None or self._engine is None:
             raise RuntimeError("the index is empty: call build(features) first")
         return self._rows, self._engine
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -9,6 +9,7 @@ from faiss_knn.search.distance import Distance, pair_norms, unit
 from faiss_knn.search.rows import Rows
 
 _PAIR_BYTES = 16 << 20  # float64 rows gathered at once: below what malloc always maps anew
+_GPU_PAIR_BYTES = 128 << 20
 
 
 class Neighbors(NamedTuple):
@@ -39,8 +40,9 @@ def measure(queries: Tensor, rows: Rows, ids: Tensor, distance: Distance, of: Te
     queries = unit(queries) if distance.unit_rows else queries.double()
     width = ids.shape[1]
     norms = torch.empty(ids.shape, dtype=torch.float64, device=ids.device)
-    step = max(1, _PAIR_BYTES // (8 * rows.dim * max(1, width)))
-    columns = max(1, min(width, _PAIR_BYTES // (8 * rows.dim)))
+    values = (_GPU_PAIR_BYTES if rows.device.type == "cuda" else _PAIR_BYTES) // 8
+    step = max(1, values // (rows.dim * max(1, width)))
+    columns = max(1, min(width, values // rows.dim))
     for start in range(0, len(ids), step):
         part = slice(start, start + step)
         for left in range(0, width, columns):

@@ -18,12 +18,14 @@ _CHECKED = 1 << 20  # values of a block checked at once
 class Rows:
     """The bank as it is stored: (N, d) rows on one device, read in blocks.
 
-    A tensor or ndarray whose dtype and device fit is referred to, never copied; a memmap is never read whole.
+    A tensor or ndarray whose dtype and device fit is referred to, never copied; a memmap is never read whole. A tensor
+    in page-locked host memory that is to be searched on a GPU stays there: its blocks are copied as they are read, the
+    next one while the last is worked on.
 
     Args:
         features: (N, d) tensor, ndarray or memmap of any float dtype.
         storage_dtype: Dtype to store; None: the features' own, float64 as float32.
-        device: Where to store; None: where the features are.
+        device: Where to search, and to store what is not streamed; None: where the features are.
 
     Raises:
         ValueError: If the shape or dtype does not fit or there are no rows.
@@ -40,10 +42,12 @@ class Rows:
         if len(data) == 0:
             raise ValueError("`features` must hold at least one row, got an empty bank: fill it first")
         self.dtype = storage_dtype or (torch.float32 if data.dtype == torch.float64 else data.dtype)
-        self.device = torch.device(device) if device is not None else data.device
-        # Blocks of a memmap are cast and moved as they are read.
-        self.streamed = is_memmap(features)
+        self.device = data.device if device is None else as_device(device)
+        locked = self.device.type == "cuda" and data.device.type == "cpu" and data.is_pinned()
+        # Blocks are cast and moved as they are read.
+        self.streamed = is_memmap(features) or locked
         self.data = data if self.streamed else data.to(self.device, self.dtype)
+        self._ahead = ReadAhead(self.data, self.device) if locked else None
         self._lengths: Tensor | None = None
 
     def __len__(self) -> int:
@@ -66,7 +70,8 @@ class Rows:
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return rows start to stop, (stop - start, d), as stored."""
-        return self.data[start:stop].to(self.device, self.dtype)
+        part = self.data[start:stop] if self._ahead is None else self._ahead.block(start, stop)
+        return part.to(self.device, self.dtype)
 
     def blocks(self, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row's number, (n, d) rows) for the whole bank."""
@@ -103,6 +108,54 @@ class Rows:
                 self._lengths[start : start + len(block)] = lengths(block)
         if self._lengths is not None and (self._lengths.isnan()).any():
             refuse_zero(self._lengths.isnan(), "features")
+
+
+class ReadAhead:
+    """Copies blocks of page-locked rows to a GPU, the next one on a stream of its own while the last is worked on.
+
+    Args:
+        data: (N, d) rows in host memory.
+        device: A CUDA device.
+    """
+
+    def __init__(self, data: Tensor, device: torch.device) -> None:
+        self._data = data
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._next: tuple[int, int, Tensor, torch.cuda.Event] | None = None
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return rows start to stop on the device, and begin to copy as many after them."""
+        if self._next is None or self._next[:2] != (start, stop):
+            self._begin(start, stop)
+        assert self._next is not None
+        _, _, block, copied = self._next
+        here = torch.cuda.current_stream(self._device)
+        here.wait_event(copied)
+        block.record_stream(here)  # its memory is not given to the next copy before the work here is done
+        self._next = None
+        if stop < len(self._data):
+            self._begin(stop, min(2 * stop - start, len(self._data)))
+        return block
+
+    def _begin(self, start: int, stop: int) -> None:
+        with torch.cuda.stream(self._stream):
+            block = self._data[start:stop].to(self._device, non_blocking=True)
+            self._next = start, stop, block, self._stream.record_event()
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """Return the device, a CUDA one with its number: which GPU "cuda" is depends on when one asks.
+
+    Raises:
+        ValueError: If this machine or this build of PyTorch has no such device.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # AssertionError: a build without CUDA
+        raise ValueError(
+            f"`device` must be one that PyTorch can use here, got {device!r}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def is_memmap(features: object) -> bool:

@@ -8,15 +8,19 @@ from torch import Tensor
 _GROUP = 16  # rows whose maximum is compared before any of them is
 _SCORES = 15 << 20  # of one block: 30 MiB in bfloat16, below what malloc always maps anew
 _MIN_BLOCK, _MAX_BLOCK = 1 << 13, 1 << 17
+_GPU_SCORES, _GPU_MAX_BLOCK = 1 << 26, 1 << 20  # there a block costs a dozen kernel launches, and selection is parallel
 
 
-def block_rows(queries: int, kept: int) -> int:
+def block_rows(queries: int, kept: int, device: torch.device) -> int:
     """Return how many rows to score at once: enough that selection pays per row, not per block; a multiple of 16."""
-    wanted = max(_SCORES // max(1, queries), 4 * _GROUP * kept, _MIN_BLOCK)
-    return min(wanted, _MAX_BLOCK) // _GROUP * _GROUP
+    scores, most = (_GPU_SCORES, _GPU_MAX_BLOCK) if device.type == "cuda" else (_SCORES, _MAX_BLOCK)
+    wanted = max(scores // max(1, queries), 4 * _GROUP * kept, _MIN_BLOCK)
+    return min(wanted, most) // _GROUP * _GROUP
 
 
-def best_scores(scores: Callable[[int, int], Tensor], queries: int, rows: int, kept: int) -> tuple[Tensor, Tensor]:
+def best_scores(
+    scores: Callable[[int, int], Tensor], queries: int, rows: int, kept: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return the highest scores of each query.
 
     Args:
@@ -24,11 +28,12 @@ def best_scores(scores: Callable[[int, int], Tensor], queries: int, rows: int, k
         queries: B.
         rows: N.
         kept: How many to keep of each query, at most N.
+        device: Where the scores are.
 
     Returns:
         (B, kept) scores and (B, kept) int64 row numbers, in no order. Equal scores are kept by chance.
     """
-    step = block_rows(queries, kept)
+    step = block_rows(queries, kept, device)
     best: Tensor | None = None
     ids = torch.empty(0)
     for start in range(0, rows, step):

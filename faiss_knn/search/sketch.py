@@ -30,6 +30,7 @@ _SAMPLE = 1024
 # Values of a block made at once: as fast as smaller ones that stay in cache, and each block costs a dozen barriers
 # between threads, which a busy machine makes expensive.
 _BLOCK_VALUES = 1 << 20
+_GPU_BLOCK_VALUES = 1 << 24  # there a block costs some twenty kernel launches
 _FAR = 2.0**40  # in units of the median norm; beyond it a row or query is not worth a float32 exponent
 _FAR_HALF_SQUARE = 2.0**77  # below |u|²/2 - |u||v| for any |u| > 2^40 and |v| <= 2^38
 _FLUSHED = 1e-30  # what products may lose to underflow, in units of the median square
@@ -111,6 +112,7 @@ class ProductSketch:
         if passed_over is not None:
             self._passed_over = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
             self._passed_over[passed_over] = True
+        self._step = max(1, (_GPU_BLOCK_VALUES if rows.device.type == "cuda" else _BLOCK_VALUES) // rows.dim)
         self._place(rows)
         self._copy = self._copied(rows) if copied and not rows.streamed else None
         self.bytes = 0 if self._copy is None else self._copy.numel() * self._copy.element_size()
@@ -145,8 +147,7 @@ class ProductSketch:
 
     def _copied(self, rows: Rows) -> Tensor:
         copy = torch.empty(len(rows), self._width, dtype=self.dtype, device=rows.device)
-        step = max(1, _BLOCK_VALUES // rows.dim)
-        for start, block in rows.blocks(step):
+        for start, block in rows.blocks(self._step):
             self._write(block, start, copy[start : start + len(block)])
         return copy
 
@@ -217,9 +218,8 @@ class ProductSketch:
         if self._copy is not None:
             return self._copy[start:stop]
         block = torch.empty(stop - start, self._width, dtype=self.dtype, device=self._rows.device)
-        step = max(1, _BLOCK_VALUES // self._rows.dim)
-        for left in range(start, stop, step):
-            right = min(left + step, stop)
+        for left in range(start, stop, self._step):
+            right = min(left + self._step, stop)
             self._write(self._rows.block(left, right), left, block[left - start : right - start])
         return block
 
