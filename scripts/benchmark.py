@@ -5,7 +5,7 @@
 
 Every ratio is the median of runs in pairs, ours and the other in turns, so that a busy machine slows both alike. The
 data are synthetic: "random" has no structure, "embeddings" has classes and a decaying spectrum, as learned features do.
-Prints tables; writes benchmark.json and benchmark.png to --out.
+Prints tables; writes benchmark.json and benchmark.png to --out. With a CUDA device there are tables of it too.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import benchmark_cuda
 import lightning as L
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,7 @@ FULL = [  # N, d, B, k, data
     (1_000_000, 128, 256, 20, "embeddings"),
 ]
 QUICK = [FULL[4], FULL[5]]
+FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")  # its distributions
 
 
 def make_data(kind: str, rows: int, dim: int, seed: int) -> Tensor:
@@ -370,7 +372,8 @@ def about_the_machine() -> Record:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "faiss": next((version(name) for name in ("faiss-cpu", "faiss-gpu") if installed(name)), None),
+        "faiss": ", ".join(f"{name} {version(name)}" for name in FAISS if installed(name)) or None,
+        **benchmark_cuda.about_the_card(),
     }
 
 
@@ -394,6 +397,7 @@ def main() -> None:
         "vote": lambda: vote_table(repeats),
         "append": lambda: append_table([4_096] if quick else [4_096, 262_144], repeats),
         "epoch": lambda: epoch_table(10_000 if quick else 50_000, 2_000 if quick else 5_000, 1 if quick else 3),
+        **benchmark_cuda.measurements(quick),
     }
     tables = {}
     for title, measure in measurements.items():
