@@ -87,8 +87,8 @@ def unit(rows: Tensor) -> Tensor:
     return rows.double() / lengths(rows)[:, None]
 
 
-def pair_norms(queries: Tensor, rows: Tensor, distance: Distance) -> Tensor:
-    """Measure each query against its own rows, in float64 from differences.
+def pair_norms(queries: Tensor, rows: Tensor, distance: Distance, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Measure each query against its own rows, in float64 or float32, from differences.
 
     No matrix product and no blocked sum takes part, so a pair's value depends on that pair alone: the same bits at
     any batch size, position and thread count.
@@ -97,11 +97,12 @@ def pair_norms(queries: Tensor, rows: Tensor, distance: Distance) -> Tensor:
         queries: (B, d) of any float dtype; of length 1 if `distance.unit_rows`.
         rows: (B, m, d), or (1, m, d) for the same rows for every query; likewise.
         distance: Which distance.
+        dtype: To compute in.
 
     Returns:
-        (B, m) float64 norms of the differences; `distance.from_norm` makes distances of them.
+        (B, m) norms of the differences in that dtype; `distance.from_norm` makes distances of them.
     """
-    return _per_pair(queries.double(), rows.double(), distance.norm)
+    return _per_pair(queries.to(dtype), rows.to(dtype), distance.norm)
 
 
 def _per_pair(queries: Tensor, rows: Tensor, norm: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from faiss_knn.search.distance import Distance
 from faiss_knn.search.exact import ExactEngine
 from faiss_knn.search.projection import leading_directions
-from faiss_knn.search.rerank import measure, nearest
+from faiss_knn.search.rerank import measure_quickly, nearest
 from faiss_knn.search.rows import Rows
 from faiss_knn.search.scan import best_scores
 from faiss_knn.search.sketch import ProductSketch, has_fast_bfloat16
@@ -169,7 +169,7 @@ class FastEngine:
             kept,
             self.device,
         )
-        return nearest(measure(queries, self._rows, ids, self._distance), ids, k)
+        return nearest(measure_quickly(queries, self._rows, ids, self._distance), ids, k)
 
 
 def _error(share: float, held_out: HeldOut) -> float:

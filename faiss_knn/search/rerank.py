@@ -8,8 +8,10 @@ from torch import Tensor
 from faiss_knn.search.distance import Distance, pair_norms, unit
 from faiss_knn.search.rows import Rows
 
-_PAIR_BYTES = 16 << 20  # float64 rows gathered at once: below what malloc always maps anew
+_PAIR_BYTES = 4 << 20  # float64 rows gathered at once: more makes the heap shrink and grow with every search
 _GPU_PAIR_BYTES = 128 << 20
+_SHORT = 2048  # dimensions that float32 sums may have
+_NEAR, _FAR = 2.0**-40, 2.0**55
 
 
 class Neighbors(NamedTuple):
@@ -24,8 +26,15 @@ class Neighbors(NamedTuple):
     indices: Tensor
 
 
-def measure(queries: Tensor, rows: Rows, ids: Tensor, distance: Distance, of: Tensor | None = None) -> Tensor:
-    """Measure candidates in float64.
+def measure(
+    queries: Tensor,
+    rows: Rows,
+    ids: Tensor,
+    distance: Distance,
+    of: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Measure candidates.
 
     Args:
         queries: (B, d).
@@ -33,13 +42,14 @@ def measure(queries: Tensor, rows: Rows, ids: Tensor, distance: Distance, of: Te
         ids: (B, m) int64 row numbers, -1 where there is none.
         distance: Which distance.
         of: (B,) which of the queries each row of `ids` belongs to; None: its own.
+        dtype: To compute in: torch.float32 only where the distance is not one of directions.
 
     Returns:
-        (B, m) float64 distances, inf where the id is -1.
+        (B, m) distances in that dtype, inf where the id is -1.
     """
-    queries = unit(queries) if distance.unit_rows else queries.double()
+    queries = unit(queries) if distance.unit_rows else queries.to(dtype)
     width = ids.shape[1]
-    norms = torch.empty(ids.shape, dtype=torch.float64, device=ids.device)
+    norms = torch.empty(ids.shape, dtype=dtype, device=ids.device)
     values = (_GPU_PAIR_BYTES if rows.device.type == "cuda" else _PAIR_BYTES) // 8
     step = max(1, values // (rows.dim * max(1, width)))
     columns = max(1, min(width, values // rows.dim))
@@ -47,10 +57,31 @@ def measure(queries: Tensor, rows: Rows, ids: Tensor, distance: Distance, of: Te
         part = slice(start, start + step)
         for left in range(0, width, columns):
             chosen = ids[part, left : left + columns]
-            taken = rows.directed(chosen.reshape(-1).clamp(min=0), distance).view(*chosen.shape, rows.dim)
+            known = chosen.reshape(-1).clamp(min=0)
+            taken = rows.directed(known, distance) if distance.unit_rows else rows.take(known)
             asking = queries[part] if of is None else queries[of[part]]
-            norms[part, left : left + columns] = pair_norms(asking, taken, distance)
+            taken = taken.view(*chosen.shape, rows.dim)
+            norms[part, left : left + columns] = pair_norms(asking, taken, distance, dtype)
     return distance.from_norm(norms).masked_fill_(ids < 0, torch.inf)
+
+
+def measure_quickly(queries: Tensor, rows: Rows, ids: Tensor, distance: Distance) -> Tensor:
+    """Measure candidates to 1e-5, for approximate indexes: in float32 where its range and precision are enough.
+
+    A difference of two float32 values is rounded once, by 2⁻²⁴ of itself; their squares add up in sixteen sums. Pairs
+    that are very near or very far, where squares would leave the range, are measured again.
+
+    Returns:
+        (B, m) float64 distances of candidates `ids` (B, m), all known.
+    """
+    if distance.unit_rows or rows.dim > _SHORT or torch.float64 in (queries.dtype, rows.dtype):
+        return measure(queries, rows, ids, distance)
+    found = measure(queries, rows, ids, distance, dtype=torch.float32).double()
+    norms = distance.to_norm(found)
+    query, place = ((norms < _NEAR) | (norms > _FAR)).nonzero().unbind(1)
+    if len(query) > 0:
+        found[query, place] = measure(queries, rows, ids[query, place][:, None], distance, of=query)[:, 0]
+    return found
 
 
 def nearest(distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:

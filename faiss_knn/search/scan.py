@@ -61,7 +61,7 @@ def _best_columns(block: Tensor, kept: int) -> tuple[Tensor, Tensor]:
         found, columns = block.topk(min(kept, block.shape[1]), dim=1, sorted=False)
         return found, columns
     grouped = torch.unflatten(block[:, : width * _GROUP], 1, (_GROUP, width))
-    groups = grouped.amax(1).topk(kept, dim=1, sorted=False).indices
+    groups = _best_columns(grouped.amax(1), kept)[1]
     columns = (groups[:, :, None] + torch.arange(0, width * _GROUP, width, device=block.device)).flatten(1)
     if block.shape[1] > width * _GROUP:
         rest = torch.arange(width * _GROUP, block.shape[1], device=block.device)

@@ -316,3 +316,14 @@ def test_unfit_searches():
         KNNIndex(distance_metric="cosine").build(torch.ones(5, 2) * torch.tensor([1, 1, 1, 0, 1])[:, None])
     with pytest.raises(RuntimeError, match="build"):
         KNNIndex().search(bank(1, 2, 4), 1)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-8, 1.0, 1e6, 1e17])
+@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
+def test_the_distances_of_fast_are_good_to_1e_5_at_any_scale(scale: float, distance: str) -> None:
+    rows = (torch.randn(5000, 96, generator=torch.Generator().manual_seed(0)) * scale).float()
+    rows[1000:2000] = rows[:1000] * (1 + 1e-5)  # and some that are very near each other
+    found = KNNIndex("fast", distance_metric=distance).build(rows).search(rows[:50], 5)
+    every = distances(rows[:50].double().numpy(), rows.double().numpy(), distance)
+    expected = np.take_along_axis(every, found.indices.numpy(), 1).astype(np.float64)
+    torch.testing.assert_close(found.distances.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-37)
