@@ -51,6 +51,25 @@ def test_a_users_choice_of_kernels_stays():
     assert said.strip() == "Haswell"
 
 
+OLD_KERNELS = (
+    "import os, torch, faiss; {after}; from faiss_knn import KNNIndex;"
+    "x = torch.randn(500, 8); [KNNIndex('Flat').build(x) for _ in range(2)]"
+)
+
+
+@pytest.mark.skipif(openblas_kernels(cpu_flags()) is None, reason="needs a CPU with better kernels than SSE3's")
+def test_faiss_imported_before_with_slow_kernels_is_told_once():
+    said = run(OLD_KERNELS.format(after="del os.environ['OPENBLAS_CORETYPE']"), OPENBLAS_CORETYPE="Prescott")
+    if "openblas" not in run("import faiss; print(open('/proc/self/maps').read())"):
+        pytest.skip("this FAISS brings no OpenBLAS")
+    assert said.count("its OpenBLAS runs Prescott kernels") == 1
+    assert f"set OPENBLAS_CORETYPE={openblas_kernels(cpu_flags())}" in said
+
+
+def test_slow_kernels_that_the_user_chose_are_not_remarked_on():
+    assert "OpenBLAS" not in run(OLD_KERNELS.format(after="pass"), OPENBLAS_CORETYPE="Prescott")
+
+
 def test_searches_leave_thread_counts_and_thresholds_alone():
     said = run(
         "import torch; torch.set_num_threads(1); from faiss_knn import KNNIndex; from faiss_knn.search import backend;"
