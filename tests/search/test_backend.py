@@ -70,6 +70,18 @@ def test_slow_kernels_that_the_user_chose_are_not_remarked_on():
     assert "OpenBLAS" not in run(OLD_KERNELS.format(after="pass"), OPENBLAS_CORETYPE="Prescott")
 
 
+def test_an_import_that_fails_says_how_to_install_and_leaves_the_environment_alone(tmp_path):
+    (tmp_path / "faiss.py").write_text("raise RuntimeError('libcudart is missing')")
+    said = run(
+        "import os, torch; from faiss_knn.search import backend; before = dict(os.environ)\n"
+        "try: backend.faiss()\n"
+        "except ImportError as error: print(error, before == os.environ)",
+        PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]),
+    )
+    assert "pip install faiss-cpu" in said
+    assert said.split()[-3:] == ["is", "missing)", "True"]
+
+
 def test_searches_leave_thread_counts_and_thresholds_alone():
     said = run(
         "import torch; torch.set_num_threads(1); from faiss_knn import KNNIndex; from faiss_knn.search import backend;"
