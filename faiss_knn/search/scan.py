@@ -39,6 +39,7 @@ def best_scores(
     for start in range(0, rows, step):
         block = scores(start, min(start + step, rows))
         found, columns = _best_columns(block, kept)
+        del block  # before the next is made
         columns += start
         if best is None:
             best, ids = found, columns
