@@ -158,6 +158,8 @@ class FaissEngine:
         self._centre = _prepared(sample, self._distance).mean(0)
         try:
             gpu.train(self.index, self._array(sample))
+        except torch.cuda.OutOfMemoryError:  # a RuntimeError too, and nothing wrong with the rows
+            raise
         except RuntimeError as error:
             raise ValueError(
                 f"`features` must hold enough rows to train {spec!r}, got {len(self._rows)}: "
@@ -168,6 +170,8 @@ class FaissEngine:
         """Search once: what an index cannot do with a metric, FAISS may say only then."""
         try:
             self.search(self._rows.block(0, 1), 1)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ValueError(
                 f"`spec` must be an index that searches by {self._distance.name}, got {spec!r}: {_reason(error)}"

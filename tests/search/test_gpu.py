@@ -104,6 +104,23 @@ def test_a_bank_that_does_not_fit_is_built_on_the_cpu(monkeypatch, logged):
     assert "the CPU searches: CUDA out of memory." in "\n".join(logged)
 
 
+@pytest.mark.parametrize("step", ["train", "search"])
+def test_a_shortage_while_faiss_builds_is_not_taken_for_unfit_rows(monkeypatch, logged, step):
+    real, failed = getattr(gpu, step), []
+
+    def short_once(*args):
+        if not failed:
+            failed.append(step)
+            raise OUT_OF_MEMORY
+        return real(*args)
+
+    monkeypatch.setattr(gpu, step, short_once)
+    rows = torch.randn(800, 16)
+    index = KNNIndex("IVF8,Flat", nprobe=8).build(rows)
+    assert index.search(rows[:3], 1).indices.flatten().tolist() == [0, 1, 2]
+    assert "so the CPU searches: CUDA out of memory." in "\n".join(logged)
+
+
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"`device` must be one that PyTorch can use here, got 'cuda:77'"):
         KNNIndex(device="cuda:77").build(torch.randn(10, 3))
