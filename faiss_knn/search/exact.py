@@ -12,6 +12,7 @@ from faiss_knn.search.sketch import DifferenceSketch, ProductSketch, Sketch, has
 from faiss_knn.search.twins import Twins
 
 _SMALL = 4  # a bank of fewer than this many times the candidates is measured whole
+_SPARE = 32 << 20  # bytes
 _CHUNK = 512  # queries of one pass
 _SECOND_CHUNK = 64
 _KEPT = 1 << 18  # candidates of one chunk
@@ -74,10 +75,17 @@ class ExactEngine:
         if self._distance.norm == 2:
             later = None if self._twins is None else self._twins.later
             self._sketch = ProductSketch(
-                self._rows, self._distance, self._dtype, passed_over=later, basis=self._basis, copied=not self._lean
+                self._rows, self._distance, self._dtype, passed_over=later, basis=self._basis, room=self._room()
             )
         else:
             self._sketch = DifferenceSketch(self._rows)
+
+    def _room(self) -> int:
+        """Return what a copy may take so that, with all else that is kept of it, the bank is held twice at most."""
+        if self._lean:
+            return 0
+        kept = 0 if self._twins is None else self._twins.bytes
+        return self._rows.bytes + _SPARE - kept - (8 * len(self._rows) if self._distance.unit_rows else 0)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
@@ -91,14 +99,11 @@ class ExactEngine:
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _search_chunk(self, queries: Tensor, k: int, kept: int) -> tuple[Tensor, Tensor]:
-        sketch = self._sketch
-        asked = sketch.ask(queries)
-        scores, ids = best_scores(
-            lambda start, stop: sketch.scores(asked, start, stop), len(queries), len(self._rows), kept, self.device
-        )
+        asked = self._sketch.ask(queries)
+        scores, ids = best_scores(self._sketch, asked, len(self._rows), kept)
         ids = ids if self._twins is None else self._twins.first_only(ids)
         distances, ids = self._followed(*nearest(measure(queries, self._rows, ids, self._distance), ids, k), k)
-        floor = self._distance.from_norm(sketch.floor(asked, scores.amin(1)))
+        floor = self._distance.from_norm(self._sketch.floor(asked, scores.amin(1)))
         lost = (~(floor > distances[:, -1]) | asked.square.isinf()).nonzero()[:, 0]
         for start in range(0, len(lost), _SECOND_CHUNK):
             part = lost[start : start + _SECOND_CHUNK]

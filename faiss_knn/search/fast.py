@@ -148,9 +148,7 @@ class FastEngine:
         asked = sketch.ask(queries, bound=False)
         if dims is not None:
             sketch.narrow(asked, dims)
-        scores, ids = best_scores(
-            lambda start, stop: sketch.scores(asked, start, stop), len(queries), len(self._rows), kept, self.device
-        )
+        scores, ids = best_scores(sketch, asked, len(self._rows), kept)
         return ids.gather(1, scores.float().argsort(dim=1, descending=True))
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -162,13 +160,7 @@ class FastEngine:
 
     def _search_chunk(self, queries: Tensor, k: int, kept: int) -> tuple[Tensor, Tensor]:
         asked = self._sketch.ask(queries, bound=False)
-        _, ids = best_scores(
-            lambda start, stop: self._sketch.scores(asked, start, stop),
-            len(queries),
-            len(self._rows),
-            kept,
-            self.device,
-        )
+        _, ids = best_scores(self._sketch, asked, len(self._rows), kept)
         return nearest(measure_quickly(queries, self._rows, ids, self._distance), ids, k)
 
 

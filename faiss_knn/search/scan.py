@@ -1,77 +1,73 @@
-"""One pass over a bank's scores: the best few of each query, without an (B, N) array and without sorting it."""
-
-from collections.abc import Callable
+"""One pass over a bank's scores: the best few of each query, without an (N, B) array and without sorting it."""
 
 import torch
 from torch import Tensor
 
-_GROUP = 16  # rows whose maximum is compared before any of them is
-_SCORES = 15 << 20  # of one block: 30 MiB in bfloat16, below what malloc always maps anew
+from faiss_knn.search.sketch import Asked, Sketch
+
+_GROUP = 8  # rows whose maximum is compared before any of them is
+_PER_KEPT = 64  # rows of a block for each that is kept: selection shall cost per row, not per block
+_BLOCK_BYTES = 30 << 20  # of scores: below what malloc always maps anew
 _MIN_BLOCK, _MAX_BLOCK = 1 << 13, 1 << 17
-_GPU_SCORES, _GPU_MAX_BLOCK = 1 << 26, 1 << 20  # there a block costs a dozen kernel launches, and selection is parallel
+_GPU_BLOCK_BYTES, _GPU_MAX_BLOCK = 1 << 27, 1 << 20  # there a block costs a dozen kernel launches
 
 
-def block_rows(queries: int, kept: int, device: torch.device) -> int:
-    """Return how many rows to score at once: enough that selection pays per row, not per block; a multiple of 16."""
-    scores, most = (_GPU_SCORES, _GPU_MAX_BLOCK) if device.type == "cuda" else (_SCORES, _MAX_BLOCK)
-    wanted = max(scores // max(1, queries), 4 * _GROUP * kept, _MIN_BLOCK)
-    return min(wanted, most) // _GROUP * _GROUP
+def block_rows(queries: int, kept: int, item: int, device: torch.device) -> int:
+    """Return how many rows to score at once, for scores of `item` bytes."""
+    size, most = (_GPU_BLOCK_BYTES, _GPU_MAX_BLOCK) if device.type == "cuda" else (_BLOCK_BYTES, _MAX_BLOCK)
+    return min(max(size // (item * max(1, queries)), _PER_KEPT * kept, _MIN_BLOCK), most)
 
 
-def best_scores(
-    scores: Callable[[int, int], Tensor], queries: int, rows: int, kept: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def best_scores(sketch: Sketch, asked: Asked, rows: int, kept: int) -> tuple[Tensor, Tensor]:
     """Return the highest scores of each query.
 
     Args:
-        scores: scores(start, stop) gives (B, stop - start) scores of a block of rows.
-        queries: B.
+        sketch: Gives the scores of a block of rows.
+        asked: B queries as it compares them.
         rows: N.
         kept: How many to keep of each query, at most N.
-        device: Where the scores are.
 
     Returns:
         (B, kept) scores and (B, kept) int64 row numbers, in no order. Equal scores are kept by chance.
     """
-    step = block_rows(queries, kept, device)
+    vectors = asked.vectors
+    step = block_rows(len(vectors), kept, vectors.element_size(), vectors.device)
     best: Tensor | None = None
     ids = torch.empty(0)
     for start in range(0, rows, step):
-        block = scores(start, min(start + step, rows))
-        found, columns = _best_columns(block, kept)
+        block = sketch.scores(asked, start, min(start + step, rows))
+        found, numbers = _best_rows(block, kept)
         del block  # before the next is made
-        columns += start
+        numbers += start
         if best is None:
-            best, ids = found, columns
+            best, ids = found, numbers
         else:
-            best, ids = torch.cat([best, found], 1), torch.cat([ids, columns], 1)
+            best, ids = torch.cat([best, found], 1), torch.cat([ids, numbers], 1)
             best, order = best.topk(min(kept, best.shape[1]), dim=1, sorted=False)
             ids = ids.gather(1, order)
     assert best is not None
     return best, ids
 
 
-def _best_columns(block: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Return the `kept` highest of each row of `block` (B, n) and their columns.
+def _best_rows(block: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Return the `kept` highest of each column of `block` (n, B), (B, kept), and their rows.
 
-    The best `kept` lie in the `kept` groups of the highest maxima, and maxima of strided columns cost a fifth of a
-    pass, a sort of all columns two.
+    They lie in the `kept` groups of the highest maxima. Maxima cost a pass over the block, a sort of it several.
     """
-    width = block.shape[1] // _GROUP
-    if width < 2 * kept:
-        found, columns = block.topk(min(kept, block.shape[1]), dim=1, sorted=False)
-        return found, columns
-    grouped = torch.unflatten(block[:, : width * _GROUP], 1, (_GROUP, width))
-    groups = _best_columns(grouped.amax(1), kept)[1]
-    columns = (groups[:, :, None] + torch.arange(0, width * _GROUP, width, device=block.device)).flatten(1)
-    if block.shape[1] > width * _GROUP:
-        rest = torch.arange(width * _GROUP, block.shape[1], device=block.device)
-        columns = torch.cat([columns, rest.expand(len(block), -1)], 1)
-    found, order = block.gather(1, columns).topk(kept, dim=1, sorted=False)
-    return found, columns.gather(1, order)
+    height = len(block) // _GROUP
+    if height < 2 * kept:
+        found, numbers = block.T.contiguous().topk(min(kept, len(block)), dim=1, sorted=False)
+        return found, numbers
+    groups = _best_rows(torch.unflatten(block[: height * _GROUP], 0, (_GROUP, height)).amax(0), kept)[1]
+    numbers = (groups[:, :, None] + torch.arange(0, height * _GROUP, height, device=block.device)).flatten(1)
+    if len(block) > height * _GROUP:
+        rest = torch.arange(height * _GROUP, len(block), device=block.device)
+        numbers = torch.cat([numbers, rest.expand(len(numbers), -1)], 1)
+    found, order = block.T.gather(1, numbers).topk(kept, dim=1, sorted=False)
+    return found, numbers.gather(1, order)
 
 
 def reaching(scores: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (query, column) numbers, (P,) each, of the scores (B, n) that reach `least` (B,) float64."""
-    query, column = (scores.double() >= least[:, None]).nonzero().unbind(1)
-    return query, column
+    """Return (query, row) numbers, (P,) each by query, of the scores (n, B) that reach `least` (B,) float64."""
+    query, row = (scores.T.double() >= least[:, None]).nonzero().unbind(1)
+    return query, row

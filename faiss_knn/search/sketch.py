@@ -57,7 +57,7 @@ class Sketch(Protocol):
         """Prepare queries (B, d)."""
 
     def scores(self, asked: Asked, start: int, stop: int) -> Tensor:
-        """Return (B, stop - start) scores of a block of rows."""
+        """Return (stop - start, B) scores of a block of rows."""
 
     def floor(self, asked: Asked, scores: Tensor) -> Tensor:
         """Return (B,) float64: no row of such a score or a lower one has a smaller norm of differences."""
@@ -82,7 +82,7 @@ class ProductSketch:
         dtype: torch.bfloat16 (half the memory; where the CPU or GPU is fast in it) or torch.float32.
         passed_over: Numbers of rows that get the lowest score, so that a scan passes them over.
         basis: (d, m) float32 orthonormal directions to project to; None: all d coordinates as they are.
-        copied: Whether to keep what is made of the rows; if not, it is made anew for every scan.
+        room: Bytes that the copy may take; rows beyond it are written anew for every scan. None: all it needs.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ProductSketch:
         *,
         passed_over: Tensor | None = None,
         basis: Tensor | None = None,
-        copied: bool = True,
+        room: int | None = None,
     ) -> None:
         self._rows = rows
         self._distance = distance
@@ -114,8 +114,8 @@ class ProductSketch:
             self._passed_over[passed_over] = True
         self._step = max(1, (_GPU_BLOCK_VALUES if rows.device.type == "cuda" else _BLOCK_VALUES) // rows.dim)
         self._place(rows)
-        self._copy = self._copied(rows) if copied and not rows.streamed else None
-        self.bytes = 0 if self._copy is None else self._copy.numel() * self._copy.element_size()
+        self._copy = self._copied(rows, room)
+        self.bytes = self._copy.numel() * self._copy.element_size()
 
     def _place(self, rows: Rows) -> None:
         """Choose centre and scale: medians, which a few huge rows do not move."""
@@ -145,11 +145,10 @@ class ProductSketch:
             rows = rows / self._rows.lengths[start : start + len(block), None].to(self._work)
         return rows
 
-    def _copied(self, rows: Rows) -> Tensor:
-        copy = torch.empty(len(rows), self._width, dtype=self.dtype, device=rows.device)
-        for start, block in rows.blocks(self._step):
-            self._write(block, start, copy[start : start + len(block)])
-        return copy
+    def _copied(self, rows: Rows, room: int | None) -> Tensor:
+        """Return what is kept of û for the first rows, (n, K): all N where there is room."""
+        count = len(rows) if room is None else min(len(rows), max(0, room) // (self._width * self.dtype.itemsize))
+        return self._written(0, 0 if rows.streamed else count)
 
     def _write(self, block: Tensor, start: int, out: Tensor) -> None:
         """Write û, h, |û| and ρ of a block of rows (n, d), which starts at row `start`, to `out` (n, K)."""
@@ -211,12 +210,14 @@ class ProductSketch:
             vectors[:, column + 1] = left_out * (1 + 2.0**-7)
 
     def scores(self, asked: Asked, start: int, stop: int) -> Tensor:
-        """Return (B, stop - start) scores of a block of rows."""
-        return asked.vectors @ self._block(start, stop).T
+        """Return (stop - start, B) scores of a block of rows."""
+        # The rows on the left: oneDNN packs the right side anew for every product, and the queries are fewer.
+        return self._block(start, stop) @ asked.vectors.T
 
     def _block(self, start: int, stop: int) -> Tensor:
-        if self._copy is not None:
-            return self._copy[start:stop]
+        return self._copy[start:stop] if stop <= len(self._copy) else self._written(start, stop)
+
+    def _written(self, start: int, stop: int) -> Tensor:
         block = torch.empty(stop - start, self._width, dtype=self.dtype, device=self._rows.device)
         for left in range(start, stop, self._step):
             right = min(left + self._step, stop)
@@ -263,8 +264,8 @@ class DifferenceSketch:
         return Asked(queries.to(self._dtype), torch.zeros(len(queries), dtype=torch.float64, device=queries.device))
 
     def scores(self, asked: Asked, start: int, stop: int) -> Tensor:
-        """Return (B, stop - start) scores of a block of rows."""
-        return torch.cdist(asked.vectors, self._rows.block(start, stop).to(self._dtype), p=1.0).neg_()
+        """Return (stop - start, B) scores of a block of rows."""
+        return torch.cdist(self._rows.block(start, stop).to(self._dtype), asked.vectors, p=1.0).neg_()
 
     def floor(self, asked: Asked, scores: Tensor) -> Tensor:  # noqa: ARG002
         """Return (B,) float64: no row of such a score or a lower one has a smaller norm of differences."""
@@ -277,7 +278,7 @@ class DifferenceSketch:
 
 
 def _aligned(width: int) -> int:
-    return -(-width // 32) * 32
+    return -(-width // 8) * 8  # what tensor cores ask for
 
 
 def _tilt(basis: Tensor) -> float:

@@ -16,30 +16,39 @@ class Twins:
     """Groups of equal rows.
 
     Args:
-        first: (N,) number of the first row that equals each row.
+        members: (N,) all row numbers, group by group, each group in order.
+        starts: (N,) bool, where in `members` a group begins.
     """
 
-    def __init__(self, first: Tensor) -> None:
-        numbers = torch.arange(len(first), device=first.device)
-        self._is_later = first != numbers
+    def __init__(self, members: Tensor, starts: Tensor) -> None:
+        begin = starts.nonzero()[:, 0]
+        first = members[begin]
+        self._members = members
+        self._is_later = torch.ones_like(starts)
+        self._is_later[first] = False
         self.later = self._is_later.nonzero()[:, 0]
-        self._members = first.sort(stable=True).indices  # groups in order of their first row, each in order
-        self._counts = torch.bincount(first, minlength=len(first))
-        self._starts = self._counts.cumsum(0) - self._counts
+        self._starts, self._counts = torch.zeros_like(members), torch.zeros_like(members)
+        self._starts[first] = begin
+        self._counts[first] = begin.diff(append=begin.new_full((1,), len(members)))
+
+    @property
+    def bytes(self) -> int:
+        """Size of what is kept of the groups."""
+        return sum(part.nbytes for part in (self._is_later, self.later, self._members, self._counts, self._starts))
 
     @classmethod
     def among(cls, rows: Rows) -> Self | None:
         """Group the rows of a bank; None where no row has so many twins that a search would notice."""
-        keys = torch.cat([_fingerprints(block) for _, block in rows.blocks()])
+        keys = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+        for start, block in rows.blocks():
+            keys[start : start + len(block)] = _fingerprints(block)
         keys, order = keys.sort(stable=True)
-        _, counts = torch.unique_consecutive(keys, return_counts=True)
-        if int(counts.max()) <= _FEW:
+        if not (keys[_FEW:] == keys[:-_FEW]).any():
             return None
         starts = torch.cat([keys.new_ones(1, dtype=torch.bool), keys[1:] != keys[:-1]])
+        del keys
         _split_where_unequal(rows, order, starts)
-        first = torch.empty_like(order)
-        first[order] = order[starts][starts.cumsum(0) - 1]
-        return cls(first)
+        return cls(order, starts)
 
     def first_only(self, ids: Tensor) -> Tensor:
         """Replace every id (of any shape) that is not its group's first by -1."""

@@ -55,22 +55,37 @@ def warm_up(distance: str = "euclidean") -> None:
     KNNIndex(distance_metric=distance).build(torch.randn(3000, 64)).search(torch.randn(100, 64), 20)
 
 
-def flat(scan: str, k: int) -> tuple[int, int, int, Any]:
+def flat(
+    scan: str, rows: int, dim: int, dtype: torch.dtype, queries: int, k: int, distance: str, twins: int
+) -> tuple[int, int]:
+    """Return by how much a build and a search grow, and what they may add."""
     exact.has_fast_bfloat16 = lambda device: scan == "bfloat16"
-    warm_up()
-    bank, queries, index = torch.randn(600_000, 93), torch.randn(2048, 93), KNNIndex()
-    grown, found = grown_while(lambda: index.build(bank).search(queries, k))
-    assert found.indices.shape == (2048, k)
-    return grown, bank.nbytes, index.stats.bytes - bank.nbytes, index.stats.parameters["scan_dtype"]
+    warm_up(distance)
+    bank, asked = torch.randn(rows, dim).to(dtype), torch.randn(queries, dim).to(dtype)
+    bank[: rows * twins // 100] = bank[0]
+    index = KNNIndex(distance_metric=distance)
+    grown, found = grown_while(lambda: index.build(bank).search(asked, k))
+    assert found.indices.shape == (queries, k)
+    assert index.stats.parameters["scan_dtype"] in (scan, "float32")
+    return grown, bank.nbytes + WORK + 12 * found.indices.numel()
 
 
-@pytest.mark.parametrize(("scan", "k"), [pytest.param("bfloat16", 500, marks=slow_in_bfloat16), ("float32", 50)])
-def test_flat_adds_one_copy_of_the_bank_at_most_and_bounded_blocks(scan, k):
-    grown, bank, made, dtype = in_new_process(flat, scan, k)
-    assert dtype == scan
-    answer = 12 * 2048 * k
-    assert made <= 1.05 * bank  # the columns of the bounds
-    assert made <= grown <= made + WORK + answer
+HALF, WHOLE = torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "dtype", "queries", "k", "distance", "twins"),
+    [
+        pytest.param(600_000, 93, WHOLE, 2048, 500, "euclidean", 0, id="many neighbours"),
+        pytest.param(4_000_000, 16, HALF, 256, 20, "euclidean", 0, id="a copy larger than the bank"),
+        pytest.param(8_000_000, 8, WHOLE, 64, 20, "cosine", 0, id="lengths, and bounds that have to be tightened"),
+        pytest.param(8_000_000, 8, WHOLE, 64, 20, "euclidean", 50, id="half of the bank one row"),
+    ],
+)
+@pytest.mark.parametrize("scan", [pytest.param("bfloat16", marks=slow_in_bfloat16), "float32"])
+def test_flat_adds_one_copy_of_the_bank_at_most_and_bounded_blocks(scan, rows, dim, dtype, queries, k, distance, twins):
+    grown, allowed = in_new_process(flat, scan, rows, dim, dtype, queries, k, distance, twins)
+    assert 0 < grown <= allowed
 
 
 @pytest.fixture

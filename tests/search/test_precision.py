@@ -32,6 +32,15 @@ def test_half_rows_with_many_duplicates(scanned_in, dtype):
     assert_exact(KNNIndex().build(rows), rows, torch.cat([rows[7:8], bank(1, 20, 32).to(dtype)]), 25)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_rows_that_the_copy_has_no_room_for(scanned_in, metric, monkeypatch):
+    monkeypatch.setattr("faiss_knn.search.exact._SPARE", 0)  # beside half rows the columns of bounds have none
+    rows, queries = bank(0, 30_000, 24).half(), bank(1, 20, 24).half()
+    index = KNNIndex(distance_metric=metric).build(rows)
+    assert rows.nbytes < index.stats.bytes <= 2 * rows.nbytes
+    assert_exact(index, rows, queries, 20)
+
+
 def test_the_same_bits_in_any_batch(scanned_in):
     index, queries = KNNIndex().build(bank(0, 5000, 64)), bank(1, 300, 64)
     whole = index.search(queries, 20)
