@@ -5,14 +5,15 @@ from torch import Tensor
 
 from faiss_knn.search.distance import Distance, pair_norms, unit
 from faiss_knn.search.projection import effective_rank, leading_directions
-from faiss_knn.search.rerank import measure, nearest
+from faiss_knn.search.rerank import PAIR_SECONDS, VALUE_SECONDS, measure, nearest
 from faiss_knn.search.rows import Rows
 from faiss_knn.search.scan import best_scores, reaching
 from faiss_knn.search.sketch import DifferenceSketch, ProductSketch, Sketch, has_fast_bfloat16
+from faiss_knn.search.spare import Spare
 from faiss_knn.search.twins import Twins
 
 _SMALL = 4  # a bank of fewer than this many times the candidates is measured whole
-_SPARE = 32 << 20  # bytes
+_LEEWAY = 32 << 20  # bytes that a copy may be larger than the bank
 _CHUNK = 512  # queries of one pass
 _SECOND_CHUNK = 64
 _KEPT = 1 << 18  # candidates of one chunk
@@ -20,6 +21,7 @@ _SECOND_BLOCK = 8192
 _WIDE = 512  # narrower rows gain too little from a projection
 _BASIS_SHARE = 3  # of the dimensions at most one in so many
 _LEFT_OUT = 0.03  # energy that a projection may leave out: its bound must exclude nearly all rows
+_SECOND_PASS = 15e-9  # seconds per row and query, to compare with those of a candidate
 _TRIAL, _LOOSE = 64, 0.3  # bounds are too loose if after so many queries such a share is uncertified
 
 
@@ -48,6 +50,7 @@ class ExactEngine:
         self._sketch: Sketch
         self.uncertified = self._trial_searched = self._trial_uncertified = 0
         self._lean = lean
+        self._spare = self._first_spare(0)
         self._basis: Tensor | None = None
         if distance.norm == 2 and not lean:
             self._twins = Twins.among(rows)
@@ -80,34 +83,44 @@ class ExactEngine:
         else:
             self._sketch = DifferenceSketch(self._rows)
 
+    def _first_spare(self, k: int) -> Spare:
+        return Spare(k, len(self._rows) * _SECOND_PASS / (PAIR_SECONDS + self._rows.dim * VALUE_SECONDS))
+
     def _room(self) -> int:
         """Return what a copy may take so that, with all else that is kept of it, the bank is held twice at most."""
         if self._lean:
             return 0
         kept = 0 if self._twins is None else self._twins.bytes
-        return self._rows.bytes + _SPARE - kept - (8 * len(self._rows) if self._distance.unit_rows else 0)
+        return self._rows.bytes + _LEEWAY - kept - (8 * len(self._rows) if self._distance.unit_rows else 0)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
-        kept = k + max(20, k)
-        if len(self._rows) <= _SMALL * kept:
+        if len(self._rows) <= _SMALL * (k + max(20, k)):
             return self._measured_whole(queries, k)
-        step = max(1, min(_CHUNK, _KEPT // kept))
-        parts = [self._search_chunk(queries[start : start + step], k, kept) for start in range(0, len(queries), step)]
+        if k != self._spare.k:
+            self._spare = self._first_spare(k)
+        parts, done = [], 0
+        while done < len(queries):
+            part = queries[done : done + max(1, min(_CHUNK, _KEPT // (k + self._spare.count)))]
+            parts.append(self._search_chunk(part, k))
+            done += len(part)
         if not parts:
             return queries.new_empty(0, k, dtype=torch.float64), queries.new_empty(0, k, dtype=torch.int64)
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
-    def _search_chunk(self, queries: Tensor, k: int, kept: int) -> tuple[Tensor, Tensor]:
+    def _search_chunk(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         asked = self._sketch.ask(queries)
-        scores, ids = best_scores(self._sketch, asked, len(self._rows), kept)
+        scores, ids = best_scores(self._sketch, asked, len(self._rows), min(k + self._spare.count, len(self._rows)))
         ids = ids if self._twins is None else self._twins.first_only(ids)
         distances, ids = self._followed(*nearest(measure(queries, self._rows, ids, self._distance), ids, k), k)
-        floor = self._distance.from_norm(self._sketch.floor(asked, scores.amin(1)))
-        lost = (~(floor > distances[:, -1]) | asked.square.isinf()).nonzero()[:, 0]
+        # Certified: not all candidates can be within the k-th distance, hence no row that scored lower than they.
+        within = scores.double() >= self._sketch.least_score(asked, self._distance.to_norm(distances[:, -1]))[:, None]
+        counts = within.sum(1).tolist()  # the one time that a GPU is waited for
+        lost = [query for query, count in enumerate(counts) if count == scores.shape[1]]
         for start in range(0, len(lost), _SECOND_CHUNK):
-            part = lost[start : start + _SECOND_CHUNK]
+            part = torch.tensor(lost[start : start + _SECOND_CHUNK], device=queries.device)
             distances[part], ids[part] = self._second_pass(queries[part], k, distances[part, -1])
+        self._spare.learn([count - k + 1 for count in counts])
         self._count(len(queries), len(lost))
         return distances, ids
 
@@ -124,6 +137,7 @@ class ExactEngine:
     def _tighten(self) -> None:
         """Go on with tighter bounds: all coordinates instead of a projection, float32 instead of bfloat16."""
         self._trial_searched = self._trial_uncertified = 0
+        self._spare = self._first_spare(0)
         if self._basis is not None:
             self._basis = None
         elif self._dtype == torch.bfloat16:

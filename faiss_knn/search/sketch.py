@@ -59,9 +59,6 @@ class Sketch(Protocol):
     def scores(self, asked: Asked, start: int, stop: int) -> Tensor:
         """Return (stop - start, B) scores of a block of rows."""
 
-    def floor(self, asked: Asked, scores: Tensor) -> Tensor:
-        """Return (B,) float64: no row of such a score or a lower one has a smaller norm of differences."""
-
     def least_score(self, asked: Asked, norms: Tensor) -> Tensor:
         """Return (B,) float64: every row within this norm of differences has at least such a score."""
 
@@ -224,13 +221,6 @@ class ProductSketch:
             self._write(self._rows.block(left, right), left, block[left - start : right - start])
         return block
 
-    def floor(self, asked: Asked, scores: Tensor) -> Tensor:
-        """Return (B,) float64: no row of such a score or a lower one has a smaller norm of differences."""
-        top = scores.double()
-        top = top + top.abs() * self._rounding
-        square = asked.square * (1 - self._slack) + 2 * (self._shift - top)
-        return (square.clamp(min=0).sqrt() - self._unit_error).clamp(min=0) / self._scale * (1 - self._slack)
-
     def least_score(self, asked: Asked, norms: Tensor) -> Tensor:
         """Return (B,) float64: every row within this norm of differences has at least such a score."""
         square = (norms * self._scale + self._unit_error).square() * (1 + self._slack)
@@ -267,14 +257,10 @@ class DifferenceSketch:
         """Return (stop - start, B) scores of a block of rows."""
         return torch.cdist(self._rows.block(start, stop).to(self._dtype), asked.vectors, p=1.0).neg_()
 
-    def floor(self, asked: Asked, scores: Tensor) -> Tensor:  # noqa: ARG002
-        """Return (B,) float64: no row of such a score or a lower one has a smaller norm of differences."""
-        # A float32 sum that overflowed says no more than that.
-        return (-scores.double() * (1 - self._gamma)).clamp(max=1e38)
-
     def least_score(self, asked: Asked, norms: Tensor) -> Tensor:  # noqa: ARG002
         """Return (B,) float64: every row within this norm of differences has at least such a score."""
-        return -norms * (1 + self._gamma)
+        # A float32 sum that overflowed says no more than that.
+        return torch.where(norms < 1e38, -norms * (1 + self._gamma), -torch.inf)
 
 
 def _aligned(width: int) -> int:

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.exact import ExactEngine
+from faiss_knn.search.rerank import PAIR_SECONDS, VALUE_SECONDS
 from faiss_knn.search.rows import Rows
 
 HELD_OUT = 256  # queries of a first tuning: at k = 20 the recall is known to about 0.002
 RECHECK = 64  # queries that check what was tuned before
 
-# Seconds on two modern cores: per multiply-add of a product in each dtype, per score compared, per candidate, and per
-# value of a candidate measured. Only their proportions matter.
+# Seconds on two modern cores: per multiply-add of a product in each dtype, and per score compared. Only their
+# proportions matter, to each other and to those of measuring candidates.
 _PRODUCT = {torch.bfloat16: 1.2e-12, torch.float32: 7.4e-12}
 _SCORE = 0.4e-9
-_CANDIDATE = 130e-9
-_VALUE = 0.8e-9
 _ROW_VALUE = 4e-9  # of a build: check, centre, cast, write
 _TUNED_SCANS = 3  # scans of the held-out queries that a first tuning takes
 
@@ -102,7 +101,7 @@ def search_cost(rows: int, dim: int, scanned: int, candidates: int, dtype: torch
         Seconds, in proportion to those of other choices.
     """
     scan = rows * (scanned * _PRODUCT[dtype] + _SCORE)
-    return scan + candidates * (_CANDIDATE + dim * _VALUE)
+    return scan + candidates * (PAIR_SECONDS + dim * VALUE_SECONDS)
 
 
 def prefers_fast(rows: int, dim: int, queries: int, k: int, dtype: torch.dtype, *, warm: bool) -> bool:

@@ -34,7 +34,7 @@ def test_half_rows_with_many_duplicates(scanned_in, dtype):
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_rows_that_the_copy_has_no_room_for(scanned_in, metric, monkeypatch):
-    monkeypatch.setattr("faiss_knn.search.exact._SPARE", 0)  # beside half rows the columns of bounds have none
+    monkeypatch.setattr("faiss_knn.search.exact._LEEWAY", 0)  # beside half rows the columns of bounds have none
     rows, queries = bank(0, 30_000, 24).half(), bank(1, 20, 24).half()
     index = KNNIndex(distance_metric=metric).build(rows)
     assert rows.nbytes < index.stats.bytes <= 2 * rows.nbytes
@@ -48,6 +48,14 @@ def test_the_same_bits_in_any_batch(scanned_in):
         parts = [index.search(part, 20) for part in queries.split(size)]
         assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices)
         assert torch.equal(torch.cat([part.distances for part in parts]), whole.distances)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "manhattan"])
+def test_queries_after_it_learned_how_many_candidates_suffice(scanned_in, metric):
+    rows, queries = bank(0, 5000, 64), bank(1, 300, 64)
+    index = KNNIndex(distance_metric=metric).build(rows)
+    index.search(queries, 50)
+    assert_exact(index, rows, queries[:40], 50)
 
 
 def test_fast_meets_its_recall(scanned_in):
