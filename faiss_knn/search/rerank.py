@@ -15,6 +15,7 @@ _PAIR_BYTES = 4 << 20  # float64 rows gathered at once: more makes the heap shri
 _GPU_PAIR_BYTES = 128 << 20
 _SHORT = 2048  # dimensions that float32 sums may have
 _NEAR, _FAR = 2.0**-40, 2.0**55
+_NEAR_DIRECTIONS = 2.0**-3
 
 
 class Neighbors(NamedTuple):
@@ -45,12 +46,12 @@ def measure(
         ids: (B, m) int64 row numbers, -1 where there is none.
         distance: Which distance.
         of: (B,) which of the queries each row of `ids` belongs to; None: its own.
-        dtype: To compute in: torch.float32 only where the distance is not one of directions.
+        dtype: To compute in.
 
     Returns:
         (B, m) distances in that dtype, inf where the id is -1.
     """
-    queries = unit(queries) if distance.unit_rows else queries.to(dtype)
+    queries = (unit(queries) if distance.unit_rows else queries).to(dtype)
     width = ids.shape[1]
     norms = torch.empty(ids.shape, dtype=dtype, device=ids.device)
     values = (_GPU_PAIR_BYTES if rows.device.type == "cuda" else _PAIR_BYTES) // 8
@@ -61,7 +62,7 @@ def measure(
         for left in range(0, width, columns):
             chosen = ids[part, left : left + columns]
             known = chosen.reshape(-1).clamp(min=0)
-            taken = rows.directed(known, distance) if distance.unit_rows else rows.take(known)
+            taken = rows.directed(known, distance, dtype) if distance.unit_rows else rows.take(known)
             asking = queries[part] if of is None else queries[of[part]]
             taken = taken.view(*chosen.shape, rows.dim)
             norms[part, left : left + columns] = pair_norms(asking, taken, distance, dtype)
@@ -72,16 +73,20 @@ def measure_quickly(queries: Tensor, rows: Rows, ids: Tensor, distance: Distance
     """Measure candidates to 1e-5, for approximate indexes: in float32 where its range and precision are enough.
 
     A difference of two float32 values is rounded once, by 2⁻²⁴ of itself; their squares add up in sixteen sums. Pairs
-    that are very near or very far, where squares would leave the range, are measured again.
+    that are very near or very far, where squares would leave the range, are measured again; of directions also those
+    within an eighth of each other, as rounding each to float32 moves it by 2⁻²³.
 
     Returns:
         (B, m) float64 distances of candidates `ids` (B, m), all known.
     """
-    if distance.unit_rows or rows.dim > _SHORT or torch.float64 in (queries.dtype, rows.dtype):
+    if rows.dim > _SHORT or torch.float64 in (queries.dtype, rows.dtype):
+        return measure(queries, rows, ids, distance)
+    if distance.unit_rows and not rows.ordinary_lengths:
         return measure(queries, rows, ids, distance)
     found = measure(queries, rows, ids, distance, dtype=torch.float32).double()
     norms = distance.to_norm(found)
-    query, place = ((norms < _NEAR) | (norms > _FAR)).nonzero().unbind(1)
+    near = _NEAR_DIRECTIONS if distance.unit_rows else _NEAR
+    query, place = ((norms < near) | (norms > _FAR)).nonzero().unbind(1)
     if len(query) > 0:
         found[query, place] = measure(queries, rows, ids[query, place][:, None], distance, of=query)[:, 0]
     return found

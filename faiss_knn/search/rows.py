@@ -3,6 +3,7 @@
 import operator
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -89,10 +90,16 @@ class Rows:
         assert self._lengths is not None
         return self._lengths
 
-    def directed(self, ids: Tensor, distance: Distance) -> Tensor:
-        """Return the rows of `ids` (n,), (n, d) float64, of length 1 if the distance asks for it."""
+    @cached_property
+    def ordinary_lengths(self) -> bool:
+        """Tell whether float32 holds every row's length and its inverse, once they are known."""
+        least, most = self.lengths.aminmax()
+        return 2.0**-90 < float(least) <= float(most) < 2.0**90
+
+    def directed(self, ids: Tensor, distance: Distance, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return the rows of `ids` (n,), (n, d) float64 or float32, of length 1 if the distance asks for it."""
         rows = self.take(ids)
-        return rows / self.lengths[ids][:, None] if distance.unit_rows else rows.double()  # both float64
+        return rows / self.lengths[ids].to(dtype)[:, None] if distance.unit_rows else rows.to(dtype)  # both in dtype
 
     def check(self, distance: Distance) -> None:
         """Check every row, and learn the rows' lengths if the distance is one of directions.

@@ -1,9 +1,9 @@
 """Scores that bound distances: what a scan may compute in low precision and still prove that a row is too far.
 
-A sketch gives every (query, row) a score, high where the row is near, such that no row's distance is below what
-`floor` says of its score. For the euclidean distances (cosine: of unit vectors) the score is one matrix product. Let
-u = s(x - c) be a row and v = s(q - c) a query, centred and scaled, both as real numbers; û and v̂ what is stored of
-them. Then s²|x - q|² = |v|² + 2t with t = |u|²/2 - u·v, and
+A sketch gives every (query, row) a score, high where the row is near, such that every row within a distance has at
+least the score that `least_score` says of it. For the euclidean distances (cosine: of unit vectors) the score is one
+matrix product. Let u = s(x - c) be a row and v = s(q - c) a query, centred and scaled, both as real numbers; û and v̂
+what is stored of them. Then s²|x - q|² = |v|² + 2t with t = |u|²/2 - u·v, and
 
     u·v <= û·v̂ + |u - û||v| + |û||v - v̂|                                 (Cauchy-Schwarz)
     computed products differ from exact ones by at most γ|û||v̂|           (Higham, Accuracy and Stability, §3.1)
@@ -127,7 +127,7 @@ class ProductSketch:
         # float32 centres exactly enough unless its range ends, or unit vectors lie within 2^-10 of each other.
         unsafe = not 2.0**-90 < size < 2.0**60
         if self._distance.unit_rows:
-            unsafe |= size < 2.0**-10 or not 2.0**-90 < float(rows.lengths.min()) <= float(rows.lengths.max()) < 2.0**90
+            unsafe |= size < 2.0**-10 or not rows.ordinary_lengths
         self._work = torch.float64 if unsafe or rows.dtype == torch.float64 else torch.float32
         self._centre = self._centre.to(self._work).double()
         # Unit vectors are off by some 2^-22 (2^-50) before they are centred, however small they are after.

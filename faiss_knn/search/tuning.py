@@ -18,7 +18,7 @@ RECHECK = 64  # queries that check what was tuned before
 
 # Seconds on two modern cores: per multiply-add of a product in each dtype, and per score compared. Only their
 # proportions matter, to each other and to those of measuring candidates.
-_PRODUCT = {torch.bfloat16: 1.2e-12, torch.float32: 7.4e-12}
+_PRODUCT = {torch.bfloat16: 0.8e-12, torch.float32: 7.4e-12}
 _SCORE = 0.4e-9
 _ROW_VALUE = 4e-9  # of a build: check, centre, cast, write
 _TUNED_SCANS = 3  # scans of the held-out queries that a first tuning takes
@@ -107,13 +107,13 @@ def search_cost(rows: int, dim: int, scanned: int, candidates: int, dtype: torch
 def prefers_fast(rows: int, dim: int, queries: int, k: int, dtype: torch.dtype, *, warm: bool) -> bool:
     """Decide for "auto" whether a build and `queries` searches are cheaper with "fast" than with "flat".
 
-    flat:  build N·d + Q · (scan of d dimensions + 2k candidates)
-    fast:  build N·d, tuning (some scans of the held-out queries, fewer when warm) + Q · (scan of d/2 + 3k)
+    flat:  build N·d + Q · (scan of d dimensions + 1.5k candidates)
+    fast:  build N·d, tuning (some scans of the held-out queries, fewer when warm) + Q · (scan of d/2 + 2k)
 
     "ivf" is never chosen: at a recall worth reporting it visits a quarter of its lists, one query at a time, and takes
     longer than an exact scan by products; what it saves at fewer lists it costs in accuracy.
     """
-    flat = search_cost(rows, dim, dim, 2 * k + 20, dtype)
-    fast = search_cost(rows, dim, dim // 2, 3 * k, dtype)
+    flat = search_cost(rows, dim, dim, k + k // 2 + 10, dtype)
+    fast = search_cost(rows, dim, dim // 2, 2 * k, dtype)
     tuning = (RECHECK if warm else _TUNED_SCANS * HELD_OUT) * flat + (1 if warm else 2) * rows * dim * _ROW_VALUE
     return tuning + queries * fast < queries * flat
