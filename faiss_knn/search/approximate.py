@@ -15,6 +15,7 @@ from faiss_knn.search.tuning import HELD_OUT, hold_out, measure_recall
 _TRAIN_ROWS_PER_CENTROID = 256  # more do not help k-means, by FAISS's own cap
 _MIN_TRAIN_ROWS = 65536
 _LEAST_ROWS_PER_CENTROID = 39  # by FAISS's own advice
+_FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-9, 2.0**15  # mean size of the rows' values, and largest
 _GPU_BLOCK_BYTES = 256 << 20  # an index on a GPU grows with every block added
 
 
@@ -75,10 +76,12 @@ class FaissEngine:
             self._centre: Tensor = trained._centre.to(rows.device)
         else:
             self.index = backend.make_index(spec, rows.dim, distance.faiss_metric)
+            sample = self._sample(rows)
+            self._centre = _prepared(sample, distance).mean(0)
         self._place(rows)
         self.nprobe = self._set_nprobe(nprobe)
         if trained is None:
-            self._train(rows, spec)
+            self._train(sample, spec)
         on_cpu = self.device.type == "cpu"
         for _, block in rows.blocks(None if on_cpu else max(1, _GPU_BLOCK_BYTES // (4 * rows.dim))):
             gpu.add(self.index, self._array(block))
@@ -92,15 +95,26 @@ class FaissEngine:
         if rows.device.type != "cuda":
             return
         row_bytes = getattr(self.index, "code_size", 0) + (8 if backend.inner_ivf(self.index) is not None else 0)
+        half = gpu.is_flat(self.index) and rows.dtype.itemsize == 2 and self.float16_holds(rows)
+        row_bytes //= 2 if half else 1
         gpu.check_room(rows.device, len(rows) * row_bytes)
-        moved = gpu.to_gpu(self.index, rows.device)
+        moved = gpu.to_gpu(self.index, rows.device, half=half)
         if moved is not None:
             self.index, self._resources = moved
             self.device, self._row_bytes = rows.device, row_bytes
 
-    def _train_rows(self) -> int:
+    def float16_holds(self, rows: Rows) -> bool:
+        """Tell whether float16 holds the rows, as the index is given them, with all of its 11 bits."""
+        blocks = (_prepared(block, self._distance).sub_(self._centre) for _, block in rows.blocks())
+        sizes = torch.stack([torch.stack([block.abs().amax(), block.abs().mean()]) for block in blocks])
+        return float(sizes[:, 0].max()) < _FLOAT16_MOST and float(sizes[:, 1].min()) > _FLOAT16_LEAST
+
+    def _sample(self, rows: Rows) -> Tensor:
+        """Return as many rows, taken at random, as training can use."""
         ivf = backend.inner_ivf(self.index)
-        return max(_MIN_TRAIN_ROWS, _TRAIN_ROWS_PER_CENTROID * (ivf.nlist if ivf is not None else 0))
+        count = max(_MIN_TRAIN_ROWS, _TRAIN_ROWS_PER_CENTROID * (ivf.nlist if ivf is not None else 0))
+        chosen = torch.randperm(len(rows), generator=_generator())[:count].sort().values
+        return rows.take(chosen.to(rows.device))
 
     def _most_probes(self, ivf: Any) -> int:
         return int(ivf.nlist) if self.device.type == "cpu" else min(int(ivf.nlist), gpu.MAX_NPROBE)
@@ -152,10 +166,7 @@ class FaissEngine:
                 break
         self.tuned_k = k
 
-    def _train(self, rows: Rows, spec: str) -> None:
-        chosen = torch.randperm(len(rows), generator=_generator())[: self._train_rows()].sort().values
-        sample = rows.take(chosen.to(rows.device))
-        self._centre = _prepared(sample, self._distance).mean(0)
+    def _train(self, sample: Tensor, spec: str) -> None:
         try:
             gpu.train(self.index, self._array(sample))
         except torch.cuda.OutOfMemoryError:  # a RuntimeError too, and nothing wrong with the rows

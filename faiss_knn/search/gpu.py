@@ -13,7 +13,8 @@ from torch import Tensor
 from faiss_knn.search.backend import faiss
 
 MAX_K = MAX_NPROBE = 2048  # of FAISS's own kernels; some of them abort the process beyond it
-_KINDS = {"IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer"}
+_FLAT = {"IndexFlat", "IndexFlatL2", "IndexFlatIP"}
+_KINDS = _FLAT | {"IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer"}
 
 _SCRATCH_BYTES = 3 << 29  # that FAISS reserves on a large GPU
 
@@ -69,12 +70,18 @@ def check_room(device: torch.device, size: int) -> None:
         )
 
 
-def to_gpu(index: Any, device: torch.device) -> tuple[Any, Resources] | None:
+def is_flat(index: Any) -> bool:
+    """Tell whether an index on the CPU holds its rows as they are, in no lists."""
+    return type(index).__name__ in _FLAT
+
+
+def to_gpu(index: Any, device: torch.device, *, half: bool = False) -> tuple[Any, Resources] | None:
     """Move an index to a GPU, and only to that one.
 
     Args:
         index: On the CPU, empty, trained or not.
         device: A CUDA device with a number.
+        half: Whether a flat index is to hold its rows, and compare queries, in float16.
 
     Returns:
         The index on the GPU and what it must keep alive; None, with a warning, if FAISS has no such index there.
@@ -85,6 +92,7 @@ def to_gpu(index: Any, device: torch.device) -> tuple[Any, Resources] | None:
         resources = _resources.get(device.index) or Resources()
         _resources[device.index] = resources
         options = library.GpuClonerOptions()
+        options.useFloat16 = half
         options.use_cuvs = False  # its limits and its padding of missing neighbours are others
         try:
             with _named_out_of_memory():

@@ -147,6 +147,16 @@ def test_faiss_flat_on_the_device(distance):
 
 
 @needs_faiss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_faiss_flat_holds_half_rows_in_half_the_memory(dtype):
+    bank, queries = data(20_000, 64).to(CUDA), data(100, 64, 1).to(CUDA)
+    index = KNNIndex("Flat", storage_dtype=dtype).build(bank)
+    assert index.stats.bytes == 2 * (2 * bank.numel())  # the rows, and the index
+    found, exact = index.search(queries, 20), KNNIndex(storage_dtype=dtype).build(bank).search(queries, 20)
+    assert (found.indices[:, :, None] == exact.indices[:, None]).any(1).float().mean() > 0.99
+
+
+@needs_faiss
 @pytest.mark.parametrize("spec", ["ivf", "IVF64,Flat", "IVF64,SQ8"])
 def test_faiss_inverted_lists_on_the_device(spec):
     bank, queries = data(20_000, 32).to(CUDA), data(300, 32, 1).to(CUDA)

@@ -8,9 +8,11 @@ import torch
 
 from faiss_knn import KNNIndex
 from faiss_knn.search import backend, gpu
+from faiss_knn.search.approximate import FaissEngine
+from faiss_knn.search.distance import get_distance
 from faiss_knn.search.exact import ExactEngine
 from faiss_knn.search.fast import FastEngine
-from faiss_knn.search.rows import ReadAhead
+from faiss_knn.search.rows import ReadAhead, Rows
 from tests.reference import brute_force
 
 OUT_OF_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
@@ -31,6 +33,27 @@ def test_an_index_only_the_cpu_has_stays_there_with_a_warning(logged):
     index = backend.make_index("HNSW8", 4, "METRIC_L2")
     assert gpu.to_gpu(index, torch.device("cuda", 0)) is None
     assert "IndexHNSWFlat exists on the CPU only" in "\n".join(logged)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_an_index_goes_to_the_gpu_of_its_rows_in_the_dtype_asked_for(monkeypatch, half):
+    library = mock.Mock()
+    monkeypatch.setattr(gpu, "faiss", lambda: library)
+    index = backend.make_index("Flat", 4, "METRIC_L2")
+    moved = gpu.to_gpu(index, torch.device("cuda", 3), half=half)
+    assert moved is not None
+    (resources, number, given, options), _ = library.index_cpu_to_gpu.call_args
+    assert (resources, number, given) == (moved[1].faiss, 3, index)
+    assert (options.useFloat16, options.use_cuvs) == (half, False)
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset", "expected"), [(1.0, 0.0, True), (1.0, 1000.0, True), (1e-4, 0.0, False), (1e5, 0.0, False)]
+)
+def test_rows_are_held_in_float16_only_where_it_holds_them_well(scale, offset, expected):
+    rows = Rows((torch.randn(3000, 8) * scale + offset).bfloat16())
+    engine = FaissEngine(rows, get_distance("euclidean"), "Flat")
+    assert engine.float16_holds(rows) is expected
 
 
 def test_without_a_gpu_build_of_faiss_the_search_is_exact_and_says_so_once(monkeypatch, logged):
