@@ -1,5 +1,7 @@
 """The exact search: candidates by a scan of bounds, exact distances, a certificate, and a second pass without it."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -203,13 +205,15 @@ def _worthwhile_basis(rows: Rows, distance: Distance) -> Tensor | None:
     sample = rows.directed(ids, distance)
     sample -= sample.median(0).values
     most = rows.dim // _BASIS_SHARE
-    if len(sample) < 2 * most or effective_rank(sample) > most:
+    rank = effective_rank(sample)
+    if len(sample) < 2 * most or rank > most:
         return None
-    basis, energies = leading_directions(sample, most)
-    enough = (energies.cumsum(0) >= 1 - _LEFT_OUT).nonzero()
-    if len(enough) == 0:
-        return None
-    return basis[:, : min(most, _padded(int(enough[0]) + 1))].contiguous()
+    for count in dict.fromkeys((min(2 * math.ceil(rank), most), most)):  # the time grows with its square
+        basis, energies = leading_directions(sample, count)
+        enough = (energies.cumsum(0) >= 1 - _LEFT_OUT).nonzero()
+        if len(enough) > 0:
+            return basis[:, : min(count, _padded(int(enough[0]) + 1))].contiguous()
+    return None
 
 
 def _padded(count: int) -> int:
