@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from faiss_knn.classify.vote import check_vote_options, vote
+from faiss_knn.classify.vote import check_vote_options, tally
 from faiss_knn.search.index import KNNIndex, Neighbors
 
 _MULTI_HOT_BLOCK = 1 << 24  # labels gathered at once for a multi-hot vote
@@ -64,17 +64,18 @@ class FeatureBank:
     def __len__(self) -> int:
         return len(self.labels) if self._rows is None else len(self._rows)
 
-    def neighbors(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
+    def neighbors(self, queries: Tensor | np.ndarray, k: int, *, checked: bool = False) -> Neighbors:
         """Find the k nearest labelled rows of each query.
 
         Args:
             queries: (B, d) of any float dtype.
             k: How many; at most the labelled rows are returned.
+            checked: See `KNNIndex.search`.
 
         Returns:
             `Neighbors` as from `KNNIndex.search`; indices count the rows as they were given, -1 where missing.
         """
-        found = self.index.search(queries, k)
+        found = self.index.search(queries, k, checked=checked)
         if self._rows is None:
             return found
         rows = self._rows.to(found.indices.device)
@@ -114,7 +115,7 @@ class FeatureBank:
         if self.labels.device != neighbors.indices.device:
             self.labels = self.labels.to(neighbors.indices.device)
         blocks = [
-            vote(d, self.labels[i.clamp(min=0)], self.num_classes, temperature=temperature, weighting=weighting)
+            tally(d, self.labels[i.clamp(min=0)], self.num_classes, temperature=temperature, weighting=weighting)
             for d, i in zip(*(torch.split(t, self._rows_per_vote(t.shape[1])) for t in neighbors), strict=True)
         ]
         return torch.cat(blocks)

@@ -76,8 +76,15 @@ def vote(
     """
     check_vote_options(temperature, weighting)
     _check_shapes(distances, labels, num_classes)
+    _check_values(distances, labels, num_classes)
+    return tally(distances, labels, num_classes, temperature=temperature, weighting=weighting)
+
+
+def tally(
+    distances: Tensor, labels: Tensor, num_classes: int, *, temperature: float = 0.07, weighting: str = "inverse"
+) -> Tensor:
+    """Vote like `vote`, with distances and labels known to be valid: nothing is looked at, so that no GPU waits."""
     found = distances.isfinite()
-    _check_values(distances, labels, found, num_classes)
     weights = neighbor_weights(distances, temperature=temperature, weighting=weighting).double()
     scores = weights.new_zeros(len(weights), num_classes)
     if labels.ndim == 2:
@@ -127,8 +134,9 @@ def _check_shapes(distances: Tensor, labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"multi-hot `labels` must have num_classes={num_classes} columns, got {labels.shape[2]}")
 
 
-def _check_values(distances: Tensor, labels: Tensor, found: Tensor, num_classes: int) -> None:
+def _check_values(distances: Tensor, labels: Tensor, num_classes: int) -> None:
     """Check the values with one device synchronisation, and look for the culprit only if there is one."""
+    found = distances.isfinite()
     wrong_distance = ~(distances >= 0)
     wrong_label = found & ((labels < 0) | (labels >= num_classes)) if labels.ndim == 2 else torch.zeros_like(found)
     if not (wrong_distance | wrong_label).any():

@@ -13,12 +13,13 @@ from torch import Tensor
 from faiss_knn.classify.bank import FeatureBank
 from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.classify.vote import check_vote_options, neighbor_weights, normalize_scores
-from faiss_knn.online.epoch import Asked, Epoch, Run, batch_counts, dataloaders, held_back, query_count
+from faiss_knn.online.asked import Asked, choose
+from faiss_knn.online.epoch import Epoch, Run, batch_counts, dataloaders, held_back, query_count
 from faiss_knn.online.lookup import find_tensor, was_skipped
 from faiss_knn.online.metrics import MetricTable, class_count, named_metrics
 from faiss_knn.online.queue import OnlineQueue, QueueStorage, RingBuffer, find_or_create_queue
 from faiss_knn.online.rows import class_labels, flat_rows, labelled, searchable
-from faiss_knn.online.samples import OncePerId, genuine_rows, newest_per_id, sample_ids
+from faiss_knn.online.samples import OncePerId, check_sample_ids, genuine_rows, newest_per_id, sample_ids
 from faiss_knn.online.state import trainer_state
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.index import KNNIndex, Neighbors
@@ -155,7 +156,7 @@ class OnlineKNN(Callback):
         rows = {key: find_tensor(key, outputs, batch, self.name) for key in self._keys()}
         self._check_aligned(rows)
         if self.id is not None:
-            sample_ids(rows[self.id], f"'{self.id}'")
+            check_sample_ids(rows[self.id], f"'{self.id}'")
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         run = self._run(trainer)
@@ -373,8 +374,8 @@ class OnlineKNN(Callback):
         with agreed():
             self._check_aligned(rows)
             features, labels = flat_rows(rows[self.input]), class_labels(rows[self.target], f"'{self.target}'")
-            kept = self._searchable(features) & labelled(labels)
-            self._count_skipped(trainer, run, epoch, kept, "bank")
+            kept = searchable(features, self._directions) & labelled(labels)
+            self._count_skipped(trainer, run, epoch, len(kept) - int(kept.sum()), len(kept), "bank")
             if self.id is not None:
                 kept &= rows[self.id].to(kept.device)
             return (features, labels) if kept.all() else (features[kept], labels[kept])
@@ -384,12 +385,12 @@ class OnlineKNN(Callback):
             return run.queues[key].snapshot(trainer, gathered)
         return epoch.rows[key].snapshot(self.queue_length, gathered)
 
-    def _searchable(self, rows: Tensor) -> Tensor:
-        return searchable(rows, directions=self.distance_metric == "cosine")
+    @property
+    def _directions(self) -> bool:
+        return self.distance_metric == "cosine"
 
-    def _count_skipped(self, trainer: Any, run: Run, epoch: Epoch, kept: Tensor, where: str) -> None:
-        """Count the rows that are not kept, and warn of them once per run."""
-        skipped = len(kept) - int(kept.sum())
+    def _count_skipped(self, trainer: Any, run: Run, epoch: Epoch, skipped: int, rows: int, where: str) -> None:
+        """Count the rows that are left out, and warn of them once per run."""
         if where == "query" or self._shards() or world()[0] == 0:  # of a gathered bank, one rank counts the rows
             epoch.skipped += skipped
         if skipped:
@@ -397,7 +398,7 @@ class OnlineKNN(Callback):
                 trainer,
                 run,
                 "skipped",
-                f"OnlineKNN[{self.name}]: left out {skipped} of {len(kept)} {where} rows: '{self.input}' not finite "
+                f"OnlineKNN[{self.name}]: left out {skipped} of {rows} {where} rows: '{self.input}' not finite "
                 f"(or zero, under cosine) or '{self.target}' -1. All are counted in {self.name}_skipped; "
                 "this is said once per run",
             )
@@ -435,15 +436,12 @@ class OnlineKNN(Callback):
         rows = {key: find_tensor(key, outputs, batch, self.name) for key in self._keys()}
         self._check_aligned(rows)
         queries, labels = flat_rows(rows[self.input]), class_labels(rows[self.target], f"'{self.target}'")
-        if len(labels):
-            self._check_label(int(labels.max()) if labels.ndim == 1 else labels.shape[1] - 1, epoch.bank.num_classes)
-        searched = self._searchable(queries)
-        counted = searched & labelled(labels)
-        own = len(counted) if self.id is not None else genuine_rows(epoch.loaders[loader], batch_idx, len(counted))
-        self._count_skipped(trainer, run, epoch, counted[:own], "query")
-        counted[own:] = False
+        own = len(labels) if self.id is not None else genuine_rows(epoch.loaders[loader], batch_idx, len(labels))
+        chosen = choose(queries, labels, own, directions=self._directions)
+        self._check_label(chosen.highest, epoch.bank.num_classes)
+        self._count_skipped(trainer, run, epoch, chosen.skipped, own, "query")
         ids = None if self.id is None else sample_ids(rows[self.id], f"'{self.id}'")
-        return Asked(queries if searched.all() else queries[searched], labels, searched, counted, ids, place, loader)
+        return Asked(queries[chosen.searched], labels, chosen.searched, chosen.counted, ids, place, loader)
 
     def _search(self, epoch: Epoch, asked: Asked | None) -> tuple[Neighbors, Tensor | None] | None:
         """Find the neighbours of a batch; sharded, with their labels, and together with all ranks, asked or not."""
@@ -453,7 +451,7 @@ class OnlineKNN(Callback):
             return epoch.bank.neighbors(queries, max(self.ks))
         if queries is None or epoch.bank is None:
             return None
-        return epoch.bank.neighbors(queries, max(self.ks)), None
+        return epoch.bank.neighbors(queries, max(self.ks), checked=True), None
 
     def _serve(self, epoch: Epoch) -> None:
         """Search along for the ranks that have more batches."""
@@ -464,7 +462,7 @@ class OnlineKNN(Callback):
         """Update the loader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance."""
         assert epoch.bank is not None
         options: dict[str, Any] = {"temperature": self.temperature, "weighting": self.weighting}
-        predictions = asked.queries.new_zeros(len(asked.searched), epoch.bank.num_classes, dtype=torch.float32)
+        predictions = asked.queries.new_zeros(len(asked.labels), epoch.bank.num_classes, dtype=torch.float32)
         shares = {}
         for k in sorted(self.ks):
             nearest = Neighbors(found.distances[:, :k], found.indices[:, :k])
@@ -476,14 +474,14 @@ class OnlineKNN(Callback):
             shares[k] = normalize_scores(scores, neighbor_weights(nearest.distances, **options))
             predictions[asked.searched] = scores
 
-        def count(rows: Tensor) -> None:
+        def count(rows: Tensor | slice) -> None:
             for k, share_per_class in shares.items():
-                epoch.table.update(asked.loader, k, share_per_class[rows[asked.searched]], asked.labels[rows])
+                epoch.table.update(asked.loader, k, share_per_class[asked.among_searched(rows)], asked.labels[rows])
 
         if asked.ids is None:
             count(asked.counted)
         else:
-            epoch.once[asked.loader].add(asked.ids, lambda new: count(asked.counted & new.to(asked.counted.device)))
+            epoch.once[asked.loader].add(asked.ids, lambda new: count(asked.counted_of(new)))
         if asked.place is not None:
             asked.place[f"{self.name}_preds"] = predictions
 

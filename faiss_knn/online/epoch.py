@@ -1,13 +1,12 @@
-"""What OnlineKNN holds for a run, for a validation epoch and for a batch of it."""
+"""What OnlineKNN holds for a run, and for a validation epoch."""
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch.utilities import CombinedLoader
 from loguru import logger
-from torch import Tensor
 
 from faiss_knn.classify.bank import FeatureBank
 from faiss_knn.classify.sharded import ShardedBank
@@ -57,29 +56,6 @@ class Epoch:
     searches: int = 0
     skipped: int = 0
     error: Exception | None = None
-
-
-@dataclass
-class Asked:
-    """What a validation batch asks: (n, d) queries that can be searched, of B rows.
-
-    Attributes:
-        queries: The rows of `searched`.
-        labels: (B,) or (B, C).
-        searched: (B,) bool, the rows that have a distance to others.
-        counted: (B,) bool, those that the metrics count.
-        ids: (B,) sample ids, if asked for.
-        place: Where the predictions go.
-        loader: Number of the dataloader.
-    """
-
-    queries: Tensor
-    labels: Tensor
-    searched: Tensor
-    counted: Tensor
-    ids: Tensor | None
-    place: MutableMapping[str, Any] | None
-    loader: int
 
 
 @contextmanager

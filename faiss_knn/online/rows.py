@@ -23,7 +23,7 @@ def searchable(rows: Tensor, directions: bool) -> Tensor:
     """
     parts = torch.split(rows, max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1])))
     finite = torch.cat([part.float().isfinite().all(dim=1) for part in parts])
-    return finite & torch.cat([part.any(dim=1) for part in parts]) if directions else finite
+    return finite & torch.cat([part.float().any(dim=1) for part in parts]) if directions else finite
 
 
 def class_labels(values: Tensor, what: str) -> Tensor:

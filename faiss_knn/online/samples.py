@@ -42,8 +42,8 @@ def _sampler(loader: Any) -> tuple[DistributedSampler[Any] | None, int | None]:
     return None, None
 
 
-def sample_ids(values: Tensor, what: str) -> Tensor:
-    """Return (n,) int64 sample ids on the CPU from what a batch holds.
+def check_sample_ids(values: Tensor, what: str) -> None:
+    """Check that a batch holds sample ids.
 
     Raises:
         ValueError: If they are not one integer per row.
@@ -53,6 +53,15 @@ def sample_ids(values: Tensor, what: str) -> Tensor:
             f"{what} must hold one integer id per row, got {values.dtype} of shape {tuple(values.shape)}: "
             "number the samples, e.g. by their index in the data set"
         )
+
+
+def sample_ids(values: Tensor, what: str) -> Tensor:
+    """Return (n,) int64 sample ids on the CPU from what a batch holds.
+
+    Raises:
+        ValueError: If they are not one integer per row.
+    """
+    check_sample_ids(values, what)
     return values.detach().reshape(-1).long().cpu()
 
 

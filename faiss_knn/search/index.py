@@ -237,12 +237,14 @@ class KNNIndex:
         on_cpu = rows.device.type == "cpu"
         return "fast" if on_cpu and prefers_fast(len(rows), rows.dim, wanted, k, dtype, warm=warm) else "flat"
 
-    def search(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
+    def search(self, queries: Tensor | np.ndarray, k: int, *, checked: bool = False) -> Neighbors:
         """Find the k nearest rows of each query.
 
         Args:
             queries: (B, d) of any float dtype, anywhere.
             k: How many; at most N are returned.
+            checked: Whether the caller knows that every query is finite in float32 and, under cosine, not zero: to
+                look once more would make a GPU wait.
 
         Returns:
             `Neighbors` on the queries' device: (B, min(k, N)) float32 distances, ascending, and int64 indices. Equal
@@ -251,30 +253,30 @@ class KNNIndex:
         Raises:
             ValueError: If k < 1, the width differs from the bank's, or a query is not finite, or zero under cosine.
         """
-        distances, indices = self.nearest(queries, k)
+        distances, indices = self.nearest(queries, k, checked=checked)
         return Neighbors(distances.float(), indices)
 
-    def nearest(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
+    def nearest(self, queries: Tensor | np.ndarray, k: int, *, checked: bool = False) -> Neighbors:
         """Search like `search`, with the distances in float64 as they were ordered: for merging parts of a bank."""
         rows, _ = self._built()
         k = min(as_k(k), len(rows))
-        found = self._try(queries, k)
+        found = self._try(queries, k, checked=checked)
         while found is None:
             self._spare_memory()
-            found = self._try(queries, k)
+            found = self._try(queries, k, checked=checked)
         device = queries.device if isinstance(queries, Tensor) else rows.device
         distances, indices = (torch.cat(column).to(device) for column in zip(*found, strict=True))
         return Neighbors(distances, indices)
 
-    def _try(self, queries: Tensor | np.ndarray, k: int) -> list[tuple[Tensor, Tensor]] | None:
+    def _try(self, queries: Tensor | np.ndarray, k: int, *, checked: bool) -> list[tuple[Tensor, Tensor]] | None:
         """Return what is found, part by part; None if a GPU's memory did not suffice."""
         rows, engine = self._built()
         try:
             with full_precision(rows.device):
                 if engine.tuned_k is not None and k > 2 * engine.tuned_k:
                     self._tune_anew(engine, k)
-                checked = as_queries(queries, rows, self._distance)
-                return [engine.search(part, k) for part in torch.split(checked, self._step)]
+                asked = as_queries(queries, rows, self._distance, checked=checked)
+                return [engine.search(part, k) for part in torch.split(asked, self._step)]
         except torch.cuda.OutOfMemoryError as error:
             self._shortage = _first_line(error)
             return None

@@ -206,8 +206,10 @@ def _from_numpy(array: np.ndarray, argument: str) -> Tensor:
         return torch.from_numpy(array)
 
 
-def as_queries(queries: Tensor | np.ndarray, rows: Rows, distance: Distance) -> Tensor:
-    """Return queries (B, d) on the bank's device, checked; float64 ones as float32 unless the bank stores float64.
+def as_queries(queries: Tensor | np.ndarray, rows: Rows, distance: Distance, *, checked: bool = False) -> Tensor:
+    """Return queries (B, d) on the bank's device; float64 ones as float32 unless the bank stores float64.
+
+    Their values are checked, unless they are `checked` already.
 
     Raises:
         ValueError: If shape, dtype or width do not fit, or a query is not finite or, under cosine, zero.
@@ -218,6 +220,8 @@ def as_queries(queries: Tensor | np.ndarray, rows: Rows, distance: Distance) -> 
     if matrix.dtype == torch.float64 and rows.dtype != torch.float64:
         matrix = matrix.float()  # as the bank's rows were: a query that is one of them is at distance 0
     matrix = matrix.to(rows.device).contiguous()
+    if checked:
+        return matrix
     check_finite(matrix, "queries")
     if distance.unit_rows and (zero := (matrix == 0).all(1)).any():
         refuse_zero(zero, "queries")

@@ -183,7 +183,7 @@ class ProductSketch:
         exact = (directed - self._centre).mul_(self._scale)
         square = exact.square().sum(1)
         outside = ~(square <= (_FAR / 4) ** 2)
-        exact[outside] = 0.0
+        exact.masked_fill_(outside[:, None], 0.0)
         seen = exact if self._basis is None else exact @ self._basis.double()
         vectors = torch.zeros(len(queries), self._width, dtype=self.dtype, device=queries.device)
         vectors[:, : self._vector] = seen

@@ -1,10 +1,12 @@
 """The CPU's oracles on CUDA: search, vote, queue and callback on the device, with and without FAISS's GPU build."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
-from faiss_knn import KNNIndex, vote
+from faiss_knn import KNNIndex, OnlineKNN, vote
 from faiss_knn.online.queue import RingBuffer
 from faiss_knn.search import gpu
 from tests.online.parts import Echo, clusters, loader, trainer
@@ -236,6 +238,36 @@ def test_an_append_does_not_synchronise(device):
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     assert torch.equal(ring.latest(300).to(CUDA), rows)
+
+
+def counting_waits(function, counts):
+    """Make `function` append how often it waited for the device to `counts`."""
+
+    def run(*args, **options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return function(*args, **options)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                counts.append(sum("synchronizing" in str(warning.message) for warning in caught))
+
+    return run
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_a_training_step_never_waits_and_a_validation_batch_twice(distance, monkeypatch):
+    training, validation = [], []
+    for name, counts in (("on_train_batch_end", training), ("on_validation_batch_end", validation)):
+        monkeypatch.setattr(OnlineKNN, name, counting_waits(getattr(OnlineKNN, name), counts))
+    callback = knn(queue_length=2000, metrics=None, num_classes=4, distance_metric=distance)
+    run = trainer(callback, accelerator="gpu", devices=1, num_sanity_val_steps=0)
+    train = {"x": data(2000, 16), "label": torch.arange(2000) % 4}
+    run.fit(Echo(), loader(250, **train), loader(32, x=data(128, 16, 1), label=torch.arange(128) % 4))
+    assert training == [0] * 8
+    assert len(validation) == 4
+    assert max(validation) <= 2
 
 
 @pytest.mark.parametrize("options", [{}, {"index": "ivf", "queue_length": 4096}, {"bank_device": "cpu"}])

@@ -303,6 +303,13 @@ class TestBadRows:
         assert fit(knn(distance_metric="cosine"), train, val)[1].scores[0]["eval/knn_skipped"] == 2
         assert "eval/knn_skipped" not in fit(knn(), train, val)[1].scores[0]
 
+    def test_rows_that_are_zero_in_float32_are_left_out_under_cosine(self, logged):
+        train, val = clusters(64), clusters(32, seed=1)
+        val["x"] = val["x"].double()
+        val["x"][7] = 1e-60
+        _, keep = fit(knn(distance_metric="cosine"), train, val)
+        assert keep.scores == [{"eval/knn_acc": 1.0, "eval/knn_skipped": 1.0}]
+
     def test_unlabelled_rows_are_left_out_on_both_sides(self, logged):
         train, val = clusters(64), clusters(32, seed=1)
         train["label"][:10] = -1
