@@ -99,7 +99,8 @@ class ProductSketch:
         self._basis = basis
         self._vector = rows.dim if basis is None else basis.shape[1]
         self._width = _aligned(self._vector + self._pieces + (1 if basis is None else 2))
-        self._gamma = 2.02 * (self._width + 8) * 2.0**-24  # twice: for units that do not round to nearest
+        # Twice, for units that do not round to nearest; twice again, for tensor cores that cut off what they align.
+        self._gamma = (4.04 if dtype == torch.bfloat16 else 2.02) * (self._width + 8) * 2.0**-24
         # Rounding to bfloat16 changes each value by 2^-9 of it, hence a row by as much; and 2^-22 for centring.
         self._ratio = (2.0**-9 if dtype == torch.bfloat16 else 0.0) + 2.0**-22
         # What float32 loses of a projection, and the basis lacks of being orthonormal.
