@@ -23,7 +23,7 @@ _SECOND_BLOCK = 8192
 _WIDE = 512  # narrower rows gain too little from a projection
 _BASIS_SHARE = 3  # of the dimensions at most one in so many
 _LEFT_OUT = 0.03  # energy that a projection may leave out: its bound must exclude nearly all rows
-_SECOND_PASS = 15e-9  # seconds per row and query, to compare with those of a candidate
+_READ_SECONDS, _COMPARED_SECONDS = 1e-10, 15e-9  # of a second pass, per byte scanned and per row of each query
 _TRIAL, _LOOSE = 64, 0.3  # bounds are too loose if after so many queries such a share is uncertified
 
 
@@ -52,7 +52,7 @@ class ExactEngine:
         self._sketch: Sketch
         self.uncertified = self._trial_searched = self._trial_uncertified = 0
         self._lean = lean
-        self._spare = self._first_spare(0)
+        self._spare: Spare | None = None
         self._basis: Tensor | None = None
         if distance.norm == 2 and not lean:
             self._twins = Twins.among(rows)
@@ -85,8 +85,12 @@ class ExactEngine:
         else:
             self._sketch = DifferenceSketch(self._rows)
 
-    def _first_spare(self, k: int) -> Spare:
-        return Spare(k, len(self._rows) * _SECOND_PASS / (PAIR_SECONDS + self._rows.dim * VALUE_SECONDS))
+    def _spare_for(self, k: int) -> Spare:
+        if self._spare is None or self._spare.k != k:
+            scanned = self._sketch.bytes or self._rows.bytes
+            candidate = PAIR_SECONDS + self._rows.dim * VALUE_SECONDS
+            self._spare = Spare(k, candidate, scanned * _READ_SECONDS, len(self._rows) * _COMPARED_SECONDS)
+        return self._spare
 
     def _room(self) -> int:
         """Return what a copy may take so that, with all else that is kept of it, the bank is held twice at most."""
@@ -99,20 +103,19 @@ class ExactEngine:
         """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
         if len(self._rows) <= _SMALL * (k + max(20, k)):
             return self._measured_whole(queries, k)
-        if k != self._spare.k:
-            self._spare = self._first_spare(k)
         parts, done = [], 0
         while done < len(queries):
-            part = queries[done : done + max(1, min(_CHUNK, _KEPT // (k + self._spare.count)))]
-            parts.append(self._search_chunk(part, k))
+            spare = self._spare_for(k)
+            part = queries[done : done + max(1, min(_CHUNK, _KEPT // (k + spare.count)))]
+            parts.append(self._search_chunk(part, k, spare))
             done += len(part)
         if not parts:
             return queries.new_empty(0, k, dtype=torch.float64), queries.new_empty(0, k, dtype=torch.int64)
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
-    def _search_chunk(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search_chunk(self, queries: Tensor, k: int, spare: Spare) -> tuple[Tensor, Tensor]:
         asked = self._sketch.ask(queries)
-        scores, ids = best_scores(self._sketch, asked, len(self._rows), min(k + self._spare.count, len(self._rows)))
+        scores, ids = best_scores(self._sketch, asked, len(self._rows), min(k + spare.count, len(self._rows)))
         ids = ids if self._twins is None else self._twins.first_only(ids)
         distances, ids = self._followed(*nearest(measure(queries, self._rows, ids, self._distance), ids, k), k)
         # Certified: not all candidates can be within the k-th distance, hence no row that scored lower than they.
@@ -122,7 +125,7 @@ class ExactEngine:
         for start in range(0, len(lost), _SECOND_CHUNK):
             part = torch.tensor(lost[start : start + _SECOND_CHUNK], device=queries.device)
             distances[part], ids[part] = self._second_pass(queries[part], k, distances[part, -1])
-        self._spare.learn([count - k + 1 for count in counts])
+        spare.learn([count - k + 1 for count in counts])
         self._count(len(queries), len(lost))
         return distances, ids
 
@@ -139,7 +142,7 @@ class ExactEngine:
     def _tighten(self) -> None:
         """Go on with tighter bounds: all coordinates instead of a projection, float32 instead of bfloat16."""
         self._trial_searched = self._trial_uncertified = 0
-        self._spare = self._first_spare(0)
+        self._spare = None
         if self._basis is not None:
             self._basis = None
         elif self._dtype == torch.bfloat16:

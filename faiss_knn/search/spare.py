@@ -1,5 +1,7 @@
 """How many candidates more than the neighbours asked for."""
 
+from bisect import bisect_right
+
 _WATCHED = 256  # queries between two choices
 
 
@@ -10,22 +12,31 @@ class Spare:
 
     Args:
         k: The neighbours asked for.
-        price: What a second pass of one query costs, in candidates.
+        candidate: Seconds that a candidate of one query takes.
+        second_pass: Seconds of a second pass, for however many queries of a chunk.
+        query: Seconds that each query adds to it.
     """
 
-    def __init__(self, k: int, price: float) -> None:
+    def __init__(self, k: int, candidate: float, second_pass: float, query: float) -> None:
         self.k = k
-        self.count = self._most = max(20, k)
-        self._price = price
-        self._needed: list[int] = []
+        self.count = self._first = max(20, k)
+        self._candidate, self._second_pass, self._query = candidate, second_pass, query
+        self._chunks: list[list[int]] = []
 
     def learn(self, needed: list[int]) -> None:
-        """Take note of how many each of some queries would have needed; `count` + 1: more than there were."""
-        self._needed += [2 * need if need > self.count else need for need in needed]
-        if len(self._needed) < _WATCHED:
+        """Take note of how many each query of a chunk would have needed; `count` + 1: more than there were."""
+        self._chunks.append([2 * need if need > self.count else need for need in needed])
+        needs = sorted(need for chunk in self._chunks for need in chunk)
+        if len(needs) < _WATCHED:
             return
-        needs = sorted(self._needed)
-        costs = [len(needs) * need + self._price * (len(needs) - 1 - i) for i, need in enumerate(needs)]
-        best = needs[costs.index(min(costs))]
-        self.count = min(best + best // 8 + 1, 4 * self._most)
-        self._needed = []
+        worst = sorted(max(chunk) for chunk in self._chunks)
+
+        def cost(count: int) -> float:
+            lost, passes = len(needs) - bisect_right(needs, count), len(worst) - bisect_right(worst, count)
+            return self._candidate * len(needs) * count + self._second_pass * passes + self._query * lost
+
+        best = min(sorted(set(needs)), key=cost)
+        if best == needs[-1]:  # what none of them needed, others may
+            best += best // 4 + 4
+        self.count = min(best, 4 * self._first)
+        self._chunks = []
