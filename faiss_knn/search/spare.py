@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 
+_FIRST = 32
 _WATCHED = 256  # queries between two choices
 
 
@@ -19,7 +20,7 @@ class Spare:
 
     def __init__(self, k: int, candidate: float, second_pass: float, query: float) -> None:
         self.k = k
-        self.count = self._first = max(20, k)
+        self.count = self._first = max(_FIRST, k)
         self._candidate, self._second_pass, self._query = candidate, second_pass, query
         self._chunks: list[list[int]] = []
 

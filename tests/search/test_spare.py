@@ -8,8 +8,8 @@ DEAR, CHEAP = (
 )
 
 
-def test_starts_with_as_many_as_the_neighbours_and_twenty_at_least():
-    assert Spare(5, **DEAR).count == 20
+def test_starts_with_as_many_as_the_neighbours_and_some_at_least():
+    assert Spare(5, **DEAR).count == 32
     assert Spare(200, **DEAR).count == 200
 
 
@@ -27,7 +27,7 @@ def test_goes_up_where_candidates_do_not_suffice_but_not_without_end(times):
     for _ in range(times):
         before = spare.count
         spare.learn([before + 1] * 300)
-        assert before < spare.count <= 80 or before == spare.count == 80
+        assert before < spare.count <= 128 or before == spare.count == 128
 
 
 def test_a_few_queries_are_left_to_the_second_pass_where_that_is_cheaper():
