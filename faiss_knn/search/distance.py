@@ -71,12 +71,13 @@ def lengths(rows: Tensor) -> Tensor:
     """Return the float64 euclidean length of each row, the same bits wherever and among whatever rows it stands.
 
     Args:
-        rows: (n, d) of any float dtype, none zero.
+        rows: (n, d) of any float dtype.
 
     Returns:
-        (n,) float64.
+        (n,) float64; 0 or NaN for a zero row.
     """
-    rows = rows.double()
+    if rows.dtype != torch.float64:  # float64 holds the square of any other number
+        return _per_pair(torch.zeros_like(rows[:1], dtype=torch.float64), rows.double()[None], 2.0)[0]
     largest = rows.abs().amax(1)  # without it, rows of 1e-200 or 1e200 would lose their squares
     rows = rows / largest[:, None]
     return largest * _per_pair(torch.zeros_like(rows[:1]), rows[None], 2.0)[0]

@@ -34,6 +34,7 @@ class ExactEngine:
         rows: The bank.
         distance: Which distance.
         lean: Whether to make nothing of the bank beforehand: for a few queries.
+        sketch: What another engine made of the same rows and scans by, to be used instead of making one.
     """
 
     exact = True
@@ -43,13 +44,14 @@ class ExactEngine:
     recall = 1.0
     tuned_k = None
 
-    def __init__(self, rows: Rows, distance: Distance, *, lean: bool = False) -> None:
+    def __init__(
+        self, rows: Rows, distance: Distance, *, lean: bool = False, sketch: ProductSketch | None = None
+    ) -> None:
         self._rows = rows
         self.device = rows.device
         self._distance = distance
         self._dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
         self._twins: Twins | None = None
-        self._sketch: Sketch
         self.uncertified = self._trial_searched = self._trial_uncertified = 0
         self._lean = lean
         self._spare: Spare | None = None
@@ -57,7 +59,7 @@ class ExactEngine:
         if distance.norm == 2 and not lean:
             self._twins = Twins.among(rows)
             self._basis = _worthwhile_basis(rows, distance)
-        self._prepare()
+        self._sketch: Sketch = self._made() if sketch is None else sketch
 
     @property
     def bytes(self) -> int:
@@ -76,14 +78,13 @@ class ExactEngine:
         """Drop the rows; nothing can be searched after that."""
         del self._rows, self._sketch, self._twins
 
-    def _prepare(self) -> None:
-        if self._distance.norm == 2:
-            later = None if self._twins is None else self._twins.later
-            self._sketch = ProductSketch(
-                self._rows, self._distance, self._dtype, passed_over=later, basis=self._basis, room=self._room()
-            )
-        else:
-            self._sketch = DifferenceSketch(self._rows)
+    def _made(self) -> Sketch:
+        if self._distance.norm != 2:
+            return DifferenceSketch(self._rows)
+        later = None if self._twins is None else self._twins.later
+        return ProductSketch(
+            self._rows, self._distance, self._dtype, passed_over=later, basis=self._basis, room=self._room()
+        )
 
     def _spare_for(self, k: int) -> Spare:
         if self._spare is None or self._spare.k != k:
@@ -150,7 +151,7 @@ class ExactEngine:
         else:
             return
         del self._sketch  # before the next is made: one copy at a time
-        self._prepare()
+        self._sketch = self._made()
 
     def _second_pass(self, queries: Tensor, k: int, limits: Tensor) -> tuple[Tensor, Tensor]:
         """Measure every row whose bound does not exclude it from the k nearest.

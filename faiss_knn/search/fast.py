@@ -99,7 +99,7 @@ class FastEngine:
             return False
         self.tuned = before
         self._sketch = self._made(before.basis)
-        held_out = hold_out(self._rows, ExactEngine(self._rows, self._distance, lean=True), k, RECHECK)
+        held_out = self._held_out(None if before.basis is not None else self._sketch, k, RECHECK)
         found = self._scan(self._sketch, held_out.queries, before.candidates(k) + 1)
         self.recall = recall(without_self(found, held_out.ids, before.candidates(k)), held_out.neighbors)
         return self.recall + 2 * _error(self.recall, held_out) >= self._target  # unless they refute it
@@ -110,7 +110,7 @@ class FastEngine:
     def tune(self, k: int) -> None:
         """Choose directions and candidates: the cheapest by the cost model among those that meet the target."""
         self._sketch = sketch = self._made(None)
-        held_out = hold_out(self._rows, ExactEngine(self._rows, self._distance, lean=True), k, HELD_OUT)
+        held_out = self._held_out(sketch, k, HELD_OUT)
         k = held_out.neighbors.shape[1]
         choices = [(self._rows.dim, *self._least_factor(sketch, held_out))]
         basis = self._directions()
@@ -123,6 +123,9 @@ class FastEngine:
         self.tuned = Tuned(None if dims == self._rows.dim else basis[:, :dims].contiguous(), factor, k)
         if self.tuned.basis is not None:
             self._sketch = self._made(self.tuned.basis)
+
+    def _held_out(self, sketch: ProductSketch | None, k: int, count: int) -> HeldOut:
+        return hold_out(self._rows, ExactEngine(self._rows, self._distance, lean=True, sketch=sketch), k, count)
 
     def _directions(self) -> Tensor:
         ids = torch.linspace(0, len(self._rows) - 1, min(_SAMPLE, len(self._rows)), dtype=torch.float64).long()

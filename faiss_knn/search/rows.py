@@ -113,8 +113,8 @@ class Rows:
             check_finite(block, "features", start)
             if self._lengths is not None:
                 self._lengths[start : start + len(block)] = lengths(block)
-        if self._lengths is not None and (self._lengths.isnan()).any():
-            refuse_zero(self._lengths.isnan(), "features")
+        if self._lengths is not None and (zero := ~(self._lengths > 0)).any():
+            refuse_zero(zero, "features")
 
 
 class ReadAhead:
@@ -207,9 +207,10 @@ def _from_numpy(array: np.ndarray, argument: str) -> Tensor:
 
 
 def as_queries(queries: Tensor | np.ndarray, rows: Rows, distance: Distance, *, checked: bool = False) -> Tensor:
-    """Return queries (B, d) on the bank's device; float64 ones as float32 unless the bank stores float64.
+    """Return queries (B, d) on the bank's device, their values checked unless they are `checked` already.
 
-    Their values are checked, unless they are `checked` already.
+    Queries become float64 if the bank is, and float32 if they alone are, as its rows did: one that is a row of the bank
+    is at distance 0.
 
     Raises:
         ValueError: If shape, dtype or width do not fit, or a query is not finite or, under cosine, zero.
@@ -217,8 +218,8 @@ def as_queries(queries: Tensor | np.ndarray, rows: Rows, distance: Distance, *, 
     matrix = as_matrix(queries, "queries")
     if matrix.shape[1] != rows.dim:
         raise ValueError(f"`queries` must be as wide as the bank, d={rows.dim}, got shape {tuple(matrix.shape)}")
-    if matrix.dtype == torch.float64 and rows.dtype != torch.float64:
-        matrix = matrix.float()  # as the bank's rows were: a query that is one of them is at distance 0
+    if torch.float64 in (matrix.dtype, rows.dtype):
+        matrix = matrix.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
     matrix = matrix.to(rows.device).contiguous()
     if checked:
         return matrix
