@@ -172,7 +172,6 @@ def _search_piece(problem: Problem, span: tuple[int, int], k: int, variant: Vari
         "exact": stats.exact,
         "nprobe": stats.nprobe,
         "parameters": dict(stats.parameters),
-        "uncertified": stats.uncertified,
         "backend": stats.backend,
         "device": stats.device,
         "bytes": stats.bytes,
@@ -231,7 +230,7 @@ def _merged(first: Found, second: Found, k: int) -> Found:
     distances = torch.cat([first.distances, second.distances], 1)
     distances, indices = merge_nearest(distances, torch.cat([first.indices, second.indices], 1), k)
     cost = dict(second.cost)
-    for name in ("build_s", "search_s", "bytes", "uncertified", "latency_p50_ms", "latency_p95_ms"):
+    for name in ("build_s", "search_s", "bytes", "latency_p50_ms", "latency_p95_ms"):
         if name in cost:
             cost[name] += first.cost[name]
     cost["qps"] = len(indices) / cost["search_s"]

@@ -23,8 +23,6 @@ from faiss_knn.offline.problem import Problem
 from faiss_knn.offline.rows import spans
 from faiss_knn.search.ranks import agreed, gather_rows, share, world
 
-_SUMS = ("bytes", "uncertified")  # of the parts of a bank; times are those of the slowest rank
-
 
 def find_neighbors(problem: Problem, k: int, variant: Variant, options: SearchOptions) -> Found:
     """Search once, for the largest k that anything is scored at; all ranks call it and get the same neighbours.
@@ -91,8 +89,7 @@ def _merge_parts(found: Found | None, queries: int, k: int) -> tuple[Tensor, Ten
 def _total(costs: Sequence[dict[str, Any]], queries: int, by_bank: bool) -> dict[str, Any]:
     total = dict(costs[0])
     for name, first in total.items():
-        if isinstance(first, float) or name in _SUMS:
-            values = [cost[name] for cost in costs]
-            is_sum = name == "uncertified" or (by_bank and name in _SUMS)
-            total[name] = sum(values) if is_sum else max(values)
+        if isinstance(first, float) or name == "bytes":
+            values = [cost[name] for cost in costs]  # the slowest rank's times, and the bytes of all parts of a bank
+            total[name] = sum(values) if by_bank and name == "bytes" else max(values)
     return total | {"qps": queries / total["search_s"]}

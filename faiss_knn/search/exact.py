@@ -19,11 +19,13 @@ _LEEWAY = 32 << 20  # bytes that a copy may be larger than the bank
 _CHUNK = 512  # queries of one pass
 _SECOND_CHUNK = 64
 _KEPT = 1 << 18  # candidates of one chunk
+_WHOLE = 1 << 20  # distances of one, where all are measured
 _SECOND_BLOCK = 8192  # rows for so many queries, more for fewer
 _WIDE = 512  # narrower rows gain too little from a projection
 _BASIS_SHARE = 3  # of the dimensions at most one in so many
 _LEFT_OUT = 0.03  # energy that a projection may leave out: its bound must exclude nearly all rows
-_READ_SECONDS, _COMPARED_SECONDS = 5e-11, 3e-9  # of a second pass, per byte scanned and per row of each query
+# Of a second pass, that of each, per byte scanned, and per row of each query.
+_PASS_SECONDS, _READ_SECONDS, _COMPARED_SECONDS = 1e-3, 5e-11, 3e-9
 _TRIAL, _LOOSE = 64, 0.3  # bounds are too loose if after so many queries such a share is uncertified
 
 
@@ -90,7 +92,8 @@ class ExactEngine:
         if self._spare is None or self._spare.k != k:
             scanned = self._sketch.bytes or self._rows.bytes
             candidate = PAIR_SECONDS + self._rows.dim * VALUE_SECONDS
-            self._spare = Spare(k, candidate, scanned * _READ_SECONDS, len(self._rows) * _COMPARED_SECONDS)
+            second_pass = _PASS_SECONDS + scanned * _READ_SECONDS
+            self._spare = Spare(k, candidate, second_pass, len(self._rows) * _COMPARED_SECONDS)
         return self._spare
 
     def _room(self) -> int:
@@ -102,13 +105,13 @@ class ExactEngine:
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
-        if len(self._rows) <= _SMALL * (k + max(20, k)):
-            return self._measured_whole(queries, k)
+        small = len(self._rows) <= _SMALL * (k + max(20, k))
         parts, done = [], 0
         while done < len(queries):
             spare = self._spare_for(k)
-            part = queries[done : done + max(1, min(_CHUNK, _KEPT // (k + spare.count)))]
-            parts.append(self._search_chunk(part, k, spare))
+            step = _WHOLE // len(self._rows) if small else min(_CHUNK, _KEPT // (k + spare.count))
+            part = queries[done : done + max(1, step)]
+            parts.append(self._measured_whole(part, k) if small else self._search_chunk(part, k, spare))
             done += len(part)
         if not parts:
             return queries.new_empty(0, k, dtype=torch.float64), queries.new_empty(0, k, dtype=torch.int64)
@@ -181,15 +184,11 @@ class ExactEngine:
         return self._followed(best, ids, k)
 
     def _measured_whole(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        best = torch.empty(len(queries), 0, dtype=torch.float64, device=queries.device)
-        ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
         queries = unit(queries) if self._distance.unit_rows else queries.double()
-        for part in torch.split(torch.arange(len(self._rows), device=queries.device), _SECOND_BLOCK):
-            rows = self._rows.directed(part, self._distance)
-            found = self._distance.from_norm(pair_norms(queries, rows[None], self._distance))
-            numbers = part.expand(len(queries), -1)
-            best, ids = nearest(torch.cat([best, found], 1), torch.cat([ids, numbers], 1), k)
-        return best, ids
+        numbers = torch.arange(len(self._rows), device=queries.device)
+        parts = torch.split(numbers, _SECOND_BLOCK)
+        norms = [pair_norms(queries, self._rows.directed(part, self._distance)[None], self._distance) for part in parts]
+        return nearest(self._distance.from_norm(torch.cat(norms, 1)), numbers.expand(len(queries), -1), k)
 
 
 def _by_query(query: Tensor, distances: Tensor, ids: Tensor, queries: int) -> tuple[Tensor, Tensor]:

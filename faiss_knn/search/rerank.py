@@ -104,4 +104,4 @@ def nearest(distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     order = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids).argsort(dim=1, stable=True)
     distances, ids = distances.gather(1, order), ids.gather(1, order)
     distances, order = distances.sort(dim=1, stable=True)
-    return distances[:, :k], ids.gather(1, order[:, :k])
+    return distances[:, :k].contiguous(), ids.gather(1, order[:, :k])  # no view: it would keep all of them

@@ -77,6 +77,7 @@ HALF, WHOLE = torch.float16, torch.float32
     ("rows", "dim", "dtype", "queries", "k", "distance", "twins"),
     [
         pytest.param(600_000, 93, WHOLE, 2048, 500, "euclidean", 0, id="many neighbours"),
+        pytest.param(8_000, 16, WHOLE, 4096, 1000, "cosine", 0, id="a bank that is measured whole"),
         pytest.param(4_000_000, 16, HALF, 256, 20, "euclidean", 0, id="a copy larger than the bank"),
         pytest.param(8_000_000, 8, WHOLE, 64, 20, "cosine", 0, id="lengths, and bounds that have to be tightened"),
         pytest.param(8_000_000, 8, WHOLE, 64, 20, "euclidean", 50, id="half of the bank one row"),
