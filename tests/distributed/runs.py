@@ -1,5 +1,6 @@
 """Training runs that the tests start on every rank; module-level, so that a spawned process finds them."""
 
+import atexit
 import os
 import signal
 import sys
@@ -298,10 +299,20 @@ def fit_with_other_tuning() -> list[Tensor]:
     return predictions
 
 
+class LeaveTogether(L.Callback):
+    """Ends the process group before each process does: Lightning leaves gloo's open, whose threads then may abort."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        atexit.register(self.leave)
+
+    @staticmethod
+    def leave() -> None:
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
 if __name__ == "__main__":  # what a user of a strategy that starts its own processes runs
-    run = trainer(knn(), strategy=sys.argv[1], devices=2, num_sanity_val_steps=0)
+    run = trainer(knn(), LeaveTogether(), strategy=sys.argv[1], devices=2, num_sanity_val_steps=0)
     run.fit(Echo(), loader(7, **TRAIN), loader(7, **VAL))
     sys.stdout.write(f"{logged(run)}\n")
-    if dist.is_initialized():  # leave together: gloo aborts a process whose peer goes while it still talks
-        dist.barrier()
-        dist.destroy_process_group()
