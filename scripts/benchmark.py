@@ -3,15 +3,18 @@
     python scripts/benchmark.py            # some minutes on 2 cores
     python scripts/benchmark.py --quick    # under a minute
 
-Every ratio is the median of runs in pairs, ours and the other in turns, so that a busy machine slows both alike. The
-data are synthetic: "random" has no structure, "embeddings" has classes and a decaying spectrum, as learned features do.
-Prints tables; writes benchmark.json and benchmark.png to --out. With a CUDA device there are tables of it too.
+Every ratio is the median of runs in turns, ours and the others, so that a busy machine slows all alike: `ratio` to
+PyTorch's float32 product `queries @ bank.T`, `to_fastest` to the fastest float32 product found here, of PyTorch's and
+numpy's. The data are synthetic: "random" has no structure, "embeddings" has classes and a decaying spectrum, as learned
+features do. Prints tables; writes benchmark.json and benchmark.png to --out. With a CUDA device there are tables of it
+too.
 """
 
 import argparse
 import json
 import logging
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -19,14 +22,16 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import benchmark_cuda
 import lightning as L
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +53,8 @@ FULL = [  # N, d, B, k, data
     (1_000_000, 128, 256, 20, "embeddings"),
 ]
 QUICK = [FULL[4], FULL[5]]
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+_NUMPY_BLOCK = 1024
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")  # its distributions
 
 
@@ -72,12 +79,61 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def in_turns(functions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Return the seconds of each function, run in turns after one run of each to warm up."""
+    for function in functions:
+        function()
+    runs = [[seconds(function) for function in functions] for _ in range(repeats)]
+    return [list(column) for column in zip(*runs, strict=True)]
+
+
+def ratio_of(ours: list[float], other: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, other, strict=True))
+
+
 def paired(ours: Callable[[], object], other: Callable[[], object], repeats: int) -> tuple[float, float, float]:
-    """Return (median of ours / other, median seconds of ours, of other) after one run of each to warm up."""
-    ours(), other()
-    runs = [(seconds(ours), seconds(other)) for _ in range(repeats)]
-    first, second = zip(*runs, strict=True)
-    return statistics.median(a / b for a, b in runs), statistics.median(first), statistics.median(second)
+    """Return (median of ours / other, median seconds of ours, of other)."""
+    first, second = in_turns([ours, other], repeats)
+    return ratio_of(first, second), statistics.median(first), statistics.median(second)
+
+
+def products(queries: Tensor, bank: Tensor) -> dict[str, Callable[[], object]]:
+    """Return the float32 products of this case that a search could stand on, PyTorch's `queries @ bank.T` first."""
+    left, right = queries.numpy(), bank.numpy()
+    out = np.empty((len(left), _NUMPY_BLOCK), np.float32)
+
+    def numpy_in_blocks() -> None:
+        for start in range(0, len(right), _NUMPY_BLOCK):
+            block = right[start : start + _NUMPY_BLOCK]
+            np.matmul(left, block.T, out=out[:, : len(block)])
+
+    return {
+        "torch queries @ bank.T": lambda: queries @ bank.T,
+        "torch bank @ queries.T": lambda: bank @ queries.T,
+        "numpy queries @ bank.T": lambda: left @ right.T,
+        "numpy bank @ queries.T": lambda: right @ left.T,
+        f"numpy in blocks of {_NUMPY_BLOCK} rows": numpy_in_blocks,
+    }
+
+
+def product_table(grid: list[tuple[int, int, int, int, str]], repeats: int) -> list[Record]:
+    """Time the bare products: which is fastest depends on the CPU, the BLAS that each library brings, and the shape."""
+    records = []
+    for rows, dim, batch in tqdm(list(dict.fromkeys(case[:3] for case in grid)), desc="products", unit="case"):
+        queries, bank = torch.randn(batch, dim), torch.randn(rows, dim)
+        halves = queries.bfloat16(), bank.bfloat16()
+        ways = products(queries, bank) | {"torch bfloat16 bank @ queries.T": lambda h=halves: h[1] @ h[0].T}
+        for name, times in zip(ways, in_turns(list(ways.values()), repeats), strict=True):
+            taken = statistics.median(times)
+            case = {"N": rows, "d": dim, "B": batch}
+            records.append(case | {"product": name, "s": taken, "GFLOP_s": 2e-9 * rows * dim * batch / taken})
+    return records
+
+
+def fastest_product(queries: Tensor, bank: Tensor) -> tuple[str, Callable[[], object]]:
+    ways = products(queries, bank)
+    times = [statistics.median(column) for column in in_turns(list(ways.values()), 3)]
+    return list(ways.items())[times.index(min(times))]
 
 
 def share_found(found: Tensor, exact: Tensor) -> float:
@@ -91,27 +147,31 @@ def search_table(grid: list[tuple[int, int, int, int, str]], repeats: int) -> li
         bank, queries = make_data(kind, rows, dim, 0), make_data(kind, batch, dim, 1)
         case = {"N": rows, "d": dim, "B": batch, "k": k, "data": kind}
         exact = KNNIndex().build(bank).search(queries, k).indices
-
-        def product(queries: Tensor = queries, bank: Tensor = bank) -> Tensor:
-            return queries @ bank.T
+        product = products(queries, bank)["torch queries @ bank.T"]
+        name, fastest = fastest_product(queries, bank)
+        case["fastest"] = name
 
         for spec in ("flat", "fast", "auto", *(["ivf"] if rows <= 100_000 and dim < 512 else [])):
             index = KNNIndex(spec)
             cold = seconds(lambda i=index, b=bank, k=k: i.build(b, expected_k=k, expected_queries=5000))  # type: ignore[misc]
             warm = seconds(lambda i=index, b=bank, k=k: i.build(b, expected_k=k, expected_queries=5000))  # type: ignore[misc]
-            ratio, ours, other = paired(lambda i=index, q=queries, k=k: i.search(q, k), product, repeats)  # type: ignore[misc]
+            turns = in_turns([lambda i=index, q=queries, k=k: i.search(q, k), product, fastest], repeats)  # type: ignore[misc]
+            ours, other, least = map(statistics.median, turns)
             stats = index.stats
             records.append(
                 case
-                | {"index": spec, "used": stats.spec, "ratio": ratio, "search_s": ours, "product_s": other}
-                | {"ratio_with_rebuild": ratio + warm * batch / (5000 * other)}  # of a rebuild and 5,000 queries
+                | {"index": spec, "used": stats.spec, "ratio": ratio_of(turns[0], turns[1])}
+                | {"to_fastest": ratio_of(turns[0], turns[2]), "search_s": ours, "product_s": other, "fastest_s": least}
+                # of a rebuild and 5,000 queries
+                | {"to_fastest_with_rebuild": (ours + warm * batch / 5000) / least}
                 | {"build_s": cold, "rebuild_s": warm, "recall": share_found(index.search(queries, k).indices, exact)}
                 | {"uncertified": stats.uncertified, "bytes": stats.bytes, "parameters": stats.parameters}
             )
         if rows * batch <= 30_000_000:
             ratio, ours, other = paired(lambda q=queries, b=bank, k=k: naive(q, b, k), product, min(repeats, 3))  # type: ignore[misc]
             records.append(case | {"index": "naive", "ratio": ratio, "search_s": ours, "product_s": other})
-            records.append(case | {"index": "FAISS as it comes", **stock(rows, dim, batch, k)})
+        records.append(case | {"index": "FAISS as it comes", **stock(rows, dim, batch, k)})
+        records.append(case | {"index": "FAISS, BLAS forced", **stock(rows, dim, batch, k, forced=True)})
     return records
 
 
@@ -119,11 +179,16 @@ def naive(queries: Tensor, bank: Tensor, k: int) -> Tensor:
     return torch.cdist(bank, queries).topk(k, dim=0, largest=False).indices
 
 
-def stock(rows: int, dim: int, batch: int, k: int) -> Record:
-    """Time faiss.knn against the product in a process of its own: which kernels it runs is settled at its import."""
+def stock(rows: int, dim: int, batch: int, k: int, *, forced: bool = False) -> Record:
+    """Time faiss.knn against the product in a process of its own: which kernels it runs is settled at its import.
+
+    As it comes FAISS multiplies matrices for batches of some size alone, and compares pair by pair below; `forced` has
+    it multiply always.
+    """
     code = (
         "import time,statistics,torch,faiss,numpy as np\n"
         f"x=torch.randn({rows},{dim});q=torch.randn({batch},{dim});a,b=x.numpy(),q.numpy()\n"
+        f"{'faiss.cvar.distance_compute_blas_threshold=1' if forced else ''}\n"
         "def s(f):\n t=time.perf_counter();f();return time.perf_counter()-t\n"
         f"f=lambda:faiss.knn(b,a,{k});g=lambda:q@x.T\nf();g()\n"
         "r=[(s(f),s(g)) for _ in range(3)]\n"
@@ -132,6 +197,38 @@ def stock(rows: int, dim: int, batch: int, k: int) -> Record:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ratio, ours, other = map(float, done.stdout.split())
     return {"ratio": ratio, "search_s": ours, "product_s": other}
+
+
+def busy_table(rows: int, dim: int, batch: int, repeats: int) -> list[Record]:
+    """Time flat and the fastest product while this machine does nothing else, and with every core taken twice over."""
+    queries, bank = make_data("random", batch, dim, 1), make_data("random", rows, dim, 0)
+    index = KNNIndex().build(bank)
+    name, fastest = fastest_product(queries, bank)
+    records = []
+    for others in (0, 2 * (os.cpu_count() or 1)):
+        with company(others):
+            ratio, ours, product = paired(lambda: index.search(queries, 20), fastest, repeats)
+        case = {"N": rows, "d": dim, "B": batch, "k": 20, "other_processes": others, "fastest": name}
+        records.append(case | {"to_fastest": ratio, "search_s": ours, "fastest_s": product})
+    return records
+
+
+@contextmanager
+def company(count: int) -> Iterator[None]:
+    """Keep `count` other processes busy, each with products on one thread."""
+    code = "import torch\ntorch.set_num_threads(1)\nx = torch.randn(512, 512)\nprint(1, flush=True)\nwhile True: x @ x"
+    others = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(count)]
+    try:
+        for other in others:
+            assert other.stdout is not None
+            other.stdout.read(1)  # it has begun
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+            assert other.stdout is not None
+            other.stdout.close()
 
 
 def growth_table(sizes: list[int], repeats: int) -> list[Record]:
@@ -376,28 +473,22 @@ def about_the_machine() -> Record:
     names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
-        "amx_bf16": "amx_bf16" in info,
+        "instructions": [flag for flag in INSTRUCTIONS if f" {flag} " in f"{info} ".replace("\n", " ")],
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "numpy": np.__version__,
         "torch": torch.__version__,
         "faiss": ", ".join(f"{name} {version(name)}" for name in FAISS if installed(name)) or None,
         **benchmark_cuda.about_the_card(),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, under a minute")
-    parser.add_argument(
-        "--out", type=Path, default=Path("results/benchmark"), help="folder for benchmark.json and benchmark.png"
-    )
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    quick = options.quick
-    repeats = 3 if quick else 5
-    print(machine := about_the_machine())
-    measurements: dict[str, Callable[[], list[Record]]] = {
-        "search": lambda: search_table(QUICK if quick else FULL, repeats),
+def measurements(quick: bool) -> dict[str, Callable[[], list[Record]]]:
+    repeats, grid = (3, QUICK) if quick else (5, FULL)
+    return {
+        "products": lambda: product_table(grid, repeats),
+        "search": lambda: search_table(grid, repeats),
+        "busy": lambda: busy_table(25_000 if quick else 100_000, 384, 256, repeats),
         "growth": lambda: growth_table([40_000] if quick else [20_000, 40_000, 80_000, 160_000, 320_000], repeats),
         "memory": lambda: memory_table(
             [(50_000, 256, 512, 20)] if quick else [(200_000, 512, 1024, 20), (50_000, 128, 256, 2000)]
@@ -405,18 +496,43 @@ def main() -> None:
         "vote": lambda: vote_table(repeats),
         "append": lambda: append_table([4_096] if quick else [4_096, 262_144], repeats),
         "epoch": lambda: epoch_table(10_000 if quick else 50_000, 2_000 if quick else 5_000, 1 if quick else 3),
-        **benchmark_cuda.measurements(quick),
     }
-    tables = {}
-    for title, measure in measurements.items():
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, under a minute")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/benchmark"), help="folder for benchmark.json and benchmark.png"
+    )
+    parser.add_argument("--tables", nargs="+", metavar="NAME", help="only these: products, search, busy, … or gpu")
+    parser.add_argument(
+        "--stand-in", action="store_true", help="the GPU's tables at toy size on the CPU, to see that they come out"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    machine = about_the_machine()
+    print(machine)
+    asked = measurements(options.quick) | benchmark_cuda.measurements(options.quick, stand_in=options.stand_in)
+    if options.tables:
+        asked = {title: asked[title] for title in asked if {title, title.split()[0]} & set(options.tables)}
+        if not asked:
+            sys.exit(f"benchmark: no table here is named {' or '.join(options.tables)}")
+    tables: dict[str, list[Record]] = {}
+    for title, measure in asked.items():
         tables[title] = measure()
         show(title, tables[title])
-    report = {"machine": machine, "quick": quick, "tables": tables}
-    (options.out / "benchmark.json").write_text(json.dumps(report, indent=1))
-    try:
-        plot(tables["search"], options.out / "benchmark.png")
-    except ImportError:
-        print("no plot: pip install matplotlib")
+        report = {"machine": machine, "quick": options.quick, "tables": tables}
+        (options.out / "benchmark.json").write_text(json.dumps(report, indent=1))  # whatever stops the next table
+    if "search" in tables:
+        try:
+            plot(tables["search"], options.out / "benchmark.png")
+        except ImportError:
+            print("no plot: pip install matplotlib")
     print(f"\nwritten to {options.out}/")
 
 

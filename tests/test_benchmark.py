@@ -1,6 +1,8 @@
 """The GPU's part of the benchmark, run small on the CPU: what its rows say is so."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import benchmark
 import benchmark_cuda
 
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 CPU = torch.device("cpu")
 CASES = [(8, 5), (3, 5), (8, 10)]
 PRECISIONS = ("fp32", "TF32", "bf16")
@@ -186,3 +189,64 @@ def test_with_a_gpu_its_tables_are_asked_for(monkeypatch):
         measure()
     assert asked[0][:2] == asked[1][:2] == (1_281_167, 768)
     assert all(torch.device("cuda:0") in given for given in asked)
+
+
+def test_a_stand_in_makes_all_tables_of_a_gpu():
+    tables = {title: measure() for title, measure in benchmark_cuda.measurements(quick=True, stand_in=True).items()}
+    assert list(tables) == ["gpu search", "gpu rebuild", "gpu memory"]
+    assert all(tables.values())
+    assert not any("error" in row for rows in tables.values() for row in rows)
+
+
+def test_every_product_is_the_product():
+    queries, bank = torch.randn(3, 8), torch.randn(2500, 8)
+    expected = queries.double() @ bank.double().T
+    ways = benchmark.products(queries, bank)
+    results = {name: torch.as_tensor(way()) for name, way in ways.items() if "blocks" not in name}
+    assert len(results) == len(ways) - 1 == 4
+    for result in results.values():
+        torch.testing.assert_close(result if len(result) == 3 else result.T, expected.float())
+
+
+def test_search_is_compared_with_the_fastest_product_and_both_ways_of_faiss():
+    records = {row["index"]: row for row in benchmark.search_table([(3000, 16, 8, 5, "random")], 3)}
+    assert {"flat", "fast", "auto", "ivf", "naive", "FAISS as it comes", "FAISS, BLAS forced"} == set(records)
+    flat = records["flat"]
+    assert flat["fastest"] in benchmark.products(torch.zeros(1, 1), torch.zeros(1, 1))
+    assert flat["recall"] == 1.0
+    assert {"ratio", "to_fastest", "to_fastest_with_rebuild"} <= flat.keys()
+
+
+def test_company_is_busy_and_leaves():
+    with benchmark.company(1):
+        pass
+    alone, beside = benchmark.busy_table(2000, 16, 8, 1)
+    assert alone["other_processes"] == 0
+    assert beside["other_processes"] == 2 * os.cpu_count()
+
+
+def gpu_report(tmp_path, python):
+    command = tmp_path / "python"
+    command.write_text(f"#!/bin/sh\n{python}\n")
+    command.chmod(0o755)
+    out = tmp_path / "told.txt"
+    environment = os.environ | {"PYTHON": str(command), "STAND_IN": "1", "TABLE_SECONDS": "1"}
+    done = subprocess.run(["bash", SCRIPTS / "gpu_report.sh", out], env=environment, capture_output=True, text=True)
+    assert done.stdout == out.read_text()
+    return done
+
+
+def test_one_script_tells_all_of_a_gpu_in_one_file(tmp_path):
+    done = gpu_report(tmp_path, 'echo "ran $*"')
+    assert done.returncode == 0
+    assert "tests/gpu" in done.stdout
+    assert "scripts/benchmark.py --tables gpu" in done.stdout
+    assert done.stdout.rstrip().endswith("gpu_report: all parts done")
+
+
+def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path):
+    done = gpu_report(tmp_path, 'case "$*" in *"-m pytest"*) exit 3;; *benchmark*) echo begun; sleep 30;; esac')
+    assert done.returncode == 1
+    assert "-- tests: FAILED with status 3" in done.stdout
+    assert "begun" in done.stdout
+    assert "-- tables: stopped after 1 s" in done.stdout
