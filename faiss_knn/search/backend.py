@@ -36,8 +36,9 @@ def cpu_flags() -> frozenset[str]:
 def openblas_kernels(flags: frozenset[str]) -> str | None:
     """Return the OpenBLAS kernel set that a CPU with these flags can run, None where the default should stay.
 
-    OpenBLAS 0.3.15, which the FAISS wheels bundle, takes server CPUs from Ice Lake-SP on for a Prescott (SSE3). It
-    runs what OPENBLAS_CORETYPE names without a check, so a name is given only where the CPU has its instructions.
+    OpenBLAS 0.3.15, which the FAISS wheels bundle, takes Intel's server CPUs from Ice Lake-SP on for a Prescott (SSE3)
+    and AMD's from Zen 5 on for a Barcelona. It runs what OPENBLAS_CORETYPE names without a check, so a name is given
+    only where the CPU has its instructions.
 
     Example:
         >>> openblas_kernels(frozenset({"sse3", "avx2", "fma"}))
@@ -78,7 +79,7 @@ def _import() -> Any:
 @contextlib.contextmanager
 def _kernels_named() -> Iterator[None]:
     """Set OPENBLAS_CORETYPE while FAISS loads; numpy's own copy has read it already and keeps its choice."""
-    kernels = openblas_kernels(cpu_flags()) if _is_intel_linux() else None
+    kernels = openblas_kernels(cpu_flags()) if sys.platform == "linux" and platform.machine() == "x86_64" else None
     if kernels is None or "OPENBLAS_CORETYPE" in os.environ:
         yield
         return
@@ -87,15 +88,6 @@ def _kernels_named() -> Iterator[None]:
         yield
     finally:
         del os.environ["OPENBLAS_CORETYPE"]
-
-
-def _is_intel_linux() -> bool:
-    """Only there does the bundled OpenBLAS guess wrong; on AMD it knows Zen."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return False
-    with contextlib.suppress(OSError):
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    return False
 
 
 def openblas_core() -> str | None:
