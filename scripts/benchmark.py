@@ -303,9 +303,11 @@ def peak_while(function: Callable[[], object]) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    function()
-    done.set()
-    watcher.join()
+    try:
+        function()
+    finally:
+        done.set()
+        watcher.join()
     return max(0, seen[0] - before)
 
 

@@ -106,16 +106,19 @@ class ExactEngine:
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
         small = len(self._rows) <= _SMALL * (k + max(20, k))
-        parts, done = [], 0
+        # Made first: among the parts' own, short-lived memory it would keep the heap from shrinking.
+        distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
+        ids = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+        done = 0
         while done < len(queries):
             spare = self._spare_for(k)
             step = _WHOLE // len(self._rows) if small else min(_CHUNK, _KEPT // (k + spare.count))
-            part = queries[done : done + max(1, step)]
-            parts.append(self._measured_whole(part, k) if small else self._search_chunk(part, k, spare))
-            done += len(part)
-        if not parts:
-            return queries.new_empty(0, k, dtype=torch.float64), queries.new_empty(0, k, dtype=torch.int64)
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+            part = slice(done, done + max(1, step))
+            distances[part], ids[part] = (
+                self._measured_whole(queries[part], k) if small else self._search_chunk(queries[part], k, spare)
+            )
+            done = part.stop
+        return distances, ids
 
     def _search_chunk(self, queries: Tensor, k: int, spare: Spare) -> tuple[Tensor, Tensor]:
         asked = self._sketch.ask(queries)

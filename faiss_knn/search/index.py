@@ -265,8 +265,8 @@ class KNNIndex:
             self._spare_memory()
             found = self._try(queries, k, checked=checked)
         device = queries.device if isinstance(queries, Tensor) else rows.device
-        distances, indices = (torch.cat(column).to(device) for column in zip(*found, strict=True))
-        return Neighbors(distances, indices)
+        distances, indices = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        return Neighbors(distances.to(device), indices.to(device))
 
     def _try(self, queries: Tensor | np.ndarray, k: int, *, checked: bool) -> list[tuple[Tensor, Tensor]] | None:
         """Return what is found, part by part; None if a GPU's memory did not suffice."""

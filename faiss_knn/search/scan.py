@@ -1,5 +1,7 @@
 """One pass over a bank's scores: the best few of each query, without an (N, B) array and without sorting it."""
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -7,15 +9,13 @@ from faiss_knn.search.sketch import Asked, Sketch
 
 _GROUP = 8  # rows whose maximum is compared before any of them is
 _PER_KEPT = 64  # rows of a block for each that is kept: selection shall cost per row, not per block
-_BLOCK_BYTES = 30 << 20  # of scores: below what malloc always maps anew
-_MIN_BLOCK, _MAX_BLOCK = 1 << 13, 1 << 17
-_GPU_BLOCK_BYTES, _GPU_MAX_BLOCK = 1 << 27, 1 << 20  # there a block costs a dozen kernel launches
-
-
-def block_rows(queries: int, kept: int, item: int, device: torch.device) -> int:
-    """Return how many rows to score at once, for scores of `item` bytes."""
-    size, most = (_GPU_BLOCK_BYTES, _GPU_MAX_BLOCK) if device.type == "cuda" else (_BLOCK_BYTES, _MAX_BLOCK)
-    return min(max(size // (item * max(1, queries)), _PER_KEPT * kept, _MIN_BLOCK), most)
+# Of scores at once: on a CPU what stays in cache between product and comparison. There the block of the first rows is
+# larger, for the least score that counts to be high from the start.
+_BLOCK_BYTES, _MIN_BLOCK, _MAX_BLOCK = 2 << 20, 1 << 10, 1 << 16
+_FIRST_BYTES, _FIRST_BLOCK = 30 << 20, 1 << 13
+_GPU_BLOCK_BYTES, _GPU_MIN_BLOCK, _GPU_MAX_BLOCK = 1 << 27, 1 << 13, 1 << 20  # a block costs a dozen kernel launches
+_CROWDED = 8  # one in so many groups reaching the least score: sorting the block is cheaper
+_PENDING = 2  # for each score kept, how many wait for being compared with them
 
 
 def best_scores(sketch: Sketch, asked: Asked, rows: int, kept: int) -> tuple[Tensor, Tensor]:
@@ -30,23 +30,127 @@ def best_scores(sketch: Sketch, asked: Asked, rows: int, kept: int) -> tuple[Ten
     Returns:
         (B, kept) scores and (B, kept) int64 row numbers, in no order. Equal scores are kept by chance.
     """
-    vectors = asked.vectors
-    step = block_rows(len(vectors), kept, vectors.element_size(), vectors.device)
-    best: Tensor | None = None
-    ids = torch.empty(0)
-    for start in range(0, rows, step):
+    if asked.vectors.device.type == "cpu":
+        return _best_above_a_threshold(sketch, asked, rows, kept)
+    step = _gpu_block_rows(asked.vectors, kept)
+    best, ids = _best_rows(sketch.scores(asked, 0, min(step, rows)), kept)
+    for start in range(step, rows, step):
         block = sketch.scores(asked, start, min(start + step, rows))
-        found, numbers = _best_rows(block, kept)
+        scores, numbers = _best_rows(block, kept)
         del block  # before the next is made
-        numbers += start
-        if best is None:
-            best, ids = found, numbers
-        else:
-            best, ids = torch.cat([best, found], 1), torch.cat([ids, numbers], 1)
-            best, order = best.topk(min(kept, best.shape[1]), dim=1, sorted=False)
-            ids = ids.gather(1, order)
-    assert best is not None
+        best, ids = _best_of(torch.cat([best, scores], 1), torch.cat([ids, numbers + start], 1), kept)
     return best, ids
+
+
+def _gpu_block_rows(vectors: Tensor, kept: int) -> int:
+    size = _GPU_BLOCK_BYTES // (vectors.element_size() * max(1, len(vectors)))
+    return min(max(size, _PER_KEPT * kept, _GPU_MIN_BLOCK), _GPU_MAX_BLOCK)
+
+
+def _best_above_a_threshold(sketch: Sketch, asked: Asked, rows: int, kept: int) -> tuple[Tensor, Tensor]:
+    """Scan in blocks that stay in cache, and look at those scores alone that reach the lowest of the best so far."""
+    row_bytes = asked.vectors.element_size() * max(1, len(asked.vectors))
+    first = min(rows, max(_PER_KEPT * kept, min(_FIRST_BLOCK, _FIRST_BYTES // row_bytes)))
+    step = min(max(_BLOCK_BYTES // row_bytes, _MIN_BLOCK), _MAX_BLOCK)
+    best = _Best(*_best_rows(sketch.scores(asked, 0, first), kept))
+    buffer = asked.vectors.new_empty(min(step, rows - first), len(asked.vectors))
+    for start in range(first, rows, step):
+        stop = min(start + step, rows)
+        best.add(sketch.scores(asked, start, stop, out=buffer[: stop - start]), start)
+    return best.merged()
+
+
+class _Best:
+    """The highest scores so far, and further ones that reached the lowest of them and wait for being compared.
+
+    Args:
+        scores: (B, kept), kept of each query.
+        ids: (B, kept) their rows.
+    """
+
+    def __init__(self, scores: Tensor, ids: Tensor) -> None:
+        self._scores, self._ids = scores, ids
+        self._least = scores.amin(1)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._count = 0
+
+    def add(self, block: Tensor, start: int) -> None:
+        """Take the scores (n, B) of rows from number `start` on into account."""
+        height = len(block) // (8 * _GROUP) * 8  # whole words of eight flags
+        groups = torch.unflatten(block[: height * _GROUP], 0, (_GROUP, height)) if height else block[:0]
+        place = _flagged(_reached(groups, self._least)) if height else torch.empty(0, dtype=torch.int64)
+        if len(place) * _CROWDED > height * block.shape[1]:
+            self._add_crowded(block, start)
+            return
+        if len(place):
+            group, query = place // block.shape[1], place % block.shape[1]
+            members = group[:, None] + torch.arange(0, height * _GROUP, height, device=block.device)
+            self._wait(block, members, query[:, None].expand_as(members), start)
+        if len(block) > height * _GROUP:
+            row, query = (block[height * _GROUP :] >= self._least).nonzero().unbind(1)
+            self._wait(block, row + height * _GROUP, query, start)
+
+    def _wait(self, block: Tensor, row: Tensor, query: Tensor, start: int) -> None:
+        scores = block[row, query]
+        reached = scores >= self._least[query]
+        self._waiting.append((scores[reached], row[reached] + start, query[reached]))
+        self._count += len(self._waiting[-1][0])
+        if self._count > _PENDING * self._ids.numel():
+            self._merge()
+
+    def _add_crowded(self, block: Tensor, start: int) -> None:
+        self._merge()
+        scores, numbers = _best_rows(block, min(self._ids.shape[1], len(block)))
+        self._keep(torch.cat([self._scores, scores], 1), torch.cat([self._ids, numbers + start], 1))
+
+    def _merge(self) -> None:
+        """Compare what waits with the best, of each query as many at a time as are kept of it."""
+        if not self._count:
+            return
+        scores, ids, query = (torch.cat(column) for column in zip(*self._waiting, strict=True))
+        self._waiting, self._count = [], 0
+        query, order = query.sort(stable=True)
+        scores, ids = scores[order], ids[order]
+        counts = query.bincount(minlength=len(self._ids))
+        place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+        width = self._ids.shape[1]
+        for turn in range(-(-int(counts.max()) // width)):
+            now = place // width == turn
+            further = scores.new_full((len(self._ids), int(counts.max().clamp(max=width))), -torch.inf)
+            further_ids = torch.full_like(further, -1, dtype=torch.int64)
+            further[query[now], place[now] % width] = scores[now]
+            further_ids[query[now], place[now] % width] = ids[now]
+            self._keep(torch.cat([self._scores, further], 1), torch.cat([self._ids, further_ids], 1))
+
+    def _keep(self, scores: Tensor, ids: Tensor) -> None:
+        self._scores, self._ids = _best_of(scores, ids, self._ids.shape[1])
+        self._least = self._scores.amin(1)
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Return the (B, kept) highest scores and their rows."""
+        self._merge()
+        return self._scores, self._ids
+
+
+def _reached(groups: Tensor, least: Tensor) -> npt.NDArray[np.bool_]:
+    """Tell which maxima over the first axis of (g, n, B) scores reach `least` (B,): (n, B) bool."""
+    if groups.dtype == torch.bfloat16 and bool((least > 0).all()):
+        # Positive numbers of 16 bits have the order of their bits, and come after those of negative ones.
+        groups, least = groups.view(torch.int16), least.view(torch.int16)
+    highest = groups.amax(0)
+    return (highest >= least).numpy()
+
+
+def _flagged(flags: npt.NDArray[np.bool_]) -> Tensor:
+    """Return the places of the few set ones among (n, B) flags, n a multiple of 8: eight are looked at at once."""
+    eights = np.flatnonzero(flags.reshape(-1).view(np.uint64) != 0)
+    which, place = np.nonzero(flags.reshape(-1, 8)[eights])
+    return torch.from_numpy(eights[which] * 8 + place)
+
+
+def _best_of(scores: Tensor, ids: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    scores, order = scores.topk(min(kept, scores.shape[1]), dim=1, sorted=False)
+    return scores, ids.gather(1, order)
 
 
 def _best_rows(block: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -56,8 +160,7 @@ def _best_rows(block: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """
     height = len(block) // _GROUP
     if height < 2 * kept:
-        found, numbers = block.T.contiguous().topk(min(kept, len(block)), dim=1, sorted=False)
-        return found, numbers
+        return block.T.contiguous().topk(min(kept, len(block)), dim=1, sorted=False)
     groups = _best_rows(torch.unflatten(block[: height * _GROUP], 0, (_GROUP, height)).amax(0), kept)[1]
     numbers = (groups[:, :, None] + torch.arange(0, height * _GROUP, height, device=block.device)).flatten(1)
     if len(block) > height * _GROUP:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from faiss_knn.search.backend import cpu_flags
 from faiss_knn.search.distance import Distance, unit
+from faiss_knn.search.products import multiply
 from faiss_knn.search.rows import Rows
 
 _SAMPLE = 1024
@@ -56,18 +57,18 @@ class Sketch(Protocol):
     def ask(self, queries: Tensor) -> Asked:
         """Prepare queries (B, d)."""
 
-    def scores(self, asked: Asked, start: int, stop: int) -> Tensor:
-        """Return (stop - start, B) scores of a block of rows."""
+    def scores(self, asked: Asked, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return (stop - start, B) scores of a block of rows, in `out` if they are made by a product."""
 
     def least_score(self, asked: Asked, norms: Tensor) -> Tensor:
         """Return (B,) float64: every row within this norm of differences has at least such a score."""
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Tell whether bfloat16 products are several times faster than float32 ones: AMX on a CPU, tensor cores."""
+    """Tell whether bfloat16 products are faster than float32 ones: AMX or AVX-512 on a CPU, tensor cores."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and "amx_bf16" in cpu_flags()
+    return device.type == "cpu" and not cpu_flags().isdisjoint(("amx_bf16", "avx512_bf16"))
 
 
 class ProductSketch:
@@ -207,10 +208,10 @@ class ProductSketch:
             left_out = self._left_out(exact.square().sum(1), seen.square().sum(1))
             vectors[:, column + 1] = left_out * (1 + 2.0**-7)
 
-    def scores(self, asked: Asked, start: int, stop: int) -> Tensor:
+    def scores(self, asked: Asked, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return (stop - start, B) scores of a block of rows."""
-        # The rows on the left: oneDNN packs the right side anew for every product, and the queries are fewer.
-        return self._block(start, stop) @ asked.vectors.T
+        out = asked.vectors.new_empty(stop - start, len(asked.vectors)) if out is None else out
+        return multiply(self._block(start, stop), asked.vectors, out)
 
     def _block(self, start: int, stop: int) -> Tensor:
         return self._copy[start:stop] if stop <= len(self._copy) else self._written(start, stop)
@@ -254,7 +255,7 @@ class DifferenceSketch:
         """Prepare queries (B, d)."""
         return Asked(queries.to(self._dtype), torch.zeros(len(queries), dtype=torch.float64, device=queries.device))
 
-    def scores(self, asked: Asked, start: int, stop: int) -> Tensor:
+    def scores(self, asked: Asked, start: int, stop: int, out: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """Return (stop - start, B) scores of a block of rows."""
         return torch.cdist(self._rows.block(start, stop).to(self._dtype), asked.vectors, p=1.0).neg_()
 

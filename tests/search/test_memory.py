@@ -44,9 +44,11 @@ def grown_while(function: Callable[[], Any]) -> tuple[int, Any]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    result = function()
-    done.set()
-    watcher.join()
+    try:
+        result = function()
+    finally:
+        done.set()
+        watcher.join()
     return seen[0] - before, result
 
 
