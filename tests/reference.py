@@ -31,3 +31,24 @@ def brute_force(
     every = distances(queries, rows, distance_metric)
     order = np.argsort(every, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(every, order, 1), order
+
+
+def log_class_scores(
+    distances: np.ndarray, labels: np.ndarray, num_classes: int, temperature: float, weighting: str
+) -> np.ndarray:
+    """(B, C) logarithms of each class's share of the votes, -inf without one, in extended precision, term by term.
+
+    `labels` are (B, k) class ids or (B, k, C) shares of classes; a neighbour at distance inf is missing.
+    """
+    found = np.full((len(distances), num_classes), -np.inf, np.longdouble)
+    for b, row in enumerate(distances.astype(np.longdouble)):
+        total = np.longdouble(-np.inf)
+        for i in np.flatnonzero(np.isfinite(row)):
+            log = {"inverse": -np.log(row[i] + temperature), "softmax": -row[i] / temperature, "uniform": 0 * row[i]}
+            total = np.logaddexp(total, log[weighting])
+            for c in range(num_classes):
+                part = labels[b, i, c] if labels.ndim == 3 else labels[b, i] == c
+                if part > 0:
+                    found[b, c] = np.logaddexp(found[b, c], log[weighting] + np.log(np.longdouble(part)))
+        found[b] -= total if np.isfinite(total) else 0
+    return found

@@ -3,13 +3,27 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from faiss_knn.classify.vote import check_vote_options, tally
+from faiss_knn.classify.labels import (
+    Names,
+    as_class_count,
+    check_labels,
+    is_labelled,
+    number_classes,
+    number_names,
+    read_labels,
+    width_of,
+)
+from faiss_knn.classify.vote import Votes, check_vote_options, count_votes
 from faiss_knn.search.index import KNNIndex, Neighbors
+from faiss_knn.search.rows import as_matrix
 
 _MULTI_HOT_BLOCK = 1 << 24  # labels gathered at once for a multi-hot vote
+_SCORES_BLOCK = 1 << 24  # scores made at once
+_WIDE = 1 << 20  # columns from which on scores by class id need a class in every 16th of them
 
 
 class FeatureBank:
@@ -18,13 +32,22 @@ class FeatureBank:
     Rows labelled -1 are left out; the indices that `neighbors` returns still count the rows as they were given.
 
     Args:
-        features: (N, d) tensor, ndarray or memmap of any float dtype.
-        labels: (N,) integer class ids, -1 where unlabelled; or (N, C) multi-hot of 0 and 1, a row with -1 unlabelled.
+        features: (N, d) tensor, ndarray, memmap or pandas DataFrame of any float dtype.
+        labels: One of: (N,) or (N, 1) integer class ids, -1 where unlabelled, of any integer dtype, also as a list or
+            pandas Series or Categorical; (N,) names; (N, C) multi-hot of 0 and 1, a row with -1 unlabelled; (N, C)
+            float shares of the classes, each row adding up to 1.
         num_classes: Width of the scores; None: the largest label + 1, or C.
         index: A spec of `KNNIndex`, or a `KNNIndex` to build: one that was built before keeps its trained state.
         expected_k: See `KNNIndex.build`; None: its default.
         expected_queries: See `KNNIndex.build`.
+        ignore_index: A label that means "unlabelled", beside -1.
+        renumber: Whether the scores have one column per class that occurs, in the order of `classes`, instead of one
+            per class id. Names are always renumbered; needed where ids are few and large.
         **index_options: Those of `KNNIndex`, where `index` is a spec.
+
+    Attributes:
+        classes: (C,) what each column of the scores stands for: class ids, or names in sorted order.
+        num_classes: C.
 
     Raises:
         ValueError: If labels and features do not fit, no row is labelled, a label is out of range, or `KNNIndex`
@@ -36,27 +59,37 @@ class FeatureBank:
         tensor([[0., 1.]])
         >>> bank.neighbors(torch.tensor([[4.5]]), k=2).indices
         tensor([[2, 1]])
+        >>> named = FeatureBank(torch.tensor([[0.0], [1.0], [5.0]]), ["cat", "cat", "dog"])
+        >>> str(named.classes[named.predict(torch.tensor([[4.5]]), k=1).argmax(1)[0]])
+        'dog'
     """
 
     def __init__(
         self,
-        features: Tensor | np.ndarray,
-        labels: Tensor | np.ndarray,
+        features: Any,
+        labels: Any,
         *,
         num_classes: int | None = None,
         index: str | KNNIndex = "flat",
         expected_k: int | None = None,
         expected_queries: int | None = None,
+        ignore_index: int | None = None,
+        renumber: bool = False,
         **index_options: Any,
     ) -> None:
-        self.labels = _checked_labels(labels, len(features))
-        self.num_classes = _class_count(self.labels, num_classes)
-        labelled = _labelled(self.labels)
+        if not isinstance(index, (str, KNNIndex)):
+            raise ValueError(f"`index` must be a spec or a KNNIndex, got {type(index).__name__}")  # noqa: TRY004
+        if not isinstance(index, str) and index_options:
+            raise ValueError(f"options {sorted(index_options)} belong to the KNNIndex that `index` is: give them to it")
+        matrix = as_matrix(features, "features")
+        features = features if isinstance(features, (Tensor, np.ndarray)) else matrix  # a memmap stays one
+        read = read_labels(labels, "`labels`", ignore_index=ignore_index)
+        self.classes, self.labels = _numbered(read, len(matrix), num_classes, renumber)
+        self.num_classes = len(self.classes)
+        labelled = is_labelled(self.labels)
         self._rows = None if labelled.all() else labelled.nonzero()[:, 0]
         if self._rows is not None:
             features = _take(features, self._rows)
-        if not isinstance(index, str) and index_options:
-            raise ValueError(f"options {sorted(index_options)} belong to the KNNIndex that `index` is: give them to it")
         self.index = KNNIndex(index, **index_options) if isinstance(index, str) else index
         hints = {} if expected_k is None else {"expected_k": expected_k}
         self.index.build(features, expected_queries=expected_queries, **hints)
@@ -112,52 +145,75 @@ class FeatureBank:
         Returns:
             (B, C) float32 on the neighbours' device, raw sums of weights.
         """
+        return self.votes(neighbors, temperature=temperature, weighting=weighting).scores
+
+    def votes(self, neighbors: Neighbors, *, temperature: float = 0.07, weighting: str = "inverse") -> Votes:
+        """Vote as `score` does, and give the shares of the votes too.
+
+        A neighbour is missing if its index is -1, whatever its distance.
+        """
+        check_vote_options(temperature, weighting)
         if self.labels.device != neighbors.indices.device:
             self.labels = self.labels.to(neighbors.indices.device)
-        blocks = [
-            tally(d, self.labels[i.clamp(min=0)], self.num_classes, temperature=temperature, weighting=weighting)
-            for d, i in zip(*(torch.split(t, self._rows_per_vote(t.shape[1])) for t in neighbors), strict=True)
-        ]
-        return torch.cat(blocks)
+        blocks = []
+        for distances, indices in zip(
+            *(torch.split(part, self._rows_per_vote(part.shape[1])) for part in neighbors), strict=True
+        ):
+            labels, found = self.labels[indices.clamp(min=0)], indices >= 0
+            blocks.append(
+                count_votes(distances, found, labels, self.num_classes, temperature=temperature, weighting=weighting)
+            )
+        return Votes(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
     def _rows_per_vote(self, k: int) -> int:
-        return max(1, _MULTI_HOT_BLOCK // (max(1, k) * (self.num_classes if self.labels.ndim == 2 else 1)))
+        if self.labels.ndim == 2:
+            return max(1, _MULTI_HOT_BLOCK // (max(1, k) * self.num_classes))
+        return max(1, _SCORES_BLOCK // max(k, self.num_classes))
 
 
-def _checked_labels(labels: Tensor | np.ndarray, rows: int) -> Tensor:
-    labels = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels)
-    if labels.ndim not in (1, 2) or len(labels) != rows:
+def _numbered(
+    labels: Tensor | Names, rows: int, num_classes: int | None, renumber: bool
+) -> tuple[npt.NDArray[Any], Tensor]:
+    """What each column of the scores stands for, and the labels as numbers of columns."""
+    if len(labels) != rows:
         raise ValueError(
             f"`labels` must be ({rows},) class ids or ({rows}, C) multi-hot, one row per feature row, "
             f"got shape {tuple(labels.shape)}"
         )
-    if labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"`labels` must be integers, got {labels.dtype}: cast them with .long()")
-    if labels.numel() == 0:
-        raise ValueError("`labels` is empty: a bank needs at least one labelled row")
-    if (lowest := int(labels.min())) < -1:
-        raise ValueError(f"`labels` must be class ids from 0, or -1 for unlabelled rows, got {lowest}")
-    if labels.ndim == 2 and (highest := int(labels.max())) > 1:
-        raise ValueError(f"multi-hot `labels` must be 0 and 1, got {highest}")
-    if not _labelled(labels).any():
-        raise ValueError("every row of `labels` is -1: a bank needs at least one labelled row")
-    return labels
+    if isinstance(labels, Tensor):
+        check_labels(labels, "`labels`")
+        if not renumber:
+            return _by_id(labels, num_classes)
+    classes, numbers = _by_number(labels) if isinstance(labels, Tensor) else number_names(labels)
+    if num_classes is not None and as_class_count(num_classes) != len(classes):
+        raise ValueError(
+            f"num_classes={num_classes} does not fit `labels` of {len(classes)} classes, of which each has a column: "
+            "leave num_classes out"
+        )
+    return classes, numbers
 
 
-def _labelled(labels: Tensor) -> Tensor:
-    return labels >= 0 if labels.ndim == 1 else (labels >= 0).all(dim=1)
+def _by_number(labels: Tensor) -> tuple[npt.NDArray[Any], Tensor]:
+    if labels.ndim == 2:
+        raise ValueError("`renumber` is for (N,) class ids, got `labels` of (N, C): their columns are the classes")
+    classes, (numbers,) = number_classes(labels)
+    return classes.cpu().numpy(), numbers
 
 
-def _class_count(labels: Tensor, num_classes: int | None) -> int:
-    seen = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
+def _by_id(labels: Tensor, num_classes: int | None) -> tuple[npt.NDArray[Any], Tensor]:
+    seen = width_of(labels)
     if num_classes is None:
-        return seen
-    if num_classes <= 0:
-        raise ValueError(f"num_classes must be positive, got {num_classes}")
-    if seen > num_classes or (labels.ndim == 2 and seen != num_classes):
+        if labels.ndim == 1 and seen > _WIDE and seen > 16 * (distinct := len(torch.unique(labels))):
+            raise ValueError(
+                f"`labels` of {distinct} class ids up to {seen - 1} would make scores of {seen} columns: give "
+                "renumber=True for one column per class that occurs, named by the bank's `classes`"
+            )
+        return np.arange(seen), labels
+    count = as_class_count(num_classes)
+    if seen > count or (labels.ndim == 2 and seen != count):
         what = f"label {seen - 1}" if labels.ndim == 1 else f"{seen} multi-hot columns"
-        raise ValueError(f"num_classes={num_classes} does not fit `labels` with {what}: give num_classes={seen}")
-    return num_classes
+        raise ValueError(f"num_classes={count} does not fit `labels` with {what}: give num_classes={seen}")
+    return np.arange(count), labels
 
 
 def _take(features: Tensor | np.ndarray, rows: Tensor) -> Tensor | np.ndarray:

@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
-from faiss_knn.classify.vote import vote
+from faiss_knn.classify.labels import as_class_count, as_labels, check_labels, is_labelled, width_of
+from faiss_knn.classify.vote import Votes, check_vote_options, count_votes
 from faiss_knn.search.index import KNNIndex, Neighbors
+from faiss_knn.search.ranks import agreed
 from faiss_knn.search.sharded import ShardedIndex, ShardedRows
 
 
@@ -33,7 +35,9 @@ class ShardedBank:
     def __init__(
         self, features: Tensor, labels: Tensor, *, num_classes: int, index: KNNIndex, expected_k: int | None = None
     ) -> None:
-        self.num_classes = num_classes
+        with agreed():
+            self.num_classes = as_class_count(num_classes)
+            labels = _checked(features, labels, self.num_classes)
         self._index = ShardedIndex(index).build(features, expected_k=expected_k)
         self._labels = ShardedRows(labels)
 
@@ -59,4 +63,31 @@ class ShardedBank:
         self, neighbors: Neighbors, labels: Tensor, *, temperature: float = 0.07, weighting: str = "inverse"
     ) -> Tensor:
         """Vote with what `neighbors` found, or its first columns: (B, C) float32 raw scores, on this rank alone."""
-        return vote(neighbors.distances, labels, self.num_classes, temperature=temperature, weighting=weighting)
+        return self.votes(neighbors, labels, temperature=temperature, weighting=weighting).scores
+
+    def votes(
+        self, neighbors: Neighbors, labels: Tensor, *, temperature: float = 0.07, weighting: str = "inverse"
+    ) -> Votes:
+        """Vote as `score` does, and give the shares of the votes too."""
+        check_vote_options(temperature, weighting)
+        found = neighbors.indices >= 0
+        return count_votes(
+            neighbors.distances, found, labels, self.num_classes, temperature=temperature, weighting=weighting
+        )
+
+
+def _checked(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """This rank's labels; without them a wrong one would be found in the middle of a search, or never."""
+    if len(labels) != len(features):
+        raise ValueError(
+            f"`labels` must have one row per feature row, {len(features)}, got shape {tuple(labels.shape)}"
+        )
+    if len(labels) == 0:
+        return labels  # of whatever shape and dtype: other ranks have rows
+    labels = as_labels(labels, "`labels`")
+    check_labels(labels, "`labels`")
+    if not is_labelled(labels).all():
+        raise ValueError("`labels` must have no unlabelled rows here, got -1: leave those rows out")
+    if (seen := width_of(labels)) > num_classes or (labels.ndim == 2 and seen != num_classes):
+        raise ValueError(f"num_classes={num_classes} does not fit `labels` of {seen} classes: give num_classes={seen}")
+    return labels

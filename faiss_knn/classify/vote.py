@@ -1,17 +1,65 @@
 """What weight a neighbour gets, and the class scores that follow."""
 
+import math
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
+from faiss_knn.classify.labels import as_class_count, as_dense
+
 WEIGHTINGS = ("inverse", "softmax", "uniform")
+
+_FLOAT32 = torch.finfo(torch.float32)
+_LEAST_LOG = -1e300  # a neighbour that was found has a weight, however small
+_SMALL = -100 * math.log(2)  # logarithm of the scores below which float32 runs short of exponents
 
 
 def check_vote_options(temperature: float, weighting: str) -> None:
     """Raise ValueError if no vote can be taken with these options."""
-    if not temperature > 0:
+    if not _is_number(temperature) or not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if weighting not in WEIGHTINGS:
+    if not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
+        raise ValueError(
+            f"temperature must be between {_FLOAT32.tiny:.3g} and {_FLOAT32.max:.3g}, the numbers that float32 holds, "
+            f"got {temperature}: take one in the unit of the distances"
+        )
+    if not isinstance(weighting, str) or weighting not in WEIGHTINGS:
         raise ValueError(f"`weighting` must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether a value is one real number, of Python, numpy or torch."""
+    if isinstance(value, bool | str | bytes):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def log_weights(distances: Tensor, found: Tensor, *, temperature: float, weighting: str) -> Tensor:
+    """Weigh each neighbour, in logarithms, in which nothing underflows.
+
+    Args:
+        distances: (B, k), not negative; one that is too large for its dtype, inf, counts as float32's largest number.
+        found: (B, k) bool, False where a neighbour is missing.
+        temperature: See `neighbor_weights`.
+        weighting: See `neighbor_weights`.
+
+    Returns:
+        (B, k) float64 logarithms of the weights, -inf where the neighbour is missing. Those of "softmax" are not yet
+        divided by the row's sum.
+    """
+    distances, temperature = distances.double().clamp(max=_FLOAT32.max), float(temperature)
+    if weighting == "inverse":
+        logs = -torch.log(distances + temperature)
+    elif weighting == "softmax":
+        logs = (-distances / temperature).clamp(min=_LEAST_LOG)
+    else:
+        logs = torch.zeros_like(distances)
+    return logs.masked_fill(~found, -torch.inf)
 
 
 def neighbor_weights(distances: Tensor, *, temperature: float = 0.07, weighting: str = "inverse") -> Tensor:
@@ -31,22 +79,37 @@ def neighbor_weights(distances: Tensor, *, temperature: float = 0.07, weighting:
         (B, k) float32 weights, 0 where the neighbour is missing.
 
     Raises:
-        ValueError: For a temperature that is not positive or an unknown weighting.
+        ValueError: For a temperature that is not positive or that float32 does not hold, or an unknown weighting.
 
     Example:
         >>> neighbor_weights(torch.tensor([[0.0, 0.3, float("inf")]]), temperature=0.1)
         tensor([[10.0000,  2.5000,  0.0000]])
     """
     check_vote_options(temperature, weighting)
-    distances = distances.float()
-    if weighting == "inverse":
-        return 1 / (distances + temperature)
     found = distances.isfinite()
-    if weighting == "uniform":
-        return found.float()
-    nearest = distances.amin(dim=1, keepdim=True) if distances.shape[1] else distances
-    weights = torch.where(found, torch.exp((nearest - distances) / temperature), 0.0)
-    return weights / weights.sum(dim=1, keepdim=True, dtype=torch.float64).clamp(min=1.0).float()
+    logs = log_weights(distances, found, temperature=temperature, weighting=weighting)
+    return torch.softmax(logs, dim=1).where(found, 0.0).float() if weighting == "softmax" else _weights(logs)
+
+
+def _weights(logs: Tensor) -> Tensor:
+    """Float32 weights, which are 0 for missing neighbours alone."""
+    return logs.exp().clamp(_FLOAT32.tiny, _FLOAT32.max).where(logs > -torch.inf, 0.0).float()
+
+
+class Votes(NamedTuple):
+    """What the neighbours say about each class.
+
+    A class has a positive score and share if and only if a neighbour voted for it. A share below 2^-100 keeps its place
+    among the others but not its size, for which float32 has no exponent.
+
+    Attributes:
+        scores: (B, C) float32, raw sums of `neighbor_weights`.
+        shares: (B, C) float32 in [0, 1], each class's part of the neighbours' weight, divided in float64 and rounded
+            once; 0 without neighbours.
+    """
+
+    scores: Tensor
+    shares: Tensor
 
 
 def vote(
@@ -55,11 +118,13 @@ def vote(
     """Add up the neighbours' weights per class.
 
     The sums run in float64, where they are exact for weights of one magnitude, so that equal votes give bitwise equal
-    scores whatever the order of the neighbours, and argmax then picks the lowest class id.
+    scores whatever the order of the neighbours, and argmax then picks the lowest class id. A class that a neighbour
+    voted for scores above one without a vote, however far that neighbour is: see `Votes`.
 
     Args:
         distances: (B, k) float, not negative; inf marks a missing neighbour, whose label is ignored.
-        labels: (B, k) integer class ids of the neighbours, or (B, k, C) multi-hot.
+        labels: (B, k) integer class ids of the neighbours, or (B, k, C) multi-hot of 0 and 1, or (B, k, C) float shares
+            in [0, 1], by which a neighbour's weight is divided among classes.
         num_classes: C, the width of the scores.
         temperature: See `neighbor_weights`.
         weighting: See `neighbor_weights`.
@@ -75,30 +140,107 @@ def vote(
         tensor([[10.,  0., 10.]])
     """
     check_vote_options(temperature, weighting)
+    distances, labels = as_dense(distances, "`distances`"), as_dense(labels, "`labels`")
+    num_classes = as_class_count(num_classes)
     _check_shapes(distances, labels, num_classes)
     _check_values(distances, labels, num_classes)
-    return tally(distances, labels, num_classes, temperature=temperature, weighting=weighting)
-
-
-def tally(
-    distances: Tensor, labels: Tensor, num_classes: int, *, temperature: float = 0.07, weighting: str = "inverse"
-) -> Tensor:
-    """Vote like `vote`, with distances and labels known to be valid: nothing is looked at, so that no GPU waits."""
     found = distances.isfinite()
-    weights = neighbor_weights(distances, temperature=temperature, weighting=weighting).double()
-    scores = weights.new_zeros(len(weights), num_classes)
+    return count_votes(distances, found, labels, num_classes, temperature=temperature, weighting=weighting).scores
+
+
+def count_votes(
+    distances: Tensor, found: Tensor, labels: Tensor, num_classes: int, *, temperature: float, weighting: str
+) -> Votes:
+    """Vote like `vote`, with arguments known to be valid: nothing is looked at, so that no GPU waits.
+
+    Args:
+        distances: See `log_weights`.
+        found: (B, k) bool, False where a neighbour is missing.
+        labels: As in `vote`.
+        num_classes: C.
+        temperature: See `neighbor_weights`.
+        weighting: See `neighbor_weights`.
+    """
+    logs = log_weights(distances, found, temperature=temperature, weighting=weighting)
     if labels.ndim == 2:
-        scores.scatter_add_(1, labels.masked_fill(~found, 0).long(), weights)
-    else:
-        for i in range(labels.shape[1]):  # k passes over (B, C), never a (B, k, C) product
-            scores += weights[:, i, None] * labels[:, i]
-    return scores.float()
+        labels = labels.long().masked_fill(~found, 0)
+    shares = (_share_ids if labels.ndim == 2 else _share_rows)(logs, labels, num_classes)
+    if weighting == "softmax":
+        return Votes(shares, shares)
+    return Votes((_add_ids if labels.ndim == 2 else _add_rows)(_weights(logs).double(), labels, num_classes), shares)
+
+
+def _add_ids(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(B, C) sums of weights from class ids (B, k). Float32 numbers add up exactly in float64, if of one magnitude."""
+    sums = weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
+    return sums.clamp(max=_FLOAT32.max).float()
+
+
+def _add_rows(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(B, C) sums of weights from multi-hot or soft labels (B, k, C), in k passes, never as a (B, k, C) product."""
+    sums = weights.new_zeros(len(weights), num_classes)
+    for i in range(labels.shape[1]):
+        part = labels[:, i].double().where(weights[:, i, None] > 0, 0.0)  # a missing neighbour's labels may be anything
+        sums += weights[:, i, None] * part
+    return sums.clamp(max=_FLOAT32.max).float()
+
+
+def _share_ids(logs: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(B, C) shares from class ids (B, k). A missing neighbour, with class 0, adds nothing to it."""
+    shape = (len(logs), num_classes)
+    peaks = logs.new_full(shape, -torch.inf).scatter_reduce_(1, labels, logs, "amax").gather(1, labels)
+    masses = labels.new_zeros(shape).scatter_add_(1, labels, _fixed(logs, peaks)).gather(1, labels)
+    shares = _shares(logs, peaks, masses)
+    return shares.new_zeros(shape).scatter_(1, labels, shares)
+
+
+def _share_rows(logs: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(B, C) shares from multi-hot or soft labels (B, k, C)."""
+    peaks = logs.new_full((len(logs), num_classes), -torch.inf)
+    for i in range(labels.shape[1]):
+        peaks = torch.maximum(peaks, _given(logs, labels, i))
+    masses = torch.zeros_like(peaks, dtype=torch.int64)
+    for i in range(labels.shape[1]):
+        masses += _fixed(_given(logs, labels, i), peaks, labels.shape[1])
+    return _shares(logs, peaks, masses)
+
+
+def _given(logs: Tensor, labels: Tensor, i: int) -> Tensor:
+    """(B, C) logarithms of the weight that neighbour i gives each class."""
+    part, log = labels[:, i], logs[:, i, None]
+    return torch.where((part > 0) & (log > -torch.inf), log + part.double().log(), -torch.inf)
+
+
+def _fixed(logs: Tensor, peaks: Tensor, k: int | None = None) -> Tensor:
+    """exp(logs - peaks) in int64 fixed point, of which k add up exactly, in any order and on any device."""
+    parts = torch.where(logs > -torch.inf, torch.exp(logs - peaks), 0.0)
+    return (parts * 2.0 ** (62 - (k or logs.shape[1]).bit_length())).round().long()
+
+
+def _shares(logs: Tensor, peaks: Tensor, masses: Tensor) -> Tensor:
+    """exp(peaks) · masses over the row's sum of exp(logs), ordered also where float32 has no exponent for it.
+
+    Args:
+        logs: (B, k) of the neighbours.
+        peaks: (B, …) the largest of those of each class.
+        masses: (B, …) sums of `_fixed` of each class.
+    """
+    if not logs.shape[1]:
+        return torch.zeros_like(peaks, dtype=torch.float32)
+    nearest = logs.amax(1, keepdim=True)
+    parts = masses / _fixed(logs, nearest).sum(1, keepdim=True).double()
+    shares = torch.exp(peaks - nearest) * parts
+    below = (_SMALL - (peaks - nearest) - parts.log()).clamp(min=0)
+    small = (math.exp(_SMALL) * (1 + below) ** -0.25).clamp(min=_FLOAT32.tiny)
+    return torch.where(masses > 0, torch.where(below > 0, small, shares), 0.0).float()
 
 
 def normalize_scores(scores: Tensor, weights: Tensor) -> Tensor:
     """Divide scores by their row's sum of neighbour weights, so that they lie in [0, 1].
 
-    The division is per row, so the result does not depend on the batch. A row without neighbours stays 0.
+    The division is per row, so the result does not depend on the batch. A row without neighbours stays 0. Scores that
+    were rounded to float32 are divided by a total rounded likewise: unanimous votes are shares of 1. `Votes.shares` has
+    the shares of sums that were not rounded before.
 
     Args:
         scores: (B, C) from `vote`.
@@ -111,14 +253,12 @@ def normalize_scores(scores: Tensor, weights: Tensor) -> Tensor:
         >>> normalize_scores(torch.tensor([[10.0, 30.0]]), torch.tensor([[10.0, 10.0, 20.0]]))
         tensor([[0.2500, 0.7500]])
     """
-    total = weights.sum(dim=1, keepdim=True, dtype=torch.float64)
+    total = weights.sum(dim=1, keepdim=True, dtype=torch.float64).to(scores.dtype).double()
     shares = torch.where(total > 0, scores.double() / total, 0.0)
     return shares.clamp(max=1.0).float()  # a rounded 1.0000001 would be taken for a logit by torchmetrics
 
 
 def _check_shapes(distances: Tensor, labels: Tensor, num_classes: int) -> None:
-    if num_classes <= 0:
-        raise ValueError(f"num_classes must be positive, got {num_classes}")
     if distances.ndim != 2 or not distances.is_floating_point():
         raise ValueError(
             f"`distances` must be a (B, k) float tensor, got shape {tuple(distances.shape)}, {distances.dtype}"
@@ -128,25 +268,32 @@ def _check_shapes(distances: Tensor, labels: Tensor, num_classes: int) -> None:
             f"`labels` must be (B, k) class ids or (B, k, C) multi-hot for distances of shape "
             f"{tuple(distances.shape)}, got shape {tuple(labels.shape)}"
         )
-    if labels.ndim == 2 and (labels.is_floating_point() or labels.is_complex()):
+    if labels.ndim == 2 and labels.is_floating_point():
         raise ValueError(f"`labels` must be integer class ids, got {labels.dtype}: cast them with .long()")
     if labels.ndim == 3 and labels.shape[2] != num_classes:
         raise ValueError(f"multi-hot `labels` must have num_classes={num_classes} columns, got {labels.shape[2]}")
+    if labels.device != distances.device:
+        raise ValueError(f"`labels` must be on the distances' device {distances.device}, got {labels.device}")
 
 
 def _check_values(distances: Tensor, labels: Tensor, num_classes: int) -> None:
     """Check the values with one device synchronisation, and look for the culprit only if there is one."""
     found = distances.isfinite()
     wrong_distance = ~(distances >= 0)
-    wrong_label = found & ((labels < 0) | (labels >= num_classes)) if labels.ndim == 2 else torch.zeros_like(found)
-    if not (wrong_distance | wrong_label).any():
+    # of a NaN neither comparison holds
+    fits = (labels >= 0) & (labels < num_classes) if labels.ndim == 2 else (labels >= 0) & (labels <= 1)
+    wrong_label = ~fits & (found if labels.ndim == 2 else found[:, :, None])
+    if not (wrong_distance.any() | wrong_label.any()):
         return
     if wrong_distance.any():
         raise ValueError(
             f"`distances` must not be negative or NaN, got {distances[wrong_distance][0].item()} "
             f"({int(wrong_distance.sum())} such values)"
         )
+    need = f"in [0, num_classes={num_classes})" if labels.ndim == 2 else "0 and 1, or shares in [0, 1],"
+    what = "`labels`" if labels.ndim == 2 else "multi-hot `labels`"
     raise ValueError(
-        f"`labels` must be in [0, num_classes={num_classes}) where the distance is finite, got "
-        f"{labels[wrong_label][0].item()}: give a missing neighbour the distance inf, or raise num_classes"
+        f"{what} must be {need} where the distance is finite, got "
+        f"{labels[wrong_label][0].item()}: give a missing neighbour the distance inf"
+        + (", or raise num_classes" if labels.ndim == 2 else "")
     )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from faiss_knn.classify.vote import neighbor_weights, normalize_scores, vote
+from faiss_knn.classify.vote import count_votes
 from faiss_knn.offline.rows import spans
 
 BLOCK = 1 << 23  # numbers that a block of scores may hold
@@ -56,7 +56,9 @@ class ClassJudge:
     def judge(self, k: int, temperature: float, weighting: str, metrics: Mapping[str, Any]) -> Hits:
         """Judge one vote, and `metrics` (reset first) on the shares of weight."""
         local, own_local, reached = self._numbering(k)
-        scores = vote(self.distances[:, :k], local, k, temperature=temperature, weighting=weighting)  # (Q, k)
+        found = self.labels[:, :k] >= 0
+        votes = count_votes(self.distances[:, :k], found, local, k, temperature=temperature, weighting=weighting)
+        scores = votes.scores  # (Q, k)
         own = scores.gather(1, own_local[:, None])
         lower_id = torch.arange(k, device=own.device) < own_local[:, None]
         above = ((scores > own) | ((scores == own) & lower_id)).sum(1)
@@ -83,8 +85,9 @@ class ClassJudge:
         for metric in metrics.values():
             metric.reset()
         for a, b in spans(len(self.labels), max(1, BLOCK // self.num_classes)):
-            shares = class_scores(
-                self.distances[a:b, :k], self.labels[a:b, :k], self.num_classes, temperature, weighting
+            found = self.labels[a:b, :k] >= 0
+            shares = class_shares(
+                self.distances[a:b, :k], found, self.labels[a:b, :k], self.num_classes, temperature, weighting
             )
             for metric in metrics.values():
                 metric.update(shares.cpu(), self.truth[a:b].cpu())
@@ -122,8 +125,11 @@ class MultiHotJudge:
         num_classes = self.bank_labels.shape[1]
         blocks = []
         for a, b in spans(len(self.indices), max(1, BLOCK // (num_classes * k))):
-            labels = self.bank_labels[self.indices[a:b, :k].clamp(min=0)]
-            blocks.append(class_scores(self.distances[a:b, :k], labels, num_classes, temperature, weighting))
+            indices = self.indices[a:b, :k]
+            labels = self.bank_labels[indices.clamp(min=0)]
+            blocks.append(
+                class_shares(self.distances[a:b, :k], indices >= 0, labels, num_classes, temperature, weighting)
+            )
         return torch.cat(blocks)
 
 
@@ -144,10 +150,11 @@ def mean_by_class(values: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(truth, values.double(), minlength=num_classes) / counts
 
 
-def class_scores(distances: Tensor, labels: Tensor, num_classes: int, temperature: float, weighting: str) -> Tensor:
-    """(Q, C) shares of the neighbours' weight, from (Q, k) class ids or (Q, k, C) multi-hot labels."""
-    scores = vote(distances, labels, num_classes, temperature=temperature, weighting=weighting)
-    return normalize_scores(scores, neighbor_weights(distances, temperature=temperature, weighting=weighting))
+def class_shares(
+    distances: Tensor, found: Tensor, labels: Tensor, num_classes: int, temperature: float, weighting: str
+) -> Tensor:
+    """(Q, C) shares of the neighbours' weight; `labels` are (Q, k) class ids or (Q, k, C), see `count_votes`."""
+    return count_votes(distances, found, labels, num_classes, temperature=temperature, weighting=weighting).shares
 
 
 def average_precisions(scores: Tensor, truth: Tensor) -> Tensor:

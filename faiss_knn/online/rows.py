@@ -3,6 +3,12 @@
 import torch
 from torch import Tensor
 
+from faiss_knn.classify.labels import as_labels, is_labelled, is_soft
+
+__all__ = ["class_labels", "flat_rows", "labelled", "searchable"]
+
+labelled = is_labelled
+
 _BLOCK_ELEMENTS = 1 << 22  # of temporaries while a bank is looked through
 
 
@@ -27,26 +33,11 @@ def searchable(rows: Tensor, directions: bool) -> Tensor:
 
 
 def class_labels(values: Tensor, what: str) -> Tensor:
-    """Return (n,) int64 class ids, or (n, C) integer multi-hot labels, from what a batch holds.
+    """Return (n,) int64 class ids, or (n, C) integer multi-hot labels, from what a batch holds: see `as_labels`.
 
-    Args:
-        values: (n,), (n, 1) or (n, C); floats must be whole numbers.
-        what: Names the values in the error.
-
-    Raises:
-        ValueError: For other shapes, and for floats that are no labels.
+    Lightning casts float labels with the batch, so whole numbers in floats are class ids here.
     """
-    if values.ndim > 2:
-        raise ValueError(f"{what} must be (n,) class ids or (n, C) multi-hot labels, got shape {tuple(values.shape)}")
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.is_floating_point():
-        if not (values == values.round()).all():
-            raise ValueError(f"{what} must hold class ids or 0/1 labels, got {values.dtype} with fractions or NaN")
-        values = values.long()
-    return values.long() if values.ndim == 1 else values
-
-
-def labelled(labels: Tensor) -> Tensor:
-    """Tell which rows of (n,) or (n, C) labels hold no -1."""
-    return labels >= 0 if labels.ndim == 1 else (labels >= 0).all(dim=1)
+    labels = as_labels(values, what, float_ids=True)
+    if is_soft(labels):
+        raise ValueError(f"{what} must hold class ids or 0/1 labels, got {values.dtype} with fractions or NaN")
+    return labels

@@ -4,6 +4,7 @@ import operator
 import warnings
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -259,10 +260,20 @@ def as_k(k: int) -> int:
     Raises:
         ValueError: If it is not an integer above 0.
     """
+    return as_count(k, "`k`")
+
+
+def as_count(value: Any, argument: str) -> int:
+    """Return an integer of Python, numpy or torch as an int.
+
+    Raises:
+        ValueError: If it is not an integer above 0.
+    """
     try:
-        value = operator.index(k)
-    except TypeError:
-        value = 0
-    if value < 1 or isinstance(k, bool):
-        raise ValueError(f"`k` must be a positive integer, got {k!r}")
-    return value
+        count = operator.index(value)
+    except (TypeError, RuntimeError, NotImplementedError):  # the last two from tensors that hold no one number
+        count = 0
+    if count < 1 or isinstance(value, bool):
+        shown = repr(value) if isinstance(value, (bool, int, float, str, np.generic)) else type(value).__name__
+        raise ValueError(f"{argument} must be a positive integer, got {shown}")
+    return count

@@ -28,18 +28,24 @@ def weights(distances, temperature, weighting):
         return np.ones_like(distances)
     if weighting == "inverse":
         return 1 / (distances + temperature)
-    raised = np.exp(-(distances - distances.min()) / temperature)
+    raised = np.exp(-(distances - distances.min()).astype(np.longdouble) / temperature)
     return raised / raised.sum()
+
+
+def to_24_bits(scores):
+    """Rounded like float32, but with exponents that do not end: equal scores stay equal, small ones in order."""
+    mantissas, exponents = np.frexp(scores)
+    return np.ldexp(mantissas.astype(np.float32).astype(np.longdouble), exponents)
 
 
 def judge(distances, indices, bank_labels, query_labels, temperature, weighting, num_classes):
     """(Q,) top-1 and top-5 hits, query by query."""
     top1, top5 = [], []
     for d, ids, truth in zip(distances, indices, query_labels, strict=True):
-        scores = np.zeros(num_classes)
+        scores = np.zeros(num_classes, np.longdouble)
         for weight, i in zip(weights(d, temperature, weighting), ids, strict=True):
-            scores[bank_labels[i]] += np.float64(np.float32(weight))
-        ranked = [c for c in np.argsort(-scores.astype(np.float32), kind="stable") if scores[c] > 0]
+            scores[bank_labels[i]] += weight
+        ranked = [c for c in np.argsort(-to_24_bits(scores), kind="stable") if scores[c] > 0]
         top1.append(truth == ranked[0])
         top5.append(truth in ranked[:5])
     return np.array(top1), np.array(top5)

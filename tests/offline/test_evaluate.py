@@ -102,12 +102,13 @@ def test_leave_one_out_with_an_index_that_misses_rows():
     assert not (indices == np.arange(300)[:, None]).any()
 
 
-def test_a_class_without_weight_is_no_hit_in_the_first_five():
+def test_a_class_is_a_hit_in_the_first_five_if_a_neighbour_voted_for_it_however_far():
     bank = np.array([[0.0], [1.0], [2.0], [3.0]])
-    near = evaluate(
-        bank, [0, 1, 2, 3], [[0.1]], [3], k=4, distance_metric="euclidean", temperature=1e-3, weighting="softmax"
-    )
-    assert near.records[0]["top5"] == 0  # exp(-2.8 / 0.001) is 0 in float32
+    for k, hit in ((4, 1), (3, 0)):  # exp(-2.8 / 0.001) is 0 in float32, and in float64
+        far = evaluate(
+            bank, [0, 1, 2, 3], [[0.1]], [3], k=k, distance_metric="euclidean", temperature=1e-3, weighting="softmax"
+        )
+        assert far.records[0]["top5"] == hit
     wide = evaluate(bank, [0, 1, 2, 3], [[0.1]], [3], k=4, distance_metric="euclidean", weighting="uniform")
     assert wide.records[0]["top5"] == 1
     unseen = evaluate(bank, [0, 1, 2, 3], [[0.1]], [0], k=1, num_classes=9, distance_metric="euclidean")
