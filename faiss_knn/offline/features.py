@@ -1,24 +1,31 @@
 """Labelled features from files: which array of a file is which, and what makes a file unusable."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from faiss_knn.offline.extract import extract
-from faiss_knn.offline.formats import OPENERS, DataError, open_arrays, readable
-from faiss_knn.offline.rows import Rows, Shards
+from faiss_knn.offline.folders import SIDES, Folder, Role, open_folder
+from faiss_knn.offline.formats import Arrays, DataError, check_memory, open_arrays, read_array, readable
+from faiss_knn.offline.manifest import MANIFEST
+from faiss_knn.offline.rows import Rows, Shards, Subset
+from faiss_knn.offline.tables import UNKNOWN, Member
 
 __all__ = ["Features", "digits", "extract", "read_class_names", "read_features"]
 
-Role = Literal["bank", "queries"]
-
-_SIDES = {"bank": ("train", "bank"), "queries": ("test", "queries")}
-_FEATURES = ("features", "embeddings", "embedding", "feats", "x", "X", "data")
+_FEATURES = (
+    *("features", "embeddings", "embedding", "embeds", "embed", "emb", "feats", "feat"),
+    *("x", "X", "data", "vectors", "vector"),
+)
 _LABELS = ("labels", "label", "targets", "target", "y", "classes")
+_NAMED_FORMATS = (".npz", ".safetensors", ".h5", ".hdf5")
+_LISTED = 20
+_COLUMNS_HINT = " (columns belong together where their names differ in a number at the end, or list them: a,b,c)"
 
 
 @dataclass(frozen=True)
@@ -45,21 +52,26 @@ def read_features(
     labels: str | Path | None = None,
     features_key: str | None = None,
     labels_key: str | None = None,
+    allow_partial: bool = False,
 ) -> Features:
     """Open labelled features.
 
-    Arrays are taken by `features_key` and `labels_key`, else by the usual names: `train` or `test` (as in the HDF5
-    files of ann-benchmarks) according to the role, then `features`, `embeddings`, `x`; and `labels`, `targets`, `y`.
-    A file with a single array of vectors needs no names.
+    Arrays are taken by `features_key` and `labels_key`, else by the usual names: those of the role's side (`train`,
+    `bank`, `gallery`, or `test`, `queries`, `query`, `val`: `train_features`, `X_train`, `train/features`, or `train`
+    alone, as in the HDF5 files of ann-benchmarks), then `features`, `embeddings`, `x`; and `labels`, `targets`, `y`.
+    A file with a single array of vectors needs no names. In a table, a column of lists is an array, and so are columns
+    that differ in a number at the end of their names alone (`emb_0`, `emb_1`: the array `emb_*`). Nothing but the two
+    arrays is read.
 
     Args:
-        path: A file (.npy .npz .pt .pth .safetensors .parquet .h5 .hdf5 .fvecs .bvecs .fbin .u8bin), or a folder of
-            such files, joined in the order of their names; in a folder, files whose names begin with "label" or
-            "target" hold the labels.
+        path: A file (.npy .npz .pt .pth .safetensors .parquet .arrow .feather .csv .tsv .jsonl .h5 .hdf5 .fvecs .bvecs
+            .fbin .u8bin), or a folder of such files, joined in the order of their numbers: see `open_folder`.
         role: Which side of an evaluation this is.
         labels: A file with the labels alone; it goes before labels found in `path`. Also .txt, one label a line.
-        features_key: Name of the array of vectors.
-        labels_key: Name of the array of labels.
+        features_key: Name of the array of vectors, with dots or slashes for what is nested; a prefix such as `emb_` for
+            numbered columns; or several columns with commas between.
+        labels_key: Name of the array of labels: in the file `labels` if that is given.
+        allow_partial: Read what a cut-off `extract` has saved so far, instead of refusing it.
 
     Returns:
         The rows, the labels if there are any, and the class names that the file has under `class_names`.
@@ -69,16 +81,21 @@ def read_features(
             are no class ids, or not as many as the rows. The message begins with the file's name.
     """
     path = Path(path)
-    parts = [_read_file(file, role, features_key, labels_key) for file in _feature_files(path)]
+    files = open_folder(path, role, allow_partial) if path.is_dir() else Folder([path])
+    has_own_labels = labels is None and not files.labels
+    parts = [_read_file(file, role, features_key, labels_key, has_own_labels) for file in files.features]
+    for part, expected in zip(parts, files.rows, strict=False):
+        if len(part.rows) != expected:
+            raise DataError(f"{part.source}: has {len(part.rows)} rows, {MANIFEST} lists {expected}")
     rows = _joined(path, [part.rows for part in parts])
-    if labels is not None:
-        found: npt.NDArray[Any] | None = read_labels(labels, role, labels_key)
-        labels_source = str(labels)
-    else:
-        found, labels_source = _folder_labels(path, parts), str(path)
+    found = read_labels(labels, role, labels_key) if labels is not None else _folder_labels(files, parts, labels_key)
     if found is not None and len(found) != len(rows):
-        raise DataError(f"{labels_source}: {len(found)} labels for the {len(rows)} rows of {path}")
-    return Features(rows, found, parts[0].class_names, str(path))
+        raise DataError(f"{path if labels is None else labels}: {len(found)} labels for the {len(rows)} rows of {path}")
+    names = parts[0].class_names or _described_names(files, labels_key)
+    if files.ids:
+        order = _sample_order(files, len(rows))
+        rows, found = Subset(rows, order), None if found is None else found[order]
+    return Features(rows, found, names, str(path))
 
 
 def read_labels(path: str | Path, role: Role = "bank", key: str | None = None) -> npt.NDArray[Any]:
@@ -89,7 +106,9 @@ def read_labels(path: str | Path, role: Role = "bank", key: str | None = None) -
     """
     path = Path(path)
     arrays = open_arrays(path)
-    name = _chosen(path, arrays, key, _names(role, _LABELS), "labels") if key or "" not in arrays else ""
+    name = _named(path, arrays, key, "labels") if key is not None else _usual(path, arrays, role, _LABELS)
+    if name is None and len(arrays) == 1 and path.suffix.lower() not in _NAMED_FORMATS:
+        name = next(iter(arrays))
     if name is None:
         raise DataError(f"{path}: no labels among its arrays {_listed(arrays)}: name them with --labels-key")
     return _as_labels(path, arrays[name])
@@ -102,8 +121,7 @@ def read_class_names(path: str | Path) -> list[str]:
         DataError: If the file cannot be read as that.
     """
     path = Path(path)
-    with readable(path):
-        return [str(name) for name in _only(open_arrays(path))]
+    return [str(name) for name in _only(path, open_arrays(path))]
 
 
 def digits(seed: int = 0) -> tuple[Features, Features]:
@@ -129,36 +147,39 @@ def digits(seed: int = 0) -> tuple[Features, Features]:
     )
 
 
-def _feature_files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files = [file for file in _data_files(path) if not _is_label_file(file)]
-    if not files:
-        raise DataError(f"{path}: the folder holds no feature files: {' '.join(OPENERS)}")
-    return files
-
-
-def _data_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in OPENERS and not file.name.startswith("."))
-
-
-def _is_label_file(file: Path) -> bool:
-    return file.name.lower().startswith(("label", "target")) or file.suffix in (".txt", ".json")
-
-
-def _folder_labels(path: Path, parts: list[Features]) -> npt.NDArray[Any] | None:
-    files = (
-        [file for file in _data_files(path) if _is_label_file(file) and file.suffix != ".json"] if path.is_dir() else []
-    )
-    found = [read_labels(file) for file in files] or [part.labels for part in parts if part.labels is not None]
+def _folder_labels(files: Folder, parts: list[Features], key: str | None) -> npt.NDArray[Any] | None:
+    found = [read_labels(file, "bank", key) for file in files.labels]
+    if len(found) == len(parts):
+        _check_lengths(files, parts, found)
+    if not files.labels:
+        found = [part.labels for part in parts if part.labels is not None]
     if not found:
         return None
-    if not files and len(found) != len(parts):
+    if not files.labels and len(found) != len(parts):
         unlabelled = next(part.source for part in parts if part.labels is None)
         raise DataError(f"{unlabelled}: has no labels, but other files of the folder have")
     if len({(labels.shape[1:], labels.dtype.kind) for labels in found}) > 1:
-        raise DataError(f"{path}: its files hold labels of different kinds")
+        raise DataError(f"{files.features[0].parent}: its files hold labels of different kinds")
     return np.concatenate(found)
+
+
+def _check_lengths(files: Folder, parts: list[Features], found: list[npt.NDArray[Any]]) -> None:
+    for file, part, labels in zip(files.labels, parts, found, strict=True):
+        if len(labels) != len(part.rows):
+            raise DataError(f"{file}: {len(labels)} labels for the {len(part.rows)} rows of {part.source}")
+
+
+def _sample_order(files: Folder, length: int) -> npt.NDArray[np.int64]:
+    """Rows in the order of their samples' numbers, each sample once: samplers pad with copies."""
+    numbers = np.concatenate([read_labels(file) for file in files.ids])
+    if numbers.shape != (length,) or numbers.dtype.kind != "i":
+        raise DataError(f"{files.ids[0]}: its kind holds {len(numbers)} numbers of samples for {length} rows")
+    return np.unique(numbers, return_index=True)[1].astype(np.int64)
+
+
+def _described_names(files: Folder, labels_key: str | None) -> list[str] | None:
+    names = [labels_key] if labels_key is not None else list(_LABELS)
+    return next((files.class_labels[name] for name in names if name in files.class_labels), None)
 
 
 def _joined(path: Path, parts: list[Rows]) -> Rows:
@@ -170,71 +191,131 @@ def _joined(path: Path, parts: list[Rows]) -> Rows:
     return Shards(parts)
 
 
-def _read_file(path: Path, role: Role, features_key: str | None, labels_key: str | None) -> Features:
+def _read_file(path: Path, role: Role, features_key: str | None, labels_key: str | None, with_labels: bool) -> Features:
     arrays = open_arrays(path)
-    name = _chosen(path, arrays, features_key, _names(role, _FEATURES), "features")
-    if name is None:
-        name = _only_vectors(path, arrays)
-    label_name = _chosen(path, arrays, labels_key, _names(role, _LABELS), "labels")
+    if features_key is not None and "," in features_key and features_key not in arrays:
+        name, rows = "", _columns(path, arrays, features_key.split(","))
+    else:
+        name = _features_name(path, arrays, role, features_key)
+        rows = _as_rows(path, arrays[name], features_key is not None)
+    label_name = None
+    if with_labels and labels_key is not None:
+        label_name = _named(path, arrays, labels_key, "labels")
+    elif with_labels:
+        label_name = _usual(path, arrays, role, _LABELS, beside=name)
     names = arrays.get("class_names")
-    return Features(
-        _as_rows(path, arrays[name]),
-        None if label_name is None else _as_labels(path, arrays[label_name]),
-        None if names is None else [str(x) for x in np.asarray(names)],
-        str(path),
-    )
+    found = None if label_name is None else arrays[label_name].class_names
+    if names is not None:
+        found = [str(x) for x in np.asarray(read_array(path, names))]
+    return Features(rows, None if label_name is None else _as_labels(path, arrays[label_name]), found, str(path))
 
 
-def _names(role: Role, plain: Iterable[str]) -> list[str]:
-    plain = list(plain)
-    sides = _SIDES[role]
-    return [f"{side}_{name}" for side in sides for name in plain] + (list(sides) if "features" in plain else []) + plain
-
-
-def _chosen(path: Path, arrays: Mapping[str, Any], key: str | None, names: list[str], what: str) -> str | None:
+def _features_name(path: Path, arrays: Arrays, role: Role, key: str | None) -> str:
     if key is not None:
-        if key not in arrays:
-            raise DataError(f"{path}: no array {key!r} for the {what}: it holds {_listed(arrays)}")
+        return _named(path, arrays, key, "features")
+    name = _usual(path, arrays, role, _FEATURES)
+    return _only_vectors(path, arrays) if name is None else name
+
+
+def _plain(name: str) -> str:
+    """A name without the marks of nesting and of numbered columns: `a/emb_*` is `a.emb`."""
+    return name.replace("/", ".").rstrip("*_-. ")
+
+
+def _named(path: Path, arrays: Arrays, key: str, what: str) -> str:
+    if key in arrays:
         return key
-    return next((name for name in names if name in arrays), None)
+    alike = [name for name in arrays if _plain(name) == _plain(key)]
+    if len(alike) != 1:
+        raise DataError(f"{path}: no array {key!r} for the {what}: it holds {_listed(arrays)}")
+    return alike[0]
 
 
-def _only_vectors(path: Path, arrays: Mapping[str, Any]) -> str:
+def _usual(path: Path, arrays: Arrays, role: Role, plain: Sequence[str], beside: str | None = None) -> str | None:
+    """The array whose name is usual for a role; labels are of the same side and group as the features `beside`."""
+    names: dict[str, str] = {}
+    for name in arrays:
+        names.setdefault(_plain(name), name)
+    sides = SIDES[role]
+    group = ""
+    if beside is not None:
+        group = _plain(beside).rpartition(".")[0]
+        named = {side for side in sides if side in re.split(r"[._]", _plain(beside))}
+        sides = tuple(side for side in sides if side in named) if named else sides
+    wanted = [f"{group}.{name}" for name in plain] if group else []
+    wanted += [
+        pattern.format(side, name) for side in sides for name in plain for pattern in ("{}_{}", "{1}_{0}", "{}.{}")
+    ]
+    wanted += [*(sides if plain is _FEATURES else ()), *plain]
+    exact = next((names[name] for name in wanted if name in names), None)
+    if exact is not None or group:
+        return exact
+    nested = [names[name] for usual in plain for name in names if name.rpartition(".")[2] == usual]
+    if len(nested) > 1:
+        raise DataError(f"{path}: cannot tell which of {', '.join(nested)} is meant: name it with --features-key")
+    return nested[0] if nested else None
+
+
+def _only_vectors(path: Path, arrays: Arrays) -> str:
     """The one array of vectors, where no name says which it is."""
     if len(arrays) == 1:
         return next(iter(arrays))
-    vectors = [name for name, array in arrays.items() if len(array.shape) == 2 and array.dtype.kind == "f"]
-    if len(vectors) != 1:
+    vectors = [name for name, member in arrays.items() if len(member.shape) == 2 and member.dtype.kind in "fiu"]
+    floats = [name for name in vectors if arrays[name].dtype.kind == "f"]
+    found = floats or [name for name in vectors if _plain(name).rpartition(".")[2] not in _LABELS]
+    if len(found) != 1:
         raise DataError(
             f"{path}: cannot tell which of {_listed(arrays)} holds the features: name it with --features-key"
+            f"{_COLUMNS_HINT if not vectors else ''}"
         )
-    return vectors[0]
+    return found[0]
 
 
-def _only(arrays: Mapping[str, Any]) -> npt.NDArray[Any]:
-    if len(arrays) != 1:
-        raise ValueError(f"one array was expected, it holds {_listed(arrays)}")
-    return np.asarray(next(iter(arrays.values())))
-
-
-def _listed(arrays: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name or 'one array'} {tuple(array.shape)}" for name, array in arrays.items()) or "nothing"
-
-
-def _as_rows(path: Path, array: Any) -> Rows:
-    if array.dtype.kind not in "fiu":
-        raise DataError(f"{path}: features must be numbers, got {array.dtype}")
-    if len(array.shape) != 2:
-        raise DataError(f"{path}: features must be (N, d), got shape {tuple(array.shape)}: flatten or pool each row")
-    if 0 in array.shape:
-        raise DataError(f"{path}: features are empty, shape {tuple(array.shape)}")
-    rows: Rows = array
+def _columns(path: Path, arrays: Arrays, names: list[str]) -> Rows:
+    """Columns that the user named one by one."""
+    columns = [np.asarray(read_array(path, arrays[_named(path, arrays, name, "features")])) for name in names]
+    if any(column.ndim != 1 or column.dtype.kind not in "fiu" for column in columns):
+        raise DataError(f"{path}: {', '.join(names)} are not all columns of numbers")
+    rows: Rows = np.stack(columns, axis=1)
     return rows
 
 
-def _as_labels(path: Path, array: Any) -> npt.NDArray[Any]:
+def _only(path: Path, arrays: Arrays) -> npt.NDArray[Any]:
+    if len(arrays) != 1:
+        raise DataError(f"{path}: one array was expected, it holds {_listed(arrays)}")
+    return np.asarray(read_array(path, next(iter(arrays.values()))))
+
+
+def _listed(arrays: Arrays) -> str:
+    shown = [f"{name or 'one array'} {_shown(member.shape)}" for name, member in arrays.items()]
+    more = f" and {len(shown) - _LISTED} more" if len(shown) > _LISTED else ""
+    return ", ".join(shown[:_LISTED]) + more if shown else "nothing"
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    lengths = ["?" if length == UNKNOWN else str(length) for length in shape]
+    return f"({', '.join(lengths)}{',' if len(shape) == 1 else ''})"
+
+
+def _as_rows(path: Path, member: Member, was_named: bool) -> Rows:
+    rows = read_array(path, member)
+    if rows.dtype.kind not in "fiu":
+        raise DataError(f"{path}: features must be numbers, got {rows.dtype}")
+    if len(rows.shape) != 2:
+        raise DataError(f"{path}: features must be (N, d), got shape {tuple(rows.shape)}: flatten or pool each row")
+    if 0 in rows.shape:
+        raise DataError(f"{path}: features are empty, shape {tuple(rows.shape)}")
+    reason = member.doubt(rows) if member.doubt is not None and not was_named else None
+    if reason is not None:
+        raise DataError(f"{path}: {reason}: say which columns are the features with --features-key")
+    found: Rows = rows
+    return found
+
+
+def _as_labels(path: Path, member: Member) -> npt.NDArray[Any]:
     with readable(path):
-        labels = np.asarray(array)
+        check_memory(tuple(max(length, 0) for length in member.shape), member.dtype)
+        labels = np.asarray(member.read())
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim not in (1, 2):

@@ -1,24 +1,46 @@
-"""Feature files: one opener per format, each giving the arrays by name, memory-mapped where the format allows."""
+"""Feature files: one opener per format, each giving the arrays by name; memory-mapped where the format allows."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+import os
+import posixpath
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 import numpy.typing as npt
+
+from faiss_knn.offline.tables import (
+    UNKNOWN,
+    Member,
+    open_arrow,
+    open_csv,
+    open_json_lines,
+    open_parquet,
+    parsed,
+)
+
+_SAFE_TORCH = "2.10"
+_MOST_EXPANDED = {ZIP_STORED: 1, ZIP_DEFLATED: 1032}  # bytes that one byte of an archive can become
+_SAFETENSORS = {
+    "F64": "f8", "F32": "f4", "F16": "f2", "BF16": "f4", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
+    "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?", "C64": "c8",
+}  # fmt: skip
 
 
 class DataError(ValueError):
     """A file that cannot be used: the message is one line and begins with the file's name."""
 
 
-Arrays = Mapping[str, Any]
+Arrays = Mapping[str, Member]
 
 
-def open_arrays(path: Path) -> dict[str, Any]:
-    """Open a feature file.
+def open_arrays(path: Path) -> dict[str, Member]:
+    """Open a file and read its head: arrays are read when they are asked for, and no others.
 
     Args:
         path: A file whose suffix is in `OPENERS`.
@@ -27,15 +49,46 @@ def open_arrays(path: Path) -> dict[str, Any]:
         Its arrays by name; formats that hold a single unnamed array give it as "".
 
     Raises:
-        DataError: If the format is unknown, its reader is not installed, or the file is damaged, truncated or pickled.
+        DataError: If the format is unknown, its reader is not installed, the file is none (a pipe, a device), or is
+            damaged, truncated or pickled.
     """
     opener = OPENERS.get(path.suffix.lower())
     if opener is None:
         raise DataError(f"{path}: unknown format {path.suffix!r}: one of {' '.join(OPENERS)} is read")
     if not path.exists():
         raise DataError(f"{path}: no such file")
+    if not path.is_file():
+        raise DataError(f"{path}: is no regular file: pipes, devices and folders of that name are not read")
     with readable(path):
         return dict(opener(path))
+
+
+def read_array(path: Path, member: Member) -> Any:
+    """Read an array of a file.
+
+    Raises:
+        DataError: If that part of the file is damaged.
+    """
+    with readable(path):
+        return member.read()
+
+
+def check_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Refuse what cannot fit before it is allocated.
+
+    Raises:
+        ValueError: If an array needs more memory than the machine has.
+    """
+    needed, present = math.prod(shape) * dtype.itemsize, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present:
+        raise ValueError(
+            f"an array of shape {shape}, {dtype}, needs {needed / 2**30:.0f} GiB of memory, this machine has "
+            f"{present / 2**30:.0f}: save it as .npy, which is read a slice at a time"
+        )
+
+
+def _member(array: Any) -> Member:
+    return Member(tuple(array.shape), np.dtype(array.dtype), lambda: array)
 
 
 @contextmanager
@@ -54,96 +107,203 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def _open_npy(path: Path) -> Arrays:
-    return {"": np.lib.format.open_memmap(path, mode="r")}  # refuses pickles and checks the length
+    rows = np.lib.format.open_memmap(path, mode="r")  # refuses pickles and lengths beyond the file's end
+    extra = path.stat().st_size - rows.offset - rows.nbytes
+    if extra:
+        raise ValueError(f"{extra} bytes follow its array: several arrays in one file are not read")
+    return {"": _member(rows)}
 
 
 def _open_npz(path: Path) -> Arrays:
-    with path.open("rb") as file:  # np.load leaves its own open when the archive is damaged
-        archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
+    with path.open("rb") as file:
+        if file.read(6) == np.lib.format.MAGIC_PREFIX:
             raise TypeError("it is a single array: name it .npy")
-        return {name: archive[name] for name in archive.files}
+    with ZipFile(path) as archive:
+        names = [info.filename for info in archive.infolist()]
+        return {name.removesuffix(".npy"): _npz_member(path, archive, name) for name in names}
+
+
+def _npz_member(path: Path, archive: ZipFile, name: str) -> Member:
+    with archive.open(name) as stream:
+        shape, dtype = _npy_head(stream)
+
+    def read() -> Any:
+        with ZipFile(path) as archive, archive.open(name) as stream:
+            info = archive.getinfo(name)
+            held = min(info.file_size, info.compress_size * _MOST_EXPANDED.get(info.compress_type, info.file_size))
+            if math.prod(shape) * dtype.itemsize > held and not dtype.hasobject:
+                raise ValueError(f"the head of {name} tells of shape {shape}, {dtype}, which {held} bytes do not hold")
+            check_memory(shape, dtype)
+            return np.lib.format.read_array(stream, allow_pickle=False)
+
+    return Member(shape, dtype, read)
+
+
+def _npy_head(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)
+    head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = head(stream)
+    return shape, dtype
 
 
 def _open_torch(path: Path) -> Arrays:
     import torch  # slow to import, and numpy's formats do not need it
 
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        held = torch.load(path, map_location="cpu", weights_only=True)  # the format before the zip one cannot be mapped
-    if isinstance(held, (tuple, list)) and len(held) == 2:
-        held = {"features": held[0], "labels": held[1]}
-    if isinstance(held, torch.Tensor):
-        held = {"": held}
-    if not isinstance(held, dict):
+    if torch.__version__ < _SAFE_TORCH:
+        raise ValueError(
+            f"torch {torch.__version__} may run code that a file holds (CVE-2025-32434, CVE-2026-24747): "
+            f"install torch {_SAFE_TORCH} or later, or save the features as .npz or .safetensors"
+        )
+    with torch.serialization.safe_globals(_numpy_globals()):
+        try:
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            held = torch.load(path, map_location="cpu", weights_only=True)  # the older format cannot be mapped
+    arrays = dict(_flattened("", _paired(held)))
+    if not arrays:
         raise TypeError(f"it holds a {type(held).__name__}: save a tensor, a (features, labels) pair or a dict of them")
-    return {str(name): _from_torch(value) for name, value in held.items() if _is_array_like(value)}
+    return arrays
 
 
-def _is_array_like(value: Any) -> bool:
-    return hasattr(value, "detach") or (isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value))
+def _numpy_globals() -> list[Any]:
+    """What a pickled array of numbers needs, under the names of numpy 1 and 2; none of it runs code."""
+    makers: list[Any] = [np.empty(0).__reduce__()[0], np.float32(0).__reduce__()[0]]
+    named = [(maker, f"numpy.{core}.multiarray.{maker.__name__}") for maker in makers for core in ("core", "_core")]
+    return [*named, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"]}]
+
+
+def _paired(held: Any) -> Any:
+    """A (features, labels) pair, or a list of such pairs, as a dict."""
+    if not isinstance(held, (tuple, list)):
+        return held
+    if len(held) == 2 and _looks_paired(*held):
+        return {"features": held[0], "labels": held[1]}
+    if held and all(isinstance(pair, (tuple, list)) and len(pair) == 2 and _looks_paired(*pair) for pair in held):
+        return {"features": [pair[0] for pair in held], "labels": [pair[1] for pair in held]}
+    return held
+
+
+def _looks_paired(first: Any, second: Any) -> bool:
+    """Whether these are features and labels, and not two batches of features."""
+    shapes = [tuple(getattr(part, "shape", ())) for part in (first, second)]
+    same = len(shapes[0]) == len(shapes[1]) == 2 and shapes[0][1] == shapes[1][1] > 1
+    return not (same and "float" in str(getattr(second, "dtype", "")))
+
+
+def _flattened(name: str, held: Any) -> Iterator[tuple[str, Member]]:
+    """The arrays within dicts, named by their keys with dots between; what is no array is passed over."""
+    if isinstance(held, Mapping):
+        for key, value in held.items():
+            yield from _flattened(f"{name}.{key}" if name else str(key), value)
+    elif hasattr(held, "detach") or isinstance(held, np.ndarray):
+        yield name, _torch_member(held)
+    elif isinstance(held, (list, tuple)) and held:
+        if all(isinstance(item, (str, int, float)) for item in held):
+            yield name, _member(np.asarray(held))
+        elif all((hasattr(item, "detach") or isinstance(item, np.ndarray)) and item.ndim for item in held):
+            yield name, _batches(held)
+
+
+def _batches(parts: Sequence[Any]) -> Member:
+    """Arrays in a list: (n, d) batches and (n,) batches of labels one after another, vectors of floats as rows."""
+    heads = [_torch_member(part) for part in parts]
+    as_rows = all(len(head.shape) == 1 and head.dtype.kind == "f" for head in heads)
+    if len({head.shape[0 if as_rows else 1 :] for head in heads}) > 1:
+        raise ValueError(f"it holds a list of arrays of different shapes, {heads[0].shape} among them")
+    length = len(heads) if as_rows else sum(head.shape[0] for head in heads)
+    shape, dtype = (length, *heads[0].shape[0 if as_rows else 1 :]), np.result_type(*(head.dtype for head in heads))
+    join = np.stack if as_rows else np.concatenate
+    return Member(shape, dtype, lambda: join([head.read() for head in heads]))
+
+
+def _torch_member(value: Any) -> Member:
+    if isinstance(value, np.ndarray):
+        return _member(value)
+    return Member(tuple(value.shape), _numpy_dtype(str(value.dtype)), lambda: _from_torch(value))
+
+
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    """What numpy makes of a dtype of torch: types that it lacks are widened."""
+    name = name.removeprefix("torch.")
+    if name.startswith(("bfloat", "float8", "float4")):
+        return np.dtype(np.float32)
+    try:
+        return np.dtype(name)
+    except TypeError:
+        return np.dtype(object)  # quantized and such, not read
 
 
 def _from_torch(value: Any) -> npt.NDArray[Any]:
-    if not hasattr(value, "detach"):
-        return np.asarray(value)
     value = value.detach()
-    return np.asarray((value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy())
+    widened = str(value.dtype).startswith(("torch.bfloat", "torch.float8"))
+    return np.asarray((value.float() if widened else value).resolve_conj().resolve_neg().numpy())
 
 
 def _open_safetensors(path: Path) -> Arrays:
     from safetensors import safe_open  # an extra
 
-    with safe_open(path, framework="pt") as tensors:  # "np" has no bfloat16
-        return {name: _from_torch(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
+    def read(name: str) -> Any:
+        with safe_open(path, framework="pt") as tensors:  # "np" has no bfloat16
+            return _from_torch(tensors.get_tensor(name))
 
-
-def _open_parquet(path: Path) -> Arrays:
-    from pyarrow import parquet, types  # an extra
-
-    table = parquet.read_table(path)
-    arrays: dict[str, Any] = {}
-    scalars: list[str] = []  # float columns are the features where no column holds vectors
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        column = column.combine_chunks()
-        if column.null_count:
-            raise ValueError(f"column {name!r} has {column.null_count} nulls")
-        if types.is_list(column.type) or types.is_fixed_size_list(column.type) or types.is_large_list(column.type):
-            arrays[name] = _stacked(name, column)
-        else:
-            arrays[name] = column.to_numpy(zero_copy_only=False)
-            scalars += [name] if types.is_floating(column.type) else []
-    if scalars and all(np.ndim(array) == 1 for array in arrays.values()):
-        arrays[""] = np.stack([arrays.pop(name) for name in scalars], axis=1)
-    return arrays
-
-
-def _stacked(name: str, column: Any) -> npt.NDArray[Any]:
-    values = column.flatten().to_numpy(zero_copy_only=False)
-    if len(column) == 0 or len(values) % len(column):
-        raise ValueError(f"column {name!r} holds vectors of different lengths")
-    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-    if (lengths != lengths[0]).any():
-        raise ValueError(f"column {name!r} holds vectors of different lengths")
-    return np.asarray(values).reshape(len(column), -1)
+    with safe_open(path, framework="pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {
+            name: Member(
+                tuple(part.get_shape()), np.dtype(_SAFETENSORS.get(part.get_dtype(), "f4")), partial(read, name)
+            )
+            for name, part in slices.items()
+        }
 
 
 def _open_hdf5(path: Path) -> Arrays:
     import h5py  # an extra
 
     file = h5py.File(path, "r")
-    return {
-        name: _strings(item) if item.dtype.kind in "OS" else item
-        for name, item in file.items()
-        if isinstance(item, h5py.Dataset) and item.ndim
-    }
+    arrays: dict[str, Member] = {}
+    links: dict[str, str] = {}
+    waiting, met = [("", file)], set()
+    while waiting:
+        parent, group = waiting.pop()
+        for key in group:
+            name, link = f"{parent}{key}", group.get(key, getlink=True)
+            if not isinstance(link, h5py.HardLink):
+                within = isinstance(link, h5py.SoftLink)
+                links[name] = posixpath.normpath(posixpath.join("/", parent, link.path)) if within else ""
+                continue
+            item = group[key]
+            if isinstance(item, h5py.Dataset) and item.ndim:
+                arrays[name] = _hdf5_member(name, item)
+            elif isinstance(item, h5py.Group) and h5py.h5o.get_info(item.id).addr not in met:
+                met.add(h5py.h5o.get_info(item.id).addr)  # a group may hold itself
+                waiting.append((f"{name}/", item))
+    return arrays | {name: arrays.get(target[1:]) or _leaves_file(name) for name, target in links.items()}
 
 
-def _strings(dataset: Any) -> npt.NDArray[Any]:
-    return np.asarray(dataset.asstr()[...], dtype=str)
+def _hdf5_member(name: str, dataset: Any) -> Member:
+    def read() -> Any:
+        if dataset.is_virtual or dataset.external:
+            raise ValueError(f"{name!r} is kept in other files (a virtual data set, or external storage): copy it here")
+        parts = [-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks or (), strict=False)]
+        if dataset.size and (
+            not dataset.id.get_storage_size() or (parts and dataset.id.get_num_chunks() < math.prod(parts))
+        ):
+            raise ValueError(f"{name!r} was not written to its end")
+        if dataset.dtype.kind not in "OS":
+            return dataset
+        check_memory(dataset.shape, dataset.dtype)
+        return np.asarray(dataset.asstr()[...], dtype=str)
+
+    return Member(tuple(dataset.shape), dataset.dtype, read)
+
+
+def _leaves_file(name: str) -> Member:
+    def read() -> Any:
+        raise ValueError(f"{name!r} is a link to what is not in this file: copy the data here")
+
+    return Member((UNKNOWN, UNKNOWN), np.dtype(np.float32), read)
 
 
 def _open_vecs(path: Path, dtype: type[np.generic]) -> Arrays:
@@ -157,7 +317,7 @@ def _open_vecs(path: Path, dtype: type[np.generic]) -> Arrays:
     heads = np.ascontiguousarray(raw[:: max(1, len(raw) // 1000), :4]).view("<i4")
     if (heads != dim).any():
         raise ValueError(f"its rows have different dimensions, {dim} and {int(heads[heads != dim][0])}")
-    return {"": raw[:, 4:].view(np.dtype(dtype).newbyteorder("<"))}
+    return {"": _member(raw[:, 4:].view(np.dtype(dtype).newbyteorder("<")))}
 
 
 def _open_bin(path: Path, dtype: type[np.generic]) -> Arrays:
@@ -167,20 +327,17 @@ def _open_bin(path: Path, dtype: type[np.generic]) -> Arrays:
     needed = 8 + rows * dim * np.dtype(dtype).itemsize
     if size != needed:
         raise ValueError(f"its header tells of {rows} x {dim} numbers, {needed} bytes, but it has {size}")
-    return {"": np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r", offset=8, shape=(rows, dim))}
+    return {"": _member(np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r", offset=8, shape=(rows, dim)))}
 
 
 def _open_text(path: Path) -> Arrays:
-    lines = path.read_text().splitlines()
-    try:
-        return {"": np.asarray([int(line) for line in lines])}
-    except ValueError:
-        return {"": np.asarray(lines, dtype=str)}
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return {"": _member(parsed(lines))}
 
 
 def _open_json(path: Path) -> Arrays:
-    held = json.loads(path.read_text())
-    return {"": np.asarray(held if isinstance(held, list) else [held[key] for key in sorted(held, key=int)])}
+    held = json.loads(path.read_text(encoding="utf-8-sig"))
+    return {"": _member(np.asarray(held if isinstance(held, list) else [held[key] for key in sorted(held, key=int)]))}
 
 
 OPENERS: dict[str, Callable[[Path], Arrays]] = {
@@ -189,7 +346,13 @@ OPENERS: dict[str, Callable[[Path], Arrays]] = {
     ".pt": _open_torch,
     ".pth": _open_torch,
     ".safetensors": _open_safetensors,
-    ".parquet": _open_parquet,
+    ".parquet": open_parquet,
+    ".arrow": open_arrow,
+    ".feather": open_arrow,
+    ".csv": open_csv,
+    ".tsv": open_csv,
+    ".jsonl": open_json_lines,
+    ".ndjson": open_json_lines,
     ".h5": _open_hdf5,
     ".hdf5": _open_hdf5,
     ".fvecs": lambda path: _open_vecs(path, np.float32),
@@ -199,4 +362,5 @@ OPENERS: dict[str, Callable[[Path], Arrays]] = {
     ".txt": _open_text,
     ".json": _open_json,
 }
-_EXTRAS = {".safetensors": "safetensors", ".parquet": "parquet", ".h5": "hdf5", ".hdf5": "hdf5"}
+_EXTRAS = {".safetensors": "safetensors", ".h5": "hdf5", ".hdf5": "hdf5"}
+_EXTRAS |= dict.fromkeys((".parquet", ".arrow", ".feather", ".csv", ".tsv", ".jsonl", ".ndjson"), "parquet")

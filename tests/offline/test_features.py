@@ -232,7 +232,7 @@ BAD = {
     "pickled npy": ("a.npy", lambda p: np.save(p, np.array([{1}, {2}])), "cannot be read as .npy"),
     "pickled npz": ("a.npz", lambda p: np.savez(p, features=np.array([{1}, {2}])), "cannot be read as .npz"),
     "pickled pt": ("a.pt", lambda p: torch.save({"features": Path("x")}, p), "cannot be read as .pt"),
-    "unknown suffix": ("a.csv", lambda p: p.write_text("1,2"), "unknown format '.csv'"),
+    "unknown suffix": ("a.dat", lambda p: p.write_text("1,2"), "unknown format '.dat'"),
     "not numbers": ("a.npy", lambda p: np.save(p, np.array([["a"]])), "features must be numbers"),
     "complex": ("a.npy", lambda p: np.save(p, ROWS.astype(complex)), "features must be numbers"),
     "a vector": ("a.npy", lambda p: np.save(p, ROWS[0]), r"features must be \(N, d\), got shape \(3,\)"),
