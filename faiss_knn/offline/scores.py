@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from faiss_knn.classify.ranking import scores_for
 from faiss_knn.classify.vote import count_votes
 from faiss_knn.offline.rows import spans
 
@@ -90,7 +91,7 @@ class ClassJudge:
                 self.distances[a:b, :k], found, self.labels[a:b, :k], self.num_classes, temperature, weighting
             )
             for metric in metrics.values():
-                metric.update(shares.cpu(), self.truth[a:b].cpu())
+                metric.update(scores_for(metric, shares, self.truth[a:b]).cpu(), self.truth[a:b].cpu())
         return {name: scalar(name, metric.compute()) for name, metric in metrics.items()}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from faiss_knn.classify.ranking import scores_for
 from faiss_knn.search.ranks import gather_rows, share
 
 
@@ -95,7 +96,7 @@ class MetricTable:
             return
         self._rows[loader] += len(shares)
         for metric in self._clones[loader][k].values():
-            metric.update(shares.to(metric.device), labels.to(metric.device))
+            metric.update(scores_for(metric, shares, labels).to(metric.device), labels.to(metric.device))
 
     def values(self, prefix: str, several_k: bool) -> dict[str, Tensor]:
         """Compute what was updated on all ranks, as log keys: `{prefix}[_k{K}]_{metric}[/dataloader_idx_{i}]`."""
