@@ -7,6 +7,8 @@ from torch import Tensor
 
 from faiss_knn.search.sketch import Asked, Sketch
 
+Places = npt.NDArray[np.int64]
+
 _GROUP = 8  # rows whose maximum is compared before any of them is
 _PER_KEPT = 64  # rows of a block for each that is kept: selection shall cost per row, not per block
 # Of scores at once: on a CPU what stays in cache between product and comparison. There the block of the first rows is
@@ -14,6 +16,8 @@ _PER_KEPT = 64  # rows of a block for each that is kept: selection shall cost pe
 _BLOCK_BYTES, _MIN_BLOCK, _MAX_BLOCK = 2 << 20, 1 << 10, 1 << 16
 _FIRST_BYTES, _FIRST_BLOCK = 30 << 20, 1 << 13
 _GPU_BLOCK_BYTES, _GPU_MIN_BLOCK, _GPU_MAX_BLOCK = 1 << 27, 1 << 13, 1 << 20  # a block costs a dozen kernel launches
+_FLAGS = 8  # bytes of a word
+_ROWS_OF_GROUPS = _GROUP * _FLAGS
 _CROWDED = 8  # one in so many groups reaching the least score: sorting the block is cheaper
 _PENDING = 2  # for each score kept, how many wait for being compared with them
 
@@ -51,7 +55,7 @@ def _best_above_a_threshold(sketch: Sketch, asked: Asked, rows: int, kept: int) 
     """Scan in blocks that stay in cache, and look at those scores alone that reach the lowest of the best so far."""
     row_bytes = asked.vectors.element_size() * max(1, len(asked.vectors))
     first = min(rows, max(_PER_KEPT * kept, min(_FIRST_BLOCK, _FIRST_BYTES // row_bytes)))
-    step = min(max(_BLOCK_BYTES // row_bytes, _MIN_BLOCK), _MAX_BLOCK)
+    step = min(max(_BLOCK_BYTES // row_bytes // _ROWS_OF_GROUPS * _ROWS_OF_GROUPS, _MIN_BLOCK), _MAX_BLOCK)
     best = _Best(*_best_rows(sketch.scores(asked, 0, first), kept))
     buffer = asked.vectors.new_empty(min(step, rows - first), len(asked.vectors))
     for start in range(first, rows, step):
@@ -69,62 +73,70 @@ class _Best:
     """
 
     def __init__(self, scores: Tensor, ids: Tensor) -> None:
-        self._scores, self._ids = scores, ids
-        self._least = scores.amin(1)
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # scores, and places in an (N, B) array of all scores
         self._count = 0
+        self._set(scores, ids)
 
     def add(self, block: Tensor, start: int) -> None:
         """Take the scores (n, B) of rows from number `start` on into account."""
-        height = len(block) // (8 * _GROUP) * 8  # whole words of eight flags
-        groups = torch.unflatten(block[: height * _GROUP], 0, (_GROUP, height)) if height else block[:0]
-        place = _flagged(_reached(groups, self._least)) if height else torch.empty(0, dtype=torch.int64)
-        if len(place) * _CROWDED > height * block.shape[1]:
+        queries = block.shape[1]
+        height = len(block) // _ROWS_OF_GROUPS * _FLAGS  # of a group's rows each is so far from the next
+        groups = torch.unflatten(block[: height * _GROUP], 0, (_GROUP, height))
+        places = _flagged(_reached(groups, self._least))
+        if len(places) * _CROWDED > height * queries:
             self._add_crowded(block, start)
             return
-        if len(place):
-            group, query = place // block.shape[1], place % block.shape[1]
-            members = group[:, None] + torch.arange(0, height * _GROUP, height, device=block.device)
-            self._wait(block, members, query[:, None].expand_as(members), start)
+        if len(places):
+            of_group = np.arange(0, height * _GROUP * queries, height * queries)
+            self._wait(block, places[:, None] + of_group, places % queries, start)
         if len(block) > height * _GROUP:
-            row, query = (block[height * _GROUP :] >= self._least).nonzero().unbind(1)
-            self._wait(block, row + height * _GROUP, query, start)
+            rest = block[height * _GROUP :] >= self._least.to(block.dtype)
+            places = np.flatnonzero(rest.numpy()) + height * _GROUP * queries
+            self._wait(block, places[:, None], places % queries, start)
 
-    def _wait(self, block: Tensor, row: Tensor, query: Tensor, start: int) -> None:
-        scores = block[row, query]
-        reached = scores >= self._least[query]
-        self._waiting.append((scores[reached], row[reached] + start, query[reached]))
-        self._count += len(self._waiting[-1][0])
-        if self._count > _PENDING * self._ids.numel():
-            self._merge()
+    def _wait(self, block: Tensor, places: Places, query: Places, start: int) -> None:
+        """Keep those scores of a block, at places (P, g) of query (P,), that reach the query's least."""
+        scores = torch.take(block, torch.from_numpy(places.ravel()))
+        reached = np.flatnonzero(_comparable(scores) >= self._comparable_least[query].repeat(places.shape[1]))
+        if len(reached):
+            chosen = torch.from_numpy(places.ravel()[reached] + start * block.shape[1])
+            self._waiting.append((scores[torch.from_numpy(reached)], chosen))
+            self._count += len(reached)
+            if self._count > _PENDING * self._ids.numel():
+                self._merge()
 
     def _add_crowded(self, block: Tensor, start: int) -> None:
         self._merge()
         scores, numbers = _best_rows(block, min(self._ids.shape[1], len(block)))
-        self._keep(torch.cat([self._scores, scores], 1), torch.cat([self._ids, numbers + start], 1))
+        self._keep(scores, numbers + start)
 
     def _merge(self) -> None:
         """Compare what waits with the best, of each query as many at a time as are kept of it."""
         if not self._count:
             return
-        scores, ids, query = (torch.cat(column) for column in zip(*self._waiting, strict=True))
+        scores, places = (torch.cat(column) for column in zip(*self._waiting, strict=True))
         self._waiting, self._count = [], 0
-        query, order = query.sort(stable=True)
-        scores, ids = scores[order], ids[order]
-        counts = query.bincount(minlength=len(self._ids))
-        place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
-        width = self._ids.shape[1]
-        for turn in range(-(-int(counts.max()) // width)):
-            now = place // width == turn
-            further = scores.new_full((len(self._ids), int(counts.max().clamp(max=width))), -torch.inf)
+        queries, width = self._ids.shape
+        query, order = (places % queries).sort()
+        scores, ids = scores[order], places[order] // queries
+        counts = query.bincount(minlength=queries)
+        nth = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
+        most = int(counts.max())
+        for turn in range(0, most, width):
+            now = slice(None) if most <= width else ((nth >= turn) & (nth < turn + width)).nonzero()[:, 0]
+            further = scores.new_full((queries, min(most, width)), -torch.inf)
             further_ids = torch.full_like(further, -1, dtype=torch.int64)
-            further[query[now], place[now] % width] = scores[now]
-            further_ids[query[now], place[now] % width] = ids[now]
-            self._keep(torch.cat([self._scores, further], 1), torch.cat([self._ids, further_ids], 1))
+            further[query[now], nth[now] - turn] = scores[now]
+            further_ids[query[now], nth[now] - turn] = ids[now]
+            self._keep(further, further_ids)
 
     def _keep(self, scores: Tensor, ids: Tensor) -> None:
-        self._scores, self._ids = _best_of(scores, ids, self._ids.shape[1])
-        self._least = self._scores.amin(1)
+        self._set(*_best_of(torch.cat([self._scores, scores], 1), torch.cat([self._ids, ids], 1), self._ids.shape[1]))
+
+    def _set(self, scores: Tensor, ids: Tensor) -> None:
+        self._scores, self._ids = scores, ids
+        self._least = scores.amin(1)
+        self._comparable_least = _comparable(self._least)
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Return the (B, kept) highest scores and their rows."""
@@ -132,20 +144,26 @@ class _Best:
         return self._scores, self._ids
 
 
+def _comparable(scores: Tensor) -> npt.NDArray[np.floating]:
+    """Return scores as numpy, which has no bfloat16."""
+    values: npt.NDArray[np.floating] = (scores.float() if scores.dtype == torch.bfloat16 else scores).numpy()
+    return values
+
+
 def _reached(groups: Tensor, least: Tensor) -> npt.NDArray[np.bool_]:
     """Tell which maxima over the first axis of (g, n, B) scores reach `least` (B,): (n, B) bool."""
     if groups.dtype == torch.bfloat16 and bool((least > 0).all()):
         # Positive numbers of 16 bits have the order of their bits, and come after those of negative ones.
         groups, least = groups.view(torch.int16), least.view(torch.int16)
-    highest = groups.amax(0)
-    return (highest >= least).numpy()
+    reached: npt.NDArray[np.bool_] = (groups.amax(0) >= least).numpy()
+    return reached
 
 
-def _flagged(flags: npt.NDArray[np.bool_]) -> Tensor:
+def _flagged(flags: npt.NDArray[np.bool_]) -> Places:
     """Return the places of the few set ones among (n, B) flags, n a multiple of 8: eight are looked at at once."""
     eights = np.flatnonzero(flags.reshape(-1).view(np.uint64) != 0)
-    which, place = np.nonzero(flags.reshape(-1, 8)[eights])
-    return torch.from_numpy(eights[which] * 8 + place)
+    which, place = np.nonzero(flags.reshape(-1, _FLAGS)[eights])
+    return eights[which] * _FLAGS + place
 
 
 def _best_of(scores: Tensor, ids: Tensor, kept: int) -> tuple[Tensor, Tensor]:
