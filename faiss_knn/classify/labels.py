@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from faiss_knn.search.rows import as_count
+from faiss_knn.search.rows import as_count, check_dense
 
 Names = npt.NDArray[np.str_]
 
@@ -185,19 +185,10 @@ def as_dense(values: Any, what: str) -> Tensor:
 
 
 def _from_tensor(values: Tensor, what: str) -> Tensor:
-    if values.layout != torch.strided or values.is_nested or values.is_quantized or values.is_meta:
-        raise ValueError(f"{what} must be an ordinary dense tensor, got {_kind(values)}: convert it first")
+    check_dense(values, what)
     if values.is_complex():
         raise ValueError(f"{what} must be real, got {values.dtype}")
     return _comparable(values.detach(), what)
-
-
-def _kind(values: Tensor) -> str:
-    if values.is_nested:
-        return "a nested one"
-    if values.is_quantized:
-        return "a quantized one"
-    return "one on the meta device" if values.is_meta else f"one of layout {values.layout}"
 
 
 def _from_array(values: Any, what: str) -> Tensor | Names:

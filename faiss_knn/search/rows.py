@@ -175,16 +175,19 @@ def is_memmap(features: object) -> bool:
     return False
 
 
-def as_matrix(features: Tensor | np.ndarray, argument: str) -> Tensor:
+def as_matrix(features: Any, argument: str) -> Tensor:
     """Return (n, d) float data as a tensor that shares its memory, without gradient.
 
     Raises:
-        ValueError: If it is neither tensor nor ndarray, not two-dimensional, not float, or d is 0.
+        ValueError: If it is neither tensor nor array, not dense, not two-dimensional, not float, masked, or d is 0.
     """
+    if not isinstance(features, (Tensor, np.ndarray)) and hasattr(features, "to_numpy"):  # a DataFrame
+        features = features.to_numpy()
     if isinstance(features, np.ndarray):
         features = _from_numpy(features, argument)
     if not isinstance(features, Tensor):  # a ValueError like every other unfit input
         raise ValueError(f"`{argument}` must be a tensor or ndarray of shape (n, d), got {type(features).__name__}")  # noqa: TRY004
+    check_dense(features, f"`{argument}`")
     if features.dim() != 2 or features.shape[1] == 0:
         raise ValueError(f"`{argument}` must have shape (n, d) with d > 0, got {tuple(features.shape)}")
     if features.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -194,7 +197,21 @@ def as_matrix(features: Tensor | np.ndarray, argument: str) -> Tensor:
     return features.detach()
 
 
+def check_dense(values: Tensor, argument: str) -> None:
+    """Check that a tensor holds its values, one beside the other.
+
+    Raises:
+        ValueError: If it is sparse, nested, quantized or on the meta device.
+    """
+    kinds = {"nested": values.is_nested, "quantized": values.is_quantized, "meta": values.is_meta}
+    kinds["sparse"] = values.layout != torch.strided
+    if kind := next((kind for kind, is_so in kinds.items() if is_so), None):
+        raise ValueError(f"{argument} must be an ordinary dense tensor, got a {kind} one: convert it first")
+
+
 def _from_numpy(array: np.ndarray, argument: str) -> Tensor:
+    if np.ma.is_masked(array):
+        raise ValueError(f"`{argument}` must not have masked entries: leave those rows out, or fill them in")
     array = np.asarray(array)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise ValueError(
