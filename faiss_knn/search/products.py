@@ -15,6 +15,9 @@ import torch
 from numpy.linalg import _umath_linalg
 from torch import Tensor
 
+from faiss_knn.search.backend import cpu_flags
+
+BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")  # with either, bfloat16 products are faster than float32 ones
 _ROWS, _WIDTH, _QUERIES = 1024, 256, 256  # of the product that is timed: 2 to 5 milliseconds in all
 _ROUNDS = 3
 _FASTER = 1.1  # numpy's must be so many times as fast to be taken
@@ -41,6 +44,16 @@ def prefers_numpy() -> bool:
     out = torch.empty(_ROWS, _QUERIES, dtype=torch.float32, device="cpu")
     of_numpy = _least_seconds(lambda: np.matmul(rows.numpy(), queries.numpy().T, out=out.numpy()))
     return _FASTER * of_numpy < _least_seconds(lambda: torch.mm(rows, queries.T, out=out))
+
+
+@cache
+def multiply_add_seconds(dtype: torch.dtype) -> float:
+    """Return what each multiply-add of a scan's product takes on this CPU, timed once per process."""
+    if dtype == torch.bfloat16 and cpu_flags().isdisjoint(BFLOAT16_FLAGS):
+        return multiply_add_seconds(torch.float32)  # without instructions of its own it is never scanned in
+    rows = torch.ones(_ROWS, _WIDTH, dtype=dtype, device="cpu")
+    queries, out = rows[:_QUERIES].clone(), rows.new_empty(_ROWS, _QUERIES)
+    return _least_seconds(lambda: multiply(rows, queries, out)) / (_ROWS * _WIDTH * _QUERIES)
 
 
 def _least_seconds(product: Callable[[], object]) -> float:

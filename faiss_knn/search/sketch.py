@@ -24,7 +24,7 @@ from torch import Tensor
 
 from faiss_knn.search.backend import cpu_flags
 from faiss_knn.search.distance import Distance, unit
-from faiss_knn.search.products import multiply
+from faiss_knn.search.products import BFLOAT16_FLAGS, multiply
 from faiss_knn.search.rows import Rows
 
 _SAMPLE = 1024
@@ -68,7 +68,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Tell whether bfloat16 products are faster than float32 ones: AMX or AVX-512 on a CPU, tensor cores."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and not cpu_flags().isdisjoint(("amx_bf16", "avx512_bf16"))
+    return device.type == "cpu" and not cpu_flags().isdisjoint(BFLOAT16_FLAGS)
 
 
 class ProductSketch:

@@ -1,7 +1,8 @@
 """The measurement behind `target_recall`, and the cost model behind "fast" and "auto".
 
 Recall is measured on rows of the bank that serve as queries and never count as their own neighbour, against the exact
-search. Costs are modelled, not timed: a choice must not depend on what else the machine does.
+search. Costs are modelled from the measured rate of the CPU's matrix product, not timed: a choice shall not depend on
+what else the machine does.
 """
 
 from typing import NamedTuple, Protocol
@@ -10,16 +11,14 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.exact import ExactEngine
+from faiss_knn.search.products import multiply_add_seconds
 from faiss_knn.search.rerank import PAIR_SECONDS, VALUE_SECONDS
 from faiss_knn.search.rows import Rows
 
 HELD_OUT = 256  # queries of a first tuning: at k = 20 the recall is known to about 0.002
 RECHECK = 64  # queries that check what was tuned before
 
-# Seconds on two modern cores: per multiply-add of a product in each dtype, and per score compared. Only their
-# proportions matter, to each other and to those of measuring candidates.
-_PRODUCT = {torch.bfloat16: 0.8e-12, torch.float32: 7.4e-12}
-_SCORE = 0.4e-9
+_SCORE = 0.4e-9  # seconds on two modern cores per score compared
 _ROW_VALUE = 4e-9  # of a build: check, centre, cast, write
 _TUNED_SCANS = 3  # scans of the held-out queries that a first tuning takes
 
@@ -100,7 +99,7 @@ def search_cost(rows: int, dim: int, scanned: int, candidates: int, dtype: torch
     Returns:
         Seconds, in proportion to those of other choices.
     """
-    scan = rows * (scanned * _PRODUCT[dtype] + _SCORE)
+    scan = rows * (scanned * multiply_add_seconds(dtype) + _SCORE)
     return scan + candidates * (PAIR_SECONDS + dim * VALUE_SECONDS)
 
 
