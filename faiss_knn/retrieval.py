@@ -1,10 +1,13 @@
 """Ranking metrics from lists of neighbours' labels."""
 
+import operator
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from faiss_knn.classify.labels import as_dense
 
 
 def retrieval_metrics(
@@ -40,10 +43,15 @@ def retrieval_metrics(
         >>> scores["precision@3"], scores["map@3"], scores["mrr"]
         (0.6666666666666666, 0.8333333333333333, 1.0)
     """
-    neighbor_labels, query_labels, relevant_counts = map(
-        torch.as_tensor, (neighbor_labels, query_labels, relevant_counts)
+    neighbor_labels, query_labels, relevant_counts = (
+        as_dense(values, f"`{name}`")
+        for name, values in (
+            ("neighbor_labels", neighbor_labels),
+            ("query_labels", query_labels),
+            ("relevant_counts", relevant_counts),
+        )
     )
-    ks = sorted(set(ks))
+    ks = _lengths(ks)
     _check(neighbor_labels, query_labels, relevant_counts, ks)
     kept = relevant_counts > 0
     wanted = relevant_counts[kept].double()
@@ -76,6 +84,14 @@ def _per_query(relevant: Tensor, wanted: Tensor, ks: list[int]) -> dict[str, Ten
     return values
 
 
+def _lengths(ks: Iterable[int]) -> list[int]:
+    """The list lengths in ascending order, each once."""
+    try:
+        return sorted({operator.index(k) for k in ks})
+    except (TypeError, RuntimeError) as error:  # the latter from tensors
+        raise ValueError(f"`ks` must be integers, several list lengths such as [1, 5]: {error}") from error
+
+
 def _check(neighbor_labels: Tensor, query_labels: Tensor, relevant_counts: Tensor, ks: list[int]) -> None:
     if neighbor_labels.ndim != 2:
         raise ValueError(f"`neighbor_labels` must be (B, K), got shape {tuple(neighbor_labels.shape)}")
@@ -84,9 +100,13 @@ def _check(neighbor_labels: Tensor, query_labels: Tensor, relevant_counts: Tenso
             raise ValueError(
                 f"`{name}` must have one entry per list, shape ({len(neighbor_labels)},), got {tuple(given.shape)}"
             )
+        if given.device != neighbor_labels.device:
+            raise ValueError(f"`{name}` must be on the device of `neighbor_labels`, got {given.device}")
     for name, given in (("neighbor_labels", neighbor_labels), ("query_labels", query_labels)):
-        if given.is_floating_point() or given.is_complex():
+        if given.is_floating_point():
             raise ValueError(f"`{name}` must be integer class ids, got {given.dtype}: cast them with .long()")
+    if not ((relevant_counts >= 0) & (relevant_counts == relevant_counts.double().floor())).all():
+        raise ValueError("`relevant_counts` must be numbers of rows, integers from 0: a query without any has 0")
     length = neighbor_labels.shape[1]
     if ks and not 1 <= ks[0] <= ks[-1] <= length:
         raise ValueError(

@@ -122,8 +122,20 @@ def test_no_query_with_relevant_rows_is_not_a_number():
         ([[1, 2]], [1], [1], [3], r"`ks` must lie in \[1, K=2\], got \[3\]"),
         ([[1, 2]], [1], [1], [0], r"`ks` must lie in \[1, K=2\], got \[0\]"),
         ([[1, 1]], [1], [1], [1], "got 1 for a list that holds 2"),
+        ([[1, 1]], [1], [-1], [1], "`relevant_counts` must be numbers of rows"),
+        ([[1, 1]], [1], [float("nan")], [1], "`relevant_counts` must be numbers of rows"),
+        ([[1, 1]], [1], [2], ["1"], "`ks` must be integers"),
+        ([[1, 1]], [1], [2], 1, "`ks` must be integers"),
     ],
 )
 def test_bad_input_is_named(lists, queries, counts, ks, message):
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(torch.tensor(lists), torch.tensor(queries), torch.tensor(counts), ks)
+
+
+def test_arrays_and_lists_are_read_like_tensors():
+    lists, queries, counts = [[3, 1, -1], [2, 2, 0]], [1, 2], [2, 3]
+    expected = retrieval_metrics(torch.tensor(lists), torch.tensor(queries), torch.tensor(counts), [1, 2])
+    narrow = np.array(lists, np.int8), np.array(queries, np.uint16), np.array(counts, np.uint64)
+    assert retrieval_metrics(*narrow, ks=np.array([2, 1], np.int32)) == expected
+    assert retrieval_metrics(lists, queries, counts, ks=(1, 2)) == expected

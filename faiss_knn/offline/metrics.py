@@ -1,8 +1,11 @@
 """torchmetrics metrics by name, for the command line and evaluate()."""
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 _COUNT = {"Multiclass": "num_classes", "Multilabel": "num_labels"}
 
@@ -27,7 +30,20 @@ def make_metrics(wanted: Iterable[str], num_classes: int, multi_hot: bool) -> di
         ["MulticlassF1Score(average='macro')"]
     """
     prefix = "Multilabel" if multi_hot else "Multiclass"
-    return {text: _make(text, prefix, num_classes) for text in wanted}
+    with plain_defaults():
+        return {text: _make(text, prefix, num_classes) for text in wanted}
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Let torchmetrics count on the CPU and divide in float32, whatever the process has made torch's defaults."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _make(text: str, prefix: str, num_classes: int) -> Any:

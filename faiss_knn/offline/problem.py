@@ -95,7 +95,8 @@ class Problem:
         for side in (self.bank, self.queries):
             digest.update(side.labels.numpy().tobytes())
             places = np.unique(np.linspace(0, len(side.rows) - 1, 1000).astype(np.int64))
-            digest.update(np.ascontiguousarray(torch.as_tensor(read_rows(side.pick(places).rows)).cpu()).tobytes())
+            block = read_rows(side.pick(places).rows)
+            digest.update(np.ascontiguousarray(block.cpu() if isinstance(block, Tensor) else block).tobytes())
         return digest.hexdigest()[:16]
 
     def few_shot(self, per_class: int, seed: int) -> "Problem":
@@ -190,7 +191,9 @@ def _numbered(
     unknown = next((str(word) for array in labels for word in np.unique(array) if str(word) not in number), None)
     if unknown is not None:
         raise ValueError(f"label {unknown!r} is not among the class names, {names[:3]} ({len(names)} of them)")
-    return [torch.tensor([number[str(word)] for word in array]) for array in labels], names
+    return [
+        torch.tensor([number[str(word)] for word in array], dtype=torch.int64, device="cpu") for array in labels
+    ], names
 
 
 def _side(rows: Rows, labels: Tensor, name: str) -> Side:

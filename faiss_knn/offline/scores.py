@@ -11,6 +11,7 @@ from torch import Tensor
 
 from faiss_knn.classify.ranking import scores_for
 from faiss_knn.classify.vote import count_votes
+from faiss_knn.offline.metrics import plain_defaults
 from faiss_knn.offline.rows import spans
 
 BLOCK = 1 << 23  # numbers that a block of scores may hold
@@ -90,9 +91,8 @@ class ClassJudge:
             shares = class_shares(
                 self.distances[a:b, :k], found, self.labels[a:b, :k], self.num_classes, temperature, weighting
             )
-            for metric in metrics.values():
-                metric.update(scores_for(metric, shares, self.truth[a:b]).cpu(), self.truth[a:b].cpu())
-        return {name: scalar(name, metric.compute()) for name, metric in metrics.items()}
+            update(metrics, shares, self.truth[a:b])
+        return values_of(metrics)
 
 
 class MultiHotJudge:
@@ -116,11 +116,11 @@ class MultiHotJudge:
         scores = self._scores(k, temperature, weighting)
         for metric in metrics.values():
             metric.reset()
-            metric.update(scores.cpu(), self.truth.cpu())
+        update(metrics, scores, self.truth)
         best, order = scores.sort(dim=1, descending=True, stable=True)
         hits = self.truth.gather(1, order).bool() & (best > 0)
-        values = {name: scalar(name, metric.compute()) for name, metric in metrics.items()}
-        return Hits(hits[:, 0], hits[:, :5].any(1), average_precisions(scores, self.truth), values)
+        precisions = average_precisions(scores, self.truth)
+        return Hits(hits[:, 0], hits[:, :5].any(1), precisions, values_of(metrics))
 
     def _scores(self, k: int, temperature: float, weighting: str) -> Tensor:
         num_classes = self.bank_labels.shape[1]
@@ -132,6 +132,23 @@ class MultiHotJudge:
                 class_shares(self.distances[a:b, :k], indices >= 0, labels, num_classes, temperature, weighting)
             )
         return torch.cat(blocks)
+
+
+def update(metrics: Mapping[str, Any], shares: Tensor, truth: Tensor) -> None:
+    """Show a block of queries to each metric."""
+    with plain_defaults():
+        for metric in metrics.values():
+            metric.update(scores_for(metric, shares, truth).cpu(), truth.cpu())
+
+
+def values_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What the metrics have counted.
+
+    Raises:
+        ValueError: If one does not give a single number.
+    """
+    with plain_defaults():
+        return {name: scalar(name, metric.compute()) for name, metric in metrics.items()}
 
 
 def scalar(name: str, value: Any) -> float:
@@ -172,7 +189,7 @@ def average_precisions(scores: Tensor, truth: Tensor) -> Tensor:
         tensor([0.8333], dtype=torch.float64)
     """
     columns = zip(scores.T.cpu().numpy(), truth.T.cpu().numpy(), strict=True)
-    return torch.tensor([_average_precision(s, t) for s, t in columns], dtype=torch.float64)
+    return torch.tensor([_average_precision(s, t) for s, t in columns], dtype=torch.float64, device="cpu")
 
 
 def _average_precision(scores: npt.NDArray[Any], truth: npt.NDArray[Any]) -> float:

@@ -73,7 +73,7 @@ def _gather(found: Found | None, name: str) -> Tensor:
 def _merge_parts(found: Found | None, queries: int, k: int) -> tuple[Tensor, Tensor]:
     """Join the lists of all ranks' parts of the bank, some queries at a time."""
     if found is None:
-        nothing = torch.empty(queries, 0)
+        nothing = torch.empty(queries, 0, dtype=torch.float32, device="cpu")
         found = Found(nothing.double(), nothing.long(), {})
     found = pad_lists(found, k)
     _, size = world()

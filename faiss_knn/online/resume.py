@@ -30,6 +30,6 @@ def rows_of_rank(saved: Sequence[Tensor], rank: int, size: int) -> Tensor:
     filled = [rows for rows in saved if len(rows)]
     if not filled:
         return saved[0]
-    ages = torch.cat([torch.arange(len(rows) - 1, -1, -1) for rows in filled])
+    ages = torch.cat([torch.arange(len(rows) - 1, -1, -1, device=rows.device) for rows in filled])
     newest_first = ages.argsort(stable=True)
     return torch.cat(filled)[newest_first[rank::size].flip(0)]

@@ -82,7 +82,7 @@ def newest_per_id(ids: Tensor) -> Tensor:
         tensor([False,  True,  True])
     """
     _, size = world()
-    ages = torch.arange(len(ids) - 1, -1, -1)
+    ages = torch.arange(len(ids) - 1, -1, -1, device=ids.device)
     owners, order = ids.remainder(size).sort(stable=True)
     records, counts = send_rows(torch.stack([ids, ages], 1)[order], owners.bincount(minlength=size).tolist())
     decided, _ = send_rows(_first_per_id(*records.unbind(1)), counts)
@@ -92,7 +92,7 @@ def newest_per_id(ids: Tensor) -> Tensor:
 def _first_per_id(ids: Tensor, ages: Tensor) -> Tensor:
     by_age = ages.argsort(stable=True)
     order = by_age[ids[by_age].argsort(stable=True)]
-    first = torch.ones(len(ids), dtype=torch.bool)
+    first = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     first[1:] = ids[order][1:] != ids[order][:-1]
     return torch.empty_like(first).scatter_(0, order, first)
 
@@ -111,7 +111,7 @@ class OncePerId:
     def add(self, ids: Tensor, count: Callable[[Tensor], None]) -> None:
         """Take a batch in: `count(mask)` is called later, with the (n,) bool mask of the rows that count."""
         self._let_through()
-        new = torch.zeros(len(ids), dtype=torch.bool)
+        new = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
         held: list[int] = []
         for row, sample in enumerate(ids.tolist()):
             if sample not in self._counted and sample not in held:
@@ -121,15 +121,17 @@ class OncePerId:
 
     def finish(self) -> None:
         """Settle the last batches; every rank must call it."""
-        held, new, _ = self._held or ([], torch.zeros(0, dtype=torch.bool), None)
+        held, new, _ = self._held or ([], torch.zeros(0, dtype=torch.bool, device="cpu"), None)
         rank, _ = world()
-        last, counts = gather_rows(torch.tensor(held, dtype=torch.int64))
-        counted_here = torch.tensor([sample in self._counted for sample in last.tolist()], dtype=torch.bool)
+        last, counts = gather_rows(torch.tensor(held, dtype=torch.int64, device="cpu"))
+        counted_here = torch.tensor(
+            [sample in self._counted for sample in last.tolist()], dtype=torch.bool, device="cpu"
+        )
         counted = gather_rows(counted_here[None])[0].any(0)
         start = sum(counts[:rank])
         on_lower_ranks = set(last[:start].tolist())
         once = [not (counted[start + i] or sample in on_lower_ranks) for i, sample in enumerate(held)]
-        new[new.clone()] = torch.tensor(once, dtype=torch.bool)
+        new[new.clone()] = torch.tensor(once, dtype=torch.bool, device="cpu")
         self._let_through()
 
     def _let_through(self) -> None:

@@ -113,7 +113,7 @@ class FaissEngine:
         """Return as many rows, taken at random, as training can use."""
         ivf = backend.inner_ivf(self.index)
         count = max(_MIN_TRAIN_ROWS, _TRAIN_ROWS_PER_CENTROID * (ivf.nlist if ivf is not None else 0))
-        chosen = torch.randperm(len(rows), generator=_generator())[:count].sort().values
+        chosen = torch.randperm(len(rows), generator=_generator(), device="cpu")[:count].sort().values
         return rows.take(chosen.to(rows.device))
 
     def _most_probes(self, ivf: Any) -> int:
@@ -213,7 +213,7 @@ def _prepared(rows: Tensor, distance: Distance) -> Tensor:
 
 
 def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+    return torch.Generator("cpu").manual_seed(0)
 
 
 def _reason(error: RuntimeError) -> str:

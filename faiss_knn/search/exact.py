@@ -208,7 +208,7 @@ def _worthwhile_basis(rows: Rows, distance: Distance) -> Tensor | None:
     """Return (d, m) leading directions if a few of them hold nearly all the spread, else None."""
     if rows.dim < _WIDE:
         return None
-    ids = torch.linspace(0, len(rows) - 1, min(2048, len(rows)), dtype=torch.float64).long()
+    ids = torch.linspace(0, len(rows) - 1, min(2048, len(rows)), dtype=torch.float64, device="cpu").long()
     sample = rows.directed(ids, distance)
     sample -= sample.median(0).values
     most = rows.dim // _BASIS_SHARE

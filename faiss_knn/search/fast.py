@@ -128,7 +128,9 @@ class FastEngine:
         return hold_out(self._rows, ExactEngine(self._rows, self._distance, lean=True, sketch=sketch), k, count)
 
     def _directions(self) -> Tensor:
-        ids = torch.linspace(0, len(self._rows) - 1, min(_SAMPLE, len(self._rows)), dtype=torch.float64).long()
+        ids = torch.linspace(
+            0, len(self._rows) - 1, min(_SAMPLE, len(self._rows)), dtype=torch.float64, device="cpu"
+        ).long()
         sample = self._rows.directed(ids, self._distance)
         return leading_directions(sample - sample.median(0).values, max(1, self._rows.dim // 2))[0]
 

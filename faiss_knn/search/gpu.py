@@ -127,7 +127,7 @@ def search(index: Any, queries: Tensor, k: int) -> Tensor:
 
     On a GPU the search is queued on the current stream of the queries' device, and nothing waits for it.
     """
-    scores = torch.empty(len(queries), k, device=queries.device)
+    scores = torch.empty(len(queries), k, dtype=torch.float32, device=queries.device)
     ids = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     library = faiss()
     with _on_its_stream(index, queries):

@@ -33,8 +33,8 @@ def leading_directions(sample: Tensor, count: int) -> tuple[Tensor, Tensor]:
     sample = sample[:_SAMPLE].double()
     sample = sample / sample.norm().clamp(min=1e-300)  # float32 products below neither over- nor underflow
     rows = sample.float()
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(rows.shape[1], count, generator=generator).to(rows.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    basis = torch.randn(rows.shape[1], count, generator=generator, dtype=torch.float32, device="cpu").to(rows.device)
     for _ in range(_POWERS + 1):
         basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
     inside = (rows @ basis).double()

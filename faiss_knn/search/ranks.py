@@ -132,7 +132,9 @@ def gather_rows(
     if device is None:
         device = wire(group) if rows is None else rows.device
     if len(counts) == 1:
-        return (torch.empty(0, device=device) if rows is None else rows.detach().to(device)), counts
+        return (
+            torch.empty(0, dtype=torch.float32, device=device) if rows is None else rows.detach().to(device)
+        ), counts
     return gather_known(rows, counts, kind, torch.device(device), group, block_bytes), counts
 
 
@@ -254,7 +256,7 @@ def gather_known(
 ) -> Tensor:
     """`gather_rows` once all ranks know the counts and the kind; a rank whose count is 0 only receives."""
     if kind is None:
-        return torch.empty(0, device=device)
+        return torch.empty(0, dtype=torch.float32, device=device)
     with agreed(group):  # the one large allocation: a rank that has no room for it must not leave the others waiting
         gathered = torch.empty(sum(counts), *kind.shape, dtype=kind.dtype, device=device)
     ends = list(accumulate(count * kind.row_bytes for count in counts))
@@ -283,7 +285,7 @@ def _send(rows: Tensor, dst: int, group: Group, block_bytes: int) -> None:
 
 
 def _receive(header: Rows, src: int, group: Group, block_bytes: int) -> Tensor:
-    rows = torch.empty(header.length, *header.shape, dtype=header.dtype)
+    rows = torch.empty(header.length, *header.shape, dtype=header.dtype, device="cpu")
     for block in _blocks(_bytes(rows), block_bytes):
         message = block.to(wire(group))
         _point_to_point(dist.irecv, message, src, group)

@@ -120,7 +120,7 @@ class _Best:
         query, order = (places % queries).sort()
         scores, ids = scores[order], places[order] // queries
         counts = query.bincount(minlength=queries)
-        nth = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
+        nth = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
         most = int(counts.max())
         for turn in range(0, most, width):
             now = slice(None) if most <= width else ((nth >= turn) & (nth < turn + width)).nonzero()[:, 0]

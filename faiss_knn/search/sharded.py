@@ -45,7 +45,9 @@ class ShardedRows:
         if kind is None:
             raise ValueError("`rows` must have rows on at least one rank, got none on all.")
         self.group = group
-        self.rows = rows if rows is not None and len(rows) else torch.empty(0, *kind.shape, dtype=kind.dtype)
+        self.rows = (
+            rows if rows is not None and len(rows) else torch.empty(0, *kind.shape, dtype=kind.dtype, device="cpu")
+        )
 
     def take(self, indices: Tensor) -> Tensor:
         """The rows of global indices, which all ranks ask for together, each its own.
@@ -159,7 +161,7 @@ class ShardedIndex:
         """This shard's answers to the queries of all ranks: (Q, 2, k) int64, float64 distances beside indices."""
         rank, _ = world(self.group)
         answers = torch.empty(sum(counts), 2, k, dtype=torch.int64, device=device)
-        answers[:, 0] = torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64)
+        answers[:, 0] = torch.tensor(torch.inf, dtype=torch.float64, device="cpu").view(torch.int64)
         answers[:, 1] = -1
         start = 0
         for turn in _turns(counts, kind.row_bytes if kind else 0, self.block_bytes):

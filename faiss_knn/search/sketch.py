@@ -118,7 +118,7 @@ class ProductSketch:
 
     def _place(self, rows: Rows) -> None:
         """Choose centre and scale: medians, which a few huge rows do not move."""
-        ids = torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)), dtype=torch.float64).long()
+        ids = torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)), dtype=torch.float64, device="cpu").long()
         sample = rows.directed(ids, self._distance)
         self._centre = sample.median(0).values
         sizes = (sample - self._centre).norm(dim=1)

@@ -53,7 +53,7 @@ def hold_out(rows: Rows, exact: ExactEngine, k: int, count: int) -> HeldOut:
         k: Neighbours of each, fewer in a bank that has no more.
         count: How many rows, at most N.
     """
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(rows), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     ids = order[: min(count, len(rows))].sort().values.to(rows.device)
     queries = rows.take(ids)
     k = max(1, min(k, len(rows) - 1))

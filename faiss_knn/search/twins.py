@@ -83,8 +83,8 @@ class Twins:
 
 def _fingerprints(block: Tensor) -> Tensor:
     """Hash rows (n, d) to (n,) int64: equal rows mostly to equal keys, others rarely."""
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(block.shape[1], 2, generator=generator).to(block.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    weights = torch.randn(block.shape[1], 2, generator=generator, dtype=torch.float32, device="cpu").to(block.device)
     return (block.float() @ weights).view(torch.int64)[:, 0]
 
 
