@@ -19,6 +19,7 @@ from faiss_knn.classify.labels import (
 )
 from faiss_knn.classify.vote import Votes, check_vote_options, count_votes
 from faiss_knn.search.index import KNNIndex, Neighbors
+from faiss_knn.search.inputs import as_switch
 from faiss_knn.search.rows import as_matrix
 
 _MULTI_HOT_BLOCK = 1 << 24  # labels gathered at once for a multi-hot vote
@@ -81,6 +82,7 @@ class FeatureBank:
             raise ValueError(f"`index` must be a spec or a KNNIndex, got {type(index).__name__}")  # noqa: TRY004
         if not isinstance(index, str) and index_options:
             raise ValueError(f"options {sorted(index_options)} belong to the KNNIndex that `index` is: give them to it")
+        renumber = as_switch(renumber, "`renumber`")
         matrix = as_matrix(features, "features")
         features = features if isinstance(features, (Tensor, np.ndarray)) else matrix  # a memmap stays one
         read = read_labels(labels, "`labels`", ignore_index=ignore_index)

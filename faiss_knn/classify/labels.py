@@ -14,12 +14,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from faiss_knn.search.rows import as_count, check_dense
+from faiss_knn.search.inputs import as_count, as_integer, shown
+from faiss_knn.search.rows import check_dense
 
 Names = npt.NDArray[np.str_]
 
 UNLABELLED = -1
 _FILL = "fill what is missing with -1, which leaves the row out"
+_TOO_LARGE = "must be below 2^63, got larger ones: renumber the classes"
 _MOST_CLASSES = 2**31 - 1
 _SHARE_SUM_TOLERANCE = 1e-2  # bfloat16 shares add up to 1 within 2^-8
 _EXACT_BELOW = {torch.float16: 2**11, torch.bfloat16: 2**8, torch.float32: 2**24, torch.float64: 2**53}
@@ -65,7 +67,7 @@ def read_labels(values: Any, what: str, *, float_ids: bool = False, ignore_index
         tensor = _from_floats(tensor, what, float_ids)
     elif tensor.ndim == 1 or ignore_index is not None:
         tensor = tensor.long()
-    return tensor if ignore_index is None else _without(tensor, ignore_index)
+    return tensor if ignore_index is None else _without(tensor, as_integer(ignore_index, "`ignore_index`"))
 
 
 def check_labels(labels: Tensor, what: str) -> None:
@@ -186,8 +188,8 @@ def as_dense(values: Any, what: str) -> Tensor:
 
 def _from_tensor(values: Tensor, what: str) -> Tensor:
     check_dense(values, what)
-    if values.is_complex():
-        raise ValueError(f"{what} must be real, got {values.dtype}")
+    if values.is_complex() or (values.is_floating_point() and values.dtype not in _EXACT_BELOW):
+        raise ValueError(f"{what} must be real numbers of an ordinary dtype, got {values.dtype}")
     return _comparable(values.detach(), what)
 
 
@@ -201,8 +203,12 @@ def _from_array(values: Any, what: str) -> Tensor | Names:
         return array
     if array.dtype.kind not in "iubf" or array.dtype.itemsize > 8:
         raise ValueError(f"{what} must be integers or names, got {array.dtype}")
+    if array.dtype.kind == "u":
+        if array.dtype.itemsize == 8 and (array > np.iinfo(np.int64).max).any():
+            raise ValueError(f"{what} {_TOO_LARGE}")
+        array = array.astype(np.int64)
     # In native byte order, and without negative strides: torch holds nothing else.
-    return _comparable(torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="))), what)
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
 def _plain(values: Any, what: str) -> npt.NDArray[Any]:
@@ -226,12 +232,12 @@ def _from_objects(array: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
     for row, value in enumerate(array.flat):
         if not isinstance(value, kind):
             raise ValueError(  # noqa: TRY004
-                f"{what} must be all integers or all names, got {str(value)[:40]!r} at place {row}: {_FILL}"
+                f"{what} must be all integers or all names, got {shown(value)} at place {row}: {_FILL}"
             )
     try:
         return array.astype(np.int64)
     except OverflowError as error:
-        raise ValueError(f"{what} must be below 2^63, got larger ones: renumber the classes") from error
+        raise ValueError(f"{what} {_TOO_LARGE}") from error
 
 
 def _from_floats(values: Tensor, what: str, float_ids: bool) -> Tensor:
@@ -271,11 +277,13 @@ def _comparable(values: Tensor, what: str) -> Tensor:
         return values
     ids = values.long()
     if values.dtype == torch.uint64 and (ids < 0).any():
-        raise ValueError(f"{what} must be below 2^63, got larger ones: renumber the classes")
+        raise ValueError(f"{what} {_TOO_LARGE}")
     return ids
 
 
 def _without(labels: Tensor, ignore_index: int) -> Tensor:
     """The labels with -1 for `ignore_index`; a multi-hot row that holds it is unlabelled as a whole."""
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"`ignore_index` must be a label, below 2^63, got {shown(ignore_index)}")
     ignored = labels == ignore_index
     return labels.masked_fill(ignored if labels.ndim == 1 else ignored.any(1, keepdim=True), UNLABELLED)

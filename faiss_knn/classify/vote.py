@@ -1,12 +1,13 @@
 """What weight a neighbour gets, and the class scores that follow."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from faiss_knn.classify.labels import as_class_count, as_dense
+from faiss_knn.search.inputs import as_choice, as_number
 
 WEIGHTINGS = ("inverse", "softmax", "uniform")
 
@@ -17,26 +18,14 @@ _SMALL = -100 * math.log(2)  # logarithm of the scores below which float32 runs 
 
 def check_vote_options(temperature: float, weighting: str) -> None:
     """Raise ValueError if no vote can be taken with these options."""
-    if not _is_number(temperature) or not temperature > 0:
+    if not as_number(temperature, "temperature") > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
         raise ValueError(
             f"temperature must be between {_FLOAT32.tiny:.3g} and {_FLOAT32.max:.3g}, the numbers that float32 holds, "
             f"got {temperature}: take one in the unit of the distances"
         )
-    if not isinstance(weighting, str) or weighting not in WEIGHTINGS:
-        raise ValueError(f"`weighting` must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
-
-
-def _is_number(value: Any) -> bool:
-    """Tell whether a value is one real number, of Python, numpy or torch."""
-    if isinstance(value, bool | str | bytes):
-        return False
-    try:
-        float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return True
+    as_choice(weighting, WEIGHTINGS, "`weighting`")
 
 
 def log_weights(distances: Tensor, found: Tensor, *, temperature: float, weighting: str) -> Tensor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from faiss_knn.search.inputs import as_choice
+
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "manhattan")
 
 
@@ -40,9 +42,7 @@ def get_distance(name: str) -> Distance:
         >>> get_distance("cosine").unit_rows
         True
     """
-    if name not in _DISTANCES:
-        raise ValueError(f"`distance_metric` must be one of {', '.join(DISTANCES)}, got {name!r}")
-    return _DISTANCES[name]
+    return _DISTANCES[as_choice(name, DISTANCES, "`distance_metric`")]
 
 
 def _same(norm: Tensor) -> Tensor:

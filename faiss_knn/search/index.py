@@ -1,6 +1,7 @@
 """KNNIndex: build it over features, search it for the nearest rows of queries."""
 
 import dataclasses
+import sys
 import time
 from typing import Any, Self
 
@@ -15,8 +16,9 @@ from faiss_knn.search.arithmetic import full_precision
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.exact import ExactEngine
 from faiss_knn.search.fast import FastEngine
+from faiss_knn.search.inputs import as_count, as_integer, as_k, as_number, shown
 from faiss_knn.search.rerank import Neighbors
-from faiss_knn.search.rows import Rows, as_k, as_queries
+from faiss_knn.search.rows import Rows, as_queries
 from faiss_knn.search.sketch import has_fast_bfloat16
 from faiss_knn.search.tuning import prefers_fast
 
@@ -104,21 +106,24 @@ class KNNIndex:
         chunk_size: int = -1,
     ) -> None:
         if not isinstance(spec, str) or not spec:
-            raise ValueError(f"`spec` must be 'flat', 'ivf', 'fast', 'auto' or a FAISS factory string, got {spec!r}")
-        if nprobe is not None and (not isinstance(nprobe, int) or nprobe < 1):
-            raise ValueError(f"`nprobe` must be a positive integer or None, got {nprobe!r}")
+            raise ValueError(
+                f"`spec` must be 'flat', 'ivf', 'fast', 'auto' or a FAISS factory string, got {shown(spec)}"
+            )
+        nprobe = None if nprobe is None else as_count(nprobe, "`nprobe`")
+        target_recall = None if target_recall is None else as_number(target_recall, "`target_recall`")
         if target_recall is not None and not 0 < target_recall <= 1:
             raise ValueError(f"`target_recall` must be in (0, 1], got {target_recall!r}")
-        if storage_dtype not in _STORAGE:
-            raise ValueError(f"`storage_dtype` must be None or one of {_STORAGE[1:]}, got {storage_dtype!r}")
-        if not isinstance(chunk_size, int) or (chunk_size < 1 and chunk_size != -1):
-            raise ValueError(f"`chunk_size` must be a positive integer, or -1 to choose it, got {chunk_size!r}")
+        if not any(storage_dtype is dtype for dtype in _STORAGE):
+            raise ValueError(f"`storage_dtype` must be None or one of {_STORAGE[1:]}, got {shown(storage_dtype)}")
+        chunk_size = as_integer(chunk_size, "`chunk_size`")
+        if chunk_size < 1 and chunk_size != -1:
+            raise ValueError(f"`chunk_size` must be a positive integer, or -1 to choose it, got {chunk_size}")
         self.spec = spec
         self.device = device
         self.nprobe = nprobe
         self.target_recall = target_recall
         self.storage_dtype = storage_dtype
-        self.chunk_size = chunk_size
+        self.chunk_size = min(chunk_size, sys.maxsize)
         self._distance = get_distance(distance_metric)
         self._engine: Engine | None = None
         self._released: Engine | None = None
@@ -162,7 +167,8 @@ class KNNIndex:
             ValueError: If features are empty, not (N, d), not finite, or zero under cosine; or too few for the spec.
         """
         start = time.perf_counter()
-        self._expected = expected_k, expected_queries
+        queries = None if expected_queries is None else as_integer(expected_queries, "`expected_queries`")
+        self._expected = as_count(expected_k, "`expected_k`"), queries
         self._step = self.chunk_size if self.chunk_size > 0 else _CHUNK
         try:
             self._index(features, self.device)

@@ -1,6 +1,5 @@
 """What comes in: the bank's rows and the queries, checked, in the dtype they are compared in, read in blocks."""
 
-import operator
 import warnings
 from collections.abc import Iterator
 from functools import cached_property
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance, lengths
+from faiss_knn.search.inputs import shown
 
 _BLOCK_BYTES = 32 << 20
 _NAMED_ROWS = 5
@@ -160,9 +160,9 @@ def as_device(device: torch.device | str) -> torch.device:
     """
     try:
         return torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError) as error:  # AssertionError: a build without CUDA
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # AssertionError: a build without CUDA
         raise ValueError(
-            f"`device` must be one that PyTorch can use here, got {device!r}: {str(error).splitlines()[0]}"
+            f"`device` must be one that PyTorch can use here, got {shown(device)}: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -186,7 +186,7 @@ def as_matrix(features: Any, argument: str) -> Tensor:
     if isinstance(features, np.ndarray):
         features = _from_numpy(features, argument)
     if not isinstance(features, Tensor):  # a ValueError like every other unfit input
-        raise ValueError(f"`{argument}` must be a tensor or ndarray of shape (n, d), got {type(features).__name__}")  # noqa: TRY004
+        raise ValueError(f"`{argument}` must be a tensor or ndarray of shape (n, d), got {shown(features)}")  # noqa: TRY004
     check_dense(features, f"`{argument}`")
     if features.dim() != 2 or features.shape[1] == 0:
         raise ValueError(f"`{argument}` must have shape (n, d) with d > 0, got {tuple(features.shape)}")
@@ -269,28 +269,3 @@ def _refuse(bad: Tensor, start: int, need: str, what: str) -> None:
     ids = bad.nonzero()[:, 0] + start
     named = ", ".join(str(int(row)) for row in ids[:_NAMED_ROWS]) + (", …" if len(ids) > _NAMED_ROWS else "")
     raise ValueError(f"{need}, got {len(ids)} {what} row(s) (row {named}): leave them out or mend them")
-
-
-def as_k(k: int) -> int:
-    """Return `k` as an int.
-
-    Raises:
-        ValueError: If it is not an integer above 0.
-    """
-    return as_count(k, "`k`")
-
-
-def as_count(value: Any, argument: str) -> int:
-    """Return an integer of Python, numpy or torch as an int.
-
-    Raises:
-        ValueError: If it is not an integer above 0.
-    """
-    try:
-        count = operator.index(value)
-    except (TypeError, RuntimeError, NotImplementedError):  # the last two from tensors that hold no one number
-        count = 0
-    if count < 1 or isinstance(value, bool):
-        shown = repr(value) if isinstance(value, (bool, int, float, str, np.generic)) else type(value).__name__
-        raise ValueError(f"{argument} must be a positive integer, got {shown}")
-    return count
