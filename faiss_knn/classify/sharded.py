@@ -38,8 +38,8 @@ class ShardedBank:
         with agreed():
             self.num_classes = as_class_count(num_classes)
             labels = _checked(features, labels, self.num_classes)
-        self._index = ShardedIndex(index).build(features, expected_k=expected_k)
-        self._labels = ShardedRows(labels)
+            self._index = ShardedIndex(index).build(features, expected_k=expected_k)
+            self._labels = ShardedRows(labels)
 
     def __len__(self) -> int:
         """The number of rows over all ranks."""
@@ -55,9 +55,13 @@ class ShardedBank:
         Returns:
             The neighbours as from `ShardedIndex.search`, and their labels, (B_r, k) or (B_r, k, C), fetched from the
             ranks that have them.
+
+        Raises:
+            Exception: On every rank, if it fails on one: its own error there, one that names it elsewhere.
         """
-        found = self._index.search(queries, k)
-        return found, self._labels.take(found.indices)
+        with agreed():
+            found = self._index.search(queries, k)
+            return found, self._labels.take(found.indices)
 
     def score(
         self, neighbors: Neighbors, labels: Tensor, *, temperature: float = 0.07, weighting: str = "inverse"

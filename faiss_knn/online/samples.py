@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from faiss_knn.search.ranks import gather_rows, send_rows, world
+from faiss_knn.search.ranks import agreed, gather_rows, send_rows, swap_rows, world
 
 
 def genuine_rows(loader: Any, batch_idx: int, rows: int) -> int:
@@ -82,11 +82,13 @@ def newest_per_id(ids: Tensor) -> Tensor:
         tensor([False,  True,  True])
     """
     _, size = world()
-    ages = torch.arange(len(ids) - 1, -1, -1, device=ids.device)
-    owners, order = ids.remainder(size).sort(stable=True)
-    records, counts = send_rows(torch.stack([ids, ages], 1)[order], owners.bincount(minlength=size).tolist())
-    decided, _ = send_rows(_first_per_id(*records.unbind(1)), counts)
-    return torch.empty_like(decided).scatter_(0, order, decided)
+    with agreed():
+        ages = torch.arange(len(ids) - 1, -1, -1, device=ids.device)
+        owners, order = ids.remainder(size).sort(stable=True)
+        sent = owners.bincount(minlength=size).tolist()
+        records, came = send_rows(torch.stack([ids, ages], 1)[order], sent)
+        decided = swap_rows(_first_per_id(*records.unbind(1)), came, sent)
+        return torch.empty_like(decided).scatter_(0, order, decided)
 
 
 def _first_per_id(ids: Tensor, ages: Tensor) -> Tensor:
@@ -121,6 +123,10 @@ class OncePerId:
 
     def finish(self) -> None:
         """Settle the last batches; every rank must call it."""
+        with agreed():
+            self._settle()
+
+    def _settle(self) -> None:
         held, new, _ = self._held or ([], torch.zeros(0, dtype=torch.bool, device="cpu"), None)
         rank, _ = world()
         last, counts = gather_rows(torch.tensor(held, dtype=torch.int64, device="cpu"))

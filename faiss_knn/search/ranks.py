@@ -2,13 +2,18 @@
 
 All ranks of the group call each of these, in the same order. Without a process group there is one rank, and nothing
 is sent. Rows travel as bytes, so that every dtype works on every backend, over the device that the backend sends from.
+
+How the ranks stay in step when one fails: they meet before rows travel, and where a block that `agreed` guards ends.
+Every meeting, be it `agree` or `share`, is the same exchange, in which each rank also says whether it failed. A rank
+that fails anywhere between two meetings goes to one at once, and finds the others at their next, where all raise. What
+a transfer takes of memory is taken before the meeting that comes before it.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -47,7 +52,7 @@ def world(group: Group = None) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def agree(error: Exception | None, group: Group = None) -> None:
+def agree(error: BaseException | None, group: Group = None) -> None:
     """Let all ranks fail together: an error of one rank is raised on every rank, where it would otherwise hang.
 
     Args:
@@ -58,39 +63,46 @@ def agree(error: Exception | None, group: Group = None) -> None:
         Exception: This rank's own error; or, naming the first rank that failed, a ValueError where that rank met a
             ValueError or OSError and a RuntimeError where it met anything else.
     """
-    rank, size = world(group)
-    if size > 1:
-        failed = torch.tensor(error is not None, dtype=torch.int32, device=wire(group))
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
-        if failed.item():
-            failures = share((f"{type(error).__name__}: {error}", _is_input(error)) if error else None, group)
-            if error is None:
-                raise _of_another_rank(failures, rank)
-    if error is not None:
+    if world(group)[1] > 1:
+        _meet(b"", error, group)
+    elif error is not None:
         raise error
 
 
 @contextmanager
 def agreed(group: Group = None) -> Iterator[None]:
-    """Guard this rank's own share of a collective step: all ranks leave the block, or all of them raise (`agree`).
+    """Guard a step that all ranks take: all of them leave the block, or all of them raise (`agree`).
 
-    The block must not hold a collective: a rank that fails in it would leave the others waiting there.
+    The block may hold collectives of this module, and no others.
     """
-    error = None
     try:
         yield
-    except Exception as raised:  # whatever it is, the other ranks are waiting for it
-        error = raised
-    agree(error, group)
+    except BaseException as error:  # whatever it is, the other ranks are waiting for this one
+        if not _is_final(error):
+            agree(error, group)
+        raise
+    agree(None, group)
+
+
+def share(obj: T, group: Group = None) -> list[T]:
+    """Every rank's small object (pickled), in rank order.
+
+    Raises:
+        Exception: As `agree`, where a rank failed on its way here.
+    """
+    if world(group)[1] == 1:
+        return [obj]
+    return [pickle.loads(message) for message in _meet(pickle.dumps(obj), None, group)]
 
 
 def broadcast_object(obj: T, src: int = 0, group: Group = None) -> T:
     """Rank `src`'s object on every rank (pickled; the other ranks' argument is ignored)."""
-    if world(group)[1] == 1:
+    rank, size = world(group)
+    if size == 1:
         return obj
-    box: list[Any] = [obj]
-    dist.broadcast_object_list(box, src=_global_rank(src, group), group=group)
-    received: T = box[0]
+    with agreed(group):
+        message = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8) if rank == src else None
+        received: T = pickle.loads(gather_rows(message, group=group, device="cpu")[0].numpy().tobytes())
     return received
 
 
@@ -128,14 +140,14 @@ def gather_rows(
         >>> gather_rows(None)
         (tensor([]), [0])
     """
-    kind, counts = survey(share(Rows.of(rows), group))
     if device is None:
         device = wire(group) if rows is None else rows.device
-    if len(counts) == 1:
-        return (
-            torch.empty(0, dtype=torch.float32, device=device) if rows is None else rows.detach().to(device)
-        ), counts
-    return gather_known(rows, counts, kind, torch.device(device), group, block_bytes), counts
+    if world(group)[1] == 1:
+        own = torch.empty(0, dtype=torch.float32, device=device) if rows is None else rows.detach().to(device)
+        return own, [0 if rows is None else len(rows)]
+    with agreed(group):
+        kind, counts = survey(share(Rows.of(rows), group))
+        return gather_known(rows, counts, kind, torch.device(device), group, block_bytes), counts
 
 
 def gather_to(
@@ -152,15 +164,24 @@ def gather_to(
     Returns:
         On rank `dst`, one tensor per rank; elsewhere None.
     """
-    rank, _ = world(group)
-    received = []
-    for src, header in enumerate(share(Rows(len(rows), tuple(rows.shape[1:]), rows.dtype), group)):
-        if rank == src == dst:
-            received.append(rows.detach().cpu())
-        elif rank == dst:
-            received.append(_receive(header, src, group, block_bytes))
-        elif rank == src:
-            _send(rows, dst, group, block_bytes)
+    rank, size = world(group)
+    if size == 1:
+        return [rows.detach().cpu()]
+    with agreed(group):
+        headers = share(Rows(len(rows), tuple(rows.shape[1:]), rows.dtype), group)
+        with agreed(group):
+            received = [torch.empty(n, *shape, dtype=dtype, device="cpu") for n, shape, dtype in headers if rank == dst]
+            places = [_bytes(part) for part in received]
+            own = _bytes(rows)
+            if rank == dst:
+                received[dst].copy_(rows)
+            most = max(header.length * header.row_bytes for header in headers)
+            block = _block(torch.device("cpu") if rank == dst else own.device, min(most, block_bytes), group)
+        for src in range(size):
+            if rank == src != dst:
+                _point_to_point(dist.isend, own, dst, block, block_bytes, group)
+            elif rank == dst != src:
+                _point_to_point(dist.irecv, places[src], src, block, block_bytes, group)
     return received if rank == dst else None
 
 
@@ -174,27 +195,30 @@ def send_rows(rows: Tensor, counts: Sequence[int], *, group: Group = None) -> tu
 
     Returns:
         The rows that came, from rank 0 first, on the device of `rows`, and how many came from each rank. Sent back
-        with those counts, rows return to where they came from in the order they left.
+        by `swap_rows` with the two counts exchanged, rows return to where they came from in the order they left.
     """
-    if len(counts) == 1:
+    if world(group)[1] == 1:
         return rows, list(counts)
-    sent = torch.tensor(counts, device=wire(group))
-    came = torch.empty_like(sent)
-    dist.all_to_all_single(came, sent, group=group)
-    received = came.tolist()
-    return swap_rows(rows, list(counts), received, group), received
+    with agreed(group):
+        came = [dealt[world(group)[0]] for dealt in share(list(counts), group)]
+        return swap_rows(rows, list(counts), came, group), came
 
 
 def swap_rows(rows: Tensor, sent: list[int], received: list[int], group: Group = None) -> Tensor:
     """Uneven all-to-all of (sum(sent), …) rows, as bytes: (sum(received), …), from rank 0 first."""
-    out = rows.new_empty(sum(received), *rows.shape[1:])
-    row_bytes = prod(rows.shape[1:]) * rows.dtype.itemsize
-    message = _bytes(rows).to(wire(group))
-    answer = message.new_empty(out.nbytes)
-    dist.all_to_all_single(
-        answer, message, [n * row_bytes for n in received], [n * row_bytes for n in sent], group=group
-    )
-    _bytes(out).copy_(answer)
+    if world(group)[1] == 1:
+        return rows
+    channel, row_bytes = wire(group), prod(rows.shape[1:]) * rows.dtype.itemsize
+    with agreed(group):
+        out = rows.new_empty(sum(received), *rows.shape[1:])
+        message = _bytes(rows).to(channel)
+        answer = torch.empty_like(_bytes(out), device=channel) if out.device != channel else _bytes(out)
+    with _transfer():
+        dist.all_to_all_single(
+            answer, message, [n * row_bytes for n in received], [n * row_bytes for n in sent], group=group
+        )
+    if out.device != channel:
+        _bytes(out).copy_(answer)
     return out
 
 
@@ -203,31 +227,6 @@ def wire(group: Group = None) -> torch.device:
     if world(group)[1] == 1 or "nccl" not in dist.get_backend_config(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _global_rank(rank: int, group: Group) -> int:
-    return rank if group is None else dist.get_global_rank(group, rank)
-
-
-def share(obj: T, group: Group = None) -> list[T]:
-    """Every rank's small object, in rank order."""
-    _, size = world(group)
-    if size == 1:
-        return [obj]
-    shared: list[Any] = [None] * size
-    dist.all_gather_object(shared, obj, group=group)
-    return shared
-
-
-def _is_input(error: Exception) -> bool:
-    return isinstance(error, ValueError | OSError)
-
-
-def _of_another_rank(failures: list[tuple[str, bool] | None], rank: int) -> Exception:
-    first, failure = next((index, failure) for index, failure in enumerate(failures) if failure)
-    message, is_input = failure
-    kind = ValueError if is_input else RuntimeError
-    return kind(f"rank {first} failed, so rank {rank} stops too: {message}")
 
 
 def survey(headers: Sequence[Rows | None]) -> tuple[Rows | None, list[int]]:
@@ -257,48 +256,124 @@ def gather_known(
     """`gather_rows` once all ranks know the counts and the kind; a rank whose count is 0 only receives."""
     if kind is None:
         return torch.empty(0, dtype=torch.float32, device=device)
-    with agreed(group):  # the one large allocation: a rank that has no room for it must not leave the others waiting
+    rank, _ = world(group)
+    with agreed(group):
         gathered = torch.empty(sum(counts), *kind.shape, dtype=kind.dtype, device=device)
-    ends = list(accumulate(count * kind.row_bytes for count in counts))
-    for src, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        _broadcast(rows, _bytes(gathered)[start:end], src, group, block_bytes)
+        own = _bytes(rows) if rows is not None and counts[rank] else None
+        places = torch.split(_bytes(gathered), [count * kind.row_bytes for count in counts])
+        block = _block(device, min(gathered.nbytes, block_bytes), group)
+    for src, place in enumerate(places):
+        _broadcast(own if src == rank else None, place, src, block, block_bytes, group)
     return gathered
 
 
-def _broadcast(rows: Tensor | None, target: Tensor, src: int, group: Group, block_bytes: int) -> None:
-    """Put rank `src`'s rows into every rank's `target` (bytes), block by block."""
-    own = _bytes(rows) if rows is not None and world(group)[0] == src else None
-    channel = wire(group)
-    for start, place in zip(range(0, len(target), block_bytes), _blocks(target, block_bytes), strict=True):
+def _meet(message: bytes, error: BaseException | None, group: Group) -> list[bytes]:
+    """Exchange a message of every rank; where any of them has an error, all raise instead.
+
+    The one way in which ranks tell each other anything: two numbers, and the messages where there are any. So
+    whichever function brought a rank here, it finds the others.
+    """
+    rank, size = world(group)
+    if error is not None:
+        message = pickle.dumps((f"{type(error).__name__}: {error}", _is_input(error)))
+    heads = torch.empty(size, 2, dtype=torch.int64, device=wire(group))
+    head = torch.tensor([len(message), error is not None], dtype=torch.int64, device=heads.device)
+    messages, failed = _exchange(head, heads, message, group)
+    if any(failed):
+        if error is None:
+            failures = [pickle.loads(each) if flag else None for each, flag in zip(messages, failed, strict=True)]
+            error = _of_another_rank(failures, rank)
+        _mark_final(error)
+        raise error
+    return messages
+
+
+def _exchange(head: Tensor, heads: Tensor, message: bytes, group: Group) -> tuple[list[bytes], list[int]]:
+    """The messages of all ranks, and for each whether it tells of a failure."""
+    with _transfer():
+        dist.all_gather(list(heads.unbind(0)), head, group=group)
+        lengths, failed = heads.t().tolist()
+        longest = max(lengths)
+        if longest == 0:
+            return [b""] * len(heads), failed
+        own = torch.frombuffer(bytearray(message.ljust(longest, b"\0")), dtype=torch.uint8).to(head.device)
+        every = torch.empty(len(heads), longest, dtype=torch.uint8, device=head.device)
+        dist.all_gather(list(every.unbind(0)), own, group=group)
+        return [row[:n].numpy().tobytes() for row, n in zip(every.cpu(), lengths, strict=True)], failed
+
+
+@contextmanager
+def _transfer() -> Iterator[None]:
+    """Guard what is sent: an error in the middle of it leaves the ranks where they cannot meet any more."""
+    try:
+        yield
+    except BaseException as error:
+        _mark_final(error)
+        raise
+
+
+def _mark_final(error: BaseException) -> None:
+    """Mark an error that all ranks know of, or cannot be told of: there is nothing left to agree on."""
+    error._faiss_knn_final = True  # type: ignore[attr-defined]
+
+
+def _is_final(error: BaseException) -> bool:
+    return getattr(error, "_faiss_knn_final", False)
+
+
+def _is_input(error: BaseException) -> bool:
+    return isinstance(error, ValueError | OSError)
+
+
+def _of_another_rank(failures: list[tuple[str, bool] | None], rank: int) -> Exception:
+    first, failure = next((index, failure) for index, failure in enumerate(failures) if failure)
+    message, is_input = failure
+    kind = ValueError if is_input else RuntimeError
+    return kind(f"rank {first} failed, so rank {rank} stops too: {message}")
+
+
+def _global_rank(rank: int, group: Group) -> int:
+    return rank if group is None else dist.get_global_rank(group, rank)
+
+
+def _broadcast(
+    own: Tensor | None, target: Tensor, src: int, block: Tensor | None, block_bytes: int, group: Group
+) -> None:
+    """Put rank `src`'s bytes, which it gives as `own`, into every rank's `target`, block by block."""
+    if world(group)[1] == 1:
         if own is not None:
-            place.copy_(own[start : start + block_bytes])
-        message = place.to(channel)
-        if world(group)[1] > 1:
+            target.copy_(own)
+        return
+    with _transfer():
+        for start, place in zip(range(0, len(target), block_bytes), _blocks(target, block_bytes), strict=True):
+            if own is not None:
+                place.copy_(own[start : start + block_bytes])
+            message = place if block is None else block[: len(place)]
+            if own is not None and block is not None:
+                message.copy_(place)
             dist.broadcast(message, src=_global_rank(src, group), group=group)
-        if own is None and message is not place:
-            place.copy_(message)
+            if own is None and block is not None:
+                place.copy_(message)
 
 
-def _send(rows: Tensor, dst: int, group: Group, block_bytes: int) -> None:
-    for block in _blocks(_bytes(rows), block_bytes):
-        _point_to_point(dist.isend, block.to(wire(group)), dst, group)
+def _point_to_point(verb: Any, values: Tensor, peer: int, block: Tensor | None, block_bytes: int, group: Group) -> None:
+    """Send bytes to, or receive them from another rank, block by block."""
+    with _transfer():
+        for place in _blocks(values, block_bytes):
+            message = place if block is None else block[: len(place)]
+            if verb is dist.isend and block is not None:
+                message.copy_(place)
+            # As a batch, NCCL uses the group's own communicator and opens none per pair of ranks.
+            for work in dist.batch_isend_irecv([dist.P2POp(verb, message, _global_rank(peer, group), group)]):
+                work.wait()
+            if verb is dist.irecv and block is not None:
+                place.copy_(message)
 
 
-def _receive(header: Rows, src: int, group: Group, block_bytes: int) -> Tensor:
-    rows = torch.empty(header.length, *header.shape, dtype=header.dtype, device="cpu")
-    for block in _blocks(_bytes(rows), block_bytes):
-        message = block.to(wire(group))
-        _point_to_point(dist.irecv, message, src, group)
-        if message is not block:
-            block.copy_(message)
-    return rows
-
-
-def _point_to_point(verb: Any, message: Tensor, peer: int, group: Group) -> None:
-    if message.numel():
-        # As a batch, NCCL uses the group's own communicator and opens none per pair of ranks.
-        for work in dist.batch_isend_irecv([dist.P2POp(verb, message, _global_rank(peer, group), group)]):
-            work.wait()
+def _block(device: torch.device, length: int, group: Group) -> Tensor | None:
+    """Room for one message where the backend sends from another device than `device`, on which the bytes lie."""
+    channel = wire(group)
+    return None if device == channel else torch.empty(length, dtype=torch.uint8, device=channel)
 
 
 def _bytes(rows: Tensor) -> Tensor:

@@ -41,13 +41,14 @@ class ShardedRows:
     """
 
     def __init__(self, rows: Tensor | None, group: Group = None) -> None:
-        kind, self.counts = survey(share(Rows.of(rows), group))
-        if kind is None:
-            raise ValueError("`rows` must have rows on at least one rank, got none on all.")
+        with agreed(group):
+            kind, self.counts = survey(share(Rows.of(rows), group))
+            if kind is None:
+                raise ValueError("`rows` must have rows on at least one rank, got none on all.")
+            self.rows = (
+                rows if rows is not None and len(rows) else torch.empty(0, *kind.shape, dtype=kind.dtype, device="cpu")
+            )
         self.group = group
-        self.rows = (
-            rows if rows is not None and len(rows) else torch.empty(0, *kind.shape, dtype=kind.dtype, device="cpu")
-        )
 
     def take(self, indices: Tensor) -> Tensor:
         """The rows of global indices, which all ranks ask for together, each its own.
@@ -57,15 +58,23 @@ class ShardedRows:
 
         Returns:
             (B_r, k, …) on the device of `indices`, zero where the index is -1.
+
+        Raises:
+            Exception: On every rank, if it fails on one (`agree`).
         """
+        with agreed(self.group):
+            return self._take(indices)
+
+    def _take(self, indices: Tensor) -> Tensor:
         ends = torch.tensor(self.counts, device=indices.device).cumsum(0)
         wanted = indices.flatten()
         places = (wanted >= 0).nonzero()[:, 0]
         owners, order = torch.bucketize(wanted[places], ends, right=True).sort(stable=True)
         places = places[order]
         local = wanted[places] - (ends - torch.tensor(self.counts, device=ends.device))[owners]
-        asked, counts = send_rows(local, owners.bincount(minlength=len(ends)).tolist(), group=self.group)
-        answers, _ = send_rows(self.rows[asked.to(self.rows.device)], counts, group=self.group)
+        sent = owners.bincount(minlength=len(ends)).tolist()
+        asked, came = send_rows(local, sent, group=self.group)
+        answers = swap_rows(self.rows[asked.to(self.rows.device)], came, sent, self.group)
         taken = answers.new_zeros(len(wanted), *answers.shape[1:], device=indices.device)
         taken[places] = answers.to(indices.device)
         return taken.view(*indices.shape, *answers.shape[1:])
@@ -111,11 +120,13 @@ class ShardedIndex:
         Raises:
             ValueError: On every rank, if no rank has rows, if d or the dtype differs, or if any rank cannot build.
         """
-        kind, counts = survey(share(Rows.of(features), self.group))
-        if kind is None or not any(counts):
-            raise ValueError("`features` must have rows on at least one rank, got none on all: fill the bank first.")
-        (dim,) = _matrix_shape(kind, "features")
         with agreed(self.group):
+            kind, counts = survey(share(Rows.of(features), self.group))
+            if kind is None or not any(counts):
+                raise ValueError(
+                    "`features` must have rows on at least one rank, got none on all: fill the bank first."
+                )
+            (dim,) = _matrix_shape(kind, "features")
             if features is not None and len(features):
                 self.index.build(features, **({} if expected_k is None else {"expected_k": expected_k}))
         self.counts, self.dim = counts, dim
@@ -135,7 +146,12 @@ class ShardedIndex:
         Raises:
             ValueError: On every rank, if `build` was not called, if k differs between ranks, if queries do not have
                 the bank's dimension, or if any shard refuses them.
+            Exception: On every rank, if it fails on one (`agree`).
         """
+        with agreed(self.group):
+            return self._search(queries, k)
+
+    def _search(self, queries: Tensor | None, k: int) -> Neighbors:
         offers = share((Rows.of(queries), k), self.group)
         kind, counts = survey([header for header, _ in offers])
         self._check(kind, [asked for _, asked in offers])
@@ -143,8 +159,7 @@ class ShardedIndex:
         found = min(k, len(self))
         answers = self._answer(queries, counts, kind, found, device)
         rank, size = world(self.group)
-        if size > 1:
-            answers = swap_rows(answers, counts, [counts[rank]] * size, self.group)
+        answers = swap_rows(answers, counts, [counts[rank]] * size, self.group)
         return _merge(answers.view(size, counts[rank], 2, found), found)
 
     def _check(self, kind: Rows | None, ks: Sequence[int]) -> None:
@@ -166,9 +181,8 @@ class ShardedIndex:
         start = 0
         for turn in _turns(counts, kind.row_bytes if kind else 0, self.block_bytes):
             asked = gather_known(queries, turn, kind, device, self.group, self.block_bytes)
-            with agreed(self.group):
-                if self.counts[rank] and len(asked):
-                    self._local(asked, k, answers[start : start + len(asked)])
+            if self.counts[rank] and len(asked):
+                self._local(asked, k, answers[start : start + len(asked)])
             start += len(asked)
         return answers
 

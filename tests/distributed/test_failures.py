@@ -1,0 +1,104 @@
+"""One rank fails: all raise, wherever it was, and stand together again afterwards."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from faiss_knn.classify.sharded import ShardedBank
+from faiss_knn.online.samples import OncePerId, newest_per_id
+from faiss_knn.search.index import KNNIndex
+from faiss_knn.search.ranks import agreed, broadcast_object, gather_rows, gather_to, send_rows, share, world
+from faiss_knn.search.sharded import ShardedRows
+from tests.distributed.failures import failed_everywhere, in_step
+from tests.distributed.ranks import Ranks
+
+
+def build_bank() -> ShardedBank:
+    rank, _ = world()
+    rows = torch.randn(20 + rank, 4, generator=torch.Generator().manual_seed(rank))
+    return ShardedBank(rows, torch.arange(20 + rank) % 3, num_classes=3, index=KNNIndex())
+
+
+def search_a_bank() -> Callable[[], Any]:
+    bank, queries = build_bank(), torch.randn(3 + world()[0], 4)
+    return lambda: bank.neighbors(queries, 5)
+
+
+def find_samples() -> None:
+    rank, size = world()
+    ids = torch.arange(rank, 10 * size, size - 1)
+    newest_per_id(ids)
+    once = OncePerId()
+    once.add(ids, lambda _: None)
+    once.finish()
+
+
+def send_everything() -> None:
+    rank, size = world()
+    rows = torch.arange(4 * (rank + 1)).view(-1, 2)
+    with agreed():
+        gather_rows(rows, block_bytes=20)
+        gather_to(rows, 1, block_bytes=20)
+        send_rows(rows[:1].expand(size, 2), [1] * size)
+        broadcast_object(rows, 1)
+        share(rows.sum().item())
+
+
+STEPS: dict[str, Callable[[], Callable[[], Any]]] = {
+    "build": lambda: build_bank,
+    "search": search_a_bank,
+    "samples": lambda: find_samples,
+    "transfers": lambda: send_everything,
+}
+
+
+def fail(step: str, failing: int, every: int) -> tuple[int, bool, list[int]]:
+    """How often it failed, whether this rank heard of it, and who is still there.
+
+    One step more or fewer on some rank would mix up what they tell.
+    """
+    errors, heard = failed_everywhere(STEPS[step](), failing, every)
+    return len(errors), in_step(errors, heard, world()[0], failing), share(world()[0])
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("failing", "size", "every"), [(1, 2, 1), (0, 2, 5), (2, 3, 7)])
+def test_wherever_one_rank_fails_all_raise_and_stay_in_step(
+    ranks: Ranks, step: str, failing: int, size: int, every: int
+) -> None:
+    for times, told, present in ranks.run(fail, step, failing, every, ranks=size):
+        assert times * every > 25
+        assert told
+        assert present == list(range(size))
+
+
+def take_more_than_memory_holds() -> str:
+    rank, _ = world()
+    wide = torch.zeros(1, dtype=torch.int64).expand(4, 1 << 44)  # one number, seen as 512 TiB
+    rows = ShardedRows(wide if rank else None)
+    try:
+        rows.take(torch.tensor([[0, 2]]) if rank == 0 else torch.empty(0, 2, dtype=torch.int64))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_an_allocator_that_fails_on_one_rank_stops_all(ranks: Ranks) -> None:
+    first, second = ranks.run(take_more_than_memory_holds)
+    assert "memory" in first
+    assert "memory" in second
+
+
+def build_with_other_labels() -> str:
+    rank, _ = world()
+    with pytest.raises(ValueError, match="one row per feature row") as error:
+        ShardedBank(torch.ones(4, 2), torch.zeros(4 - rank, dtype=torch.long), num_classes=1, index=KNNIndex())
+    return str(error.value)
+
+
+def test_a_sharded_bank_needs_as_many_labels_as_features_on_every_rank(ranks: Ranks) -> None:
+    first, second = ranks.run(build_with_other_labels)
+    assert second == "`labels` must have one row per feature row, 4, got shape (3,)"
+    assert first.endswith(second)
