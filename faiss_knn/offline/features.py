@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from faiss_knn.classify.labels import read_labels as parse_labels
 from faiss_knn.offline.extract import extract
 from faiss_knn.offline.folders import SIDES, Folder, Role, open_folder
 from faiss_knn.offline.formats import Arrays, DataError, check_memory, open_arrays, read_array, readable
@@ -34,7 +35,7 @@ class Features:
 
     Attributes:
         rows: (N, d) numbers, still on disk where the format can be memory-mapped.
-        labels: (N,) int64 class ids or strings, (N, C) int64 multi-hot, or None.
+        labels: (N,) int64 class ids or strings, (N, C) integer multi-hot or float shares, or None.
         class_names: Names of the classes by id, or None.
         source: Where they came from, for messages.
     """
@@ -99,14 +100,16 @@ def read_features(
 
 
 def read_labels(path: str | Path, role: Role = "bank", key: str | None = None) -> npt.NDArray[Any]:
-    """Read labels alone: (N,) int64 ids or strings, or (N, C) int64 multi-hot.
+    """Read labels alone: (N,) int64 ids or strings, or (N, C) integer multi-hot or float shares.
 
     Raises:
         DataError: As `read_features`.
     """
     path = Path(path)
     arrays = open_arrays(path)
-    name = _named(path, arrays, key, "labels") if key is not None else _usual(path, arrays, role, _LABELS)
+    if key is not None:
+        return _as_labels(path, _named(path, arrays, key, "labels")[1])
+    name = _usual(path, arrays, role, _LABELS)
     if name is None and len(arrays) == 1 and path.suffix.lower() not in _NAMED_FORMATS:
         name = next(iter(arrays))
     if name is None:
@@ -195,26 +198,25 @@ def _read_file(path: Path, role: Role, features_key: str | None, labels_key: str
     arrays = open_arrays(path)
     if features_key is not None and "," in features_key and features_key not in arrays:
         name, rows = "", _columns(path, arrays, features_key.split(","))
+    elif features_key is not None:
+        name, member = _named(path, arrays, features_key, "features")
+        rows = _as_rows(path, member, was_named=True)
     else:
-        name = _features_name(path, arrays, role, features_key)
-        rows = _as_rows(path, arrays[name], features_key is not None)
-    label_name = None
-    if with_labels and labels_key is not None:
-        label_name = _named(path, arrays, labels_key, "labels")
-    elif with_labels:
-        label_name = _usual(path, arrays, role, _LABELS, beside=name)
-    names = arrays.get("class_names")
-    found = None if label_name is None else arrays[label_name].class_names
-    if names is not None:
-        found = [str(x) for x in np.asarray(read_array(path, names))]
-    return Features(rows, None if label_name is None else _as_labels(path, arrays[label_name]), found, str(path))
+        usual = _usual(path, arrays, role, _FEATURES)
+        name = _only_vectors(path, arrays) if usual is None else usual
+        rows = _as_rows(path, arrays[name], was_named=False)
+    labels = _labels_beside(path, arrays, role, name, labels_key) if with_labels else None
+    names = labels.class_names if labels is not None else None
+    if "class_names" in arrays:
+        names = [str(x) for x in np.asarray(read_array(path, arrays["class_names"]))]
+    return Features(rows, None if labels is None else _as_labels(path, labels), names, str(path))
 
 
-def _features_name(path: Path, arrays: Arrays, role: Role, key: str | None) -> str:
+def _labels_beside(path: Path, arrays: Arrays, role: Role, features: str, key: str | None) -> Member | None:
     if key is not None:
-        return _named(path, arrays, key, "features")
-    name = _usual(path, arrays, role, _FEATURES)
-    return _only_vectors(path, arrays) if name is None else name
+        return _named(path, arrays, key, "labels")[1]
+    usual = _usual(path, arrays, role, _LABELS, beside=features)
+    return None if usual is None else arrays[usual]
 
 
 def _plain(name: str) -> str:
@@ -222,13 +224,15 @@ def _plain(name: str) -> str:
     return name.replace("/", ".").rstrip("*_-. ")
 
 
-def _named(path: Path, arrays: Arrays, key: str, what: str) -> str:
-    if key in arrays:
-        return key
-    alike = [name for name in arrays if _plain(name) == _plain(key)]
+def _named(path: Path, arrays: Arrays, key: str, what: str) -> tuple[str, Member]:
+    """The array that the user asked for, and its name; also one column of numbered ones."""
+    single = {name: member for group in arrays.values() for name, member in group.columns.items()}
+    alike = [key] if key in arrays else [name for name in arrays if _plain(name) == _plain(key)]
+    if key in single:
+        return key, single[key]
     if len(alike) != 1:
         raise DataError(f"{path}: no array {key!r} for the {what}: it holds {_listed(arrays)}")
-    return alike[0]
+    return alike[0], arrays[alike[0]]
 
 
 def _usual(path: Path, arrays: Arrays, role: Role, plain: Sequence[str], beside: str | None = None) -> str | None:
@@ -273,7 +277,7 @@ def _only_vectors(path: Path, arrays: Arrays) -> str:
 
 def _columns(path: Path, arrays: Arrays, names: list[str]) -> Rows:
     """Columns that the user named one by one."""
-    columns = [np.asarray(read_array(path, arrays[_named(path, arrays, name, "features")])) for name in names]
+    columns = [np.asarray(read_array(path, _named(path, arrays, name, "features")[1])) for name in names]
     if any(column.ndim != 1 or column.dtype.kind not in "fiu" for column in columns):
         raise DataError(f"{path}: {', '.join(names)} are not all columns of numbers")
     rows: Rows = np.stack(columns, axis=1)
@@ -314,17 +318,13 @@ def _as_rows(path: Path, member: Member, was_named: bool) -> Rows:
 
 def _as_labels(path: Path, member: Member) -> npt.NDArray[Any]:
     with readable(path):
-        check_memory(tuple(max(length, 0) for length in member.shape), member.dtype)
-        labels = np.asarray(member.read())
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim not in (1, 2):
-        raise DataError(f"{path}: labels must be (N,) or multi-hot (N, C), got shape {labels.shape}")
-    if labels.dtype.kind == "O" and all(isinstance(x, str) for x in labels.flat):
-        labels = labels.astype(str)
-    if labels.dtype.kind == "U" and labels.ndim == 1:
-        return labels
-    whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all()))
-    if not whole:
-        raise DataError(f"{path}: labels must be class ids (whole numbers) or names, got {labels.dtype}")
-    return labels.astype(np.int64)
+        stored = member.read()
+        check_memory(tuple(stored.shape), np.dtype(stored.dtype))
+        values = np.asarray(stored)
+    if values.dtype.kind == "f" and values.ndim == 1 and not (values == np.floor(values)).all():
+        raise DataError(f"{path}: labels must be class ids (whole numbers) or names, got {values.dtype} with fractions")
+    try:
+        labels = parse_labels(values, "labels", float_ids=True)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    return np.asarray(labels)

@@ -237,6 +237,8 @@ def _numpy_dtype(name: str) -> np.dtype[Any]:
 
 def _from_torch(value: Any) -> npt.NDArray[Any]:
     value = value.detach()
+    if value.ndim == 1 and str(value.dtype) == "torch.bfloat16" and (value.abs() >= 256).any():
+        raise ValueError("one number a row of 256 or more in bfloat16 may have been rounded to another: keep integers")
     widened = str(value.dtype).startswith(("torch.bfloat", "torch.float8"))
     return np.asarray((value.float() if widened else value).resolve_conj().resolve_neg().numpy())
 

@@ -8,7 +8,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Member:
         read: Reads it; what it gives may be a memmap, or a dataset of a file that stays open.
         class_names: Names of the classes by id, if these are labels and the file says so.
         doubt: From the rows to why they may not be what they seem, or None; asked unless the user named the array.
+        columns: The arrays that this one is made of, by name, where it is columns of a table.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class Member:
     read: Callable[[], Any]
     class_names: list[str] | None = None
     doubt: Callable[[npt.NDArray[Any]], str | None] | None = None
+    columns: Mapping[str, "Member"] = field(default_factory=dict)
 
 
 Read = Callable[[list[str], bool], Any]  # names, and whether they are numbers, to a pyarrow table
@@ -138,17 +140,12 @@ def members(
             numbers.append(name)
         arrays[name] = Member((length,), _numpy_dtype(kind), _reader(read, [name], is_text), names.get(name))
     for prefix, columns in _numbered(numbers).items():
-        for name in columns:
-            del arrays[name]
-        shape, dtype = (length, len(columns)), np.dtype(np.float64) if is_text else arrays_dtype(schema, columns)
+        parts = {name: arrays.pop(name) for name in columns}
+        dtype = np.dtype(np.float64) if is_text else np.result_type(*(part.dtype for part in parts.values()))
         doubt = _doubt(columns, not prefix or nameless, schema)
-        arrays[f"{prefix}*"] = Member(shape, dtype, _columns_reader(read, columns), doubt=doubt)
+        shape, whole = (length, len(columns)), _columns_reader(read, columns)
+        arrays[f"{prefix}*"] = Member(shape, dtype, whole, doubt=doubt, columns=parts)
     return arrays
-
-
-def arrays_dtype(schema: Any, columns: list[str]) -> np.dtype[Any]:
-    """The dtype that holds the numbers of all columns."""
-    return np.result_type(*(_numpy_dtype(schema.field(name).type) for name in columns))
 
 
 def _numpy_dtype(kind: Any) -> np.dtype[Any]:
@@ -318,7 +315,8 @@ def _csv_layout(path: Path) -> tuple[str, bool]:
         named = not _is_number(first[0]) and (first[0].strip().lower() in _FIRST_CELLS or _is_number("".join(second)))
         return delimiter, named
     numbers = [cell for cell in first if _is_number(cell)]
-    return delimiter, not numbers or (numbers == [str(i) for i in range(len(numbers))] and len(numbers) > 1)
+    counted = len(numbers) > 2 and {str(i) for i in range(len(numbers))} == set(numbers)  # as pandas names columns
+    return delimiter, not numbers or counted
 
 
 def _is_number(text: str) -> bool:
