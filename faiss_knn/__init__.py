@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from faiss_knn.classify.bank import FeatureBank
     from faiss_knn.classify.vote import vote
     from faiss_knn.offline.evaluate import EvalReport, evaluate
+    from faiss_knn.offline.extract import extract
+    from faiss_knn.offline.features import read_features
     from faiss_knn.online.callback import OnlineKNN
     from faiss_knn.online.queue import OnlineQueue, find_or_create_queue
     from faiss_knn.retrieval import retrieval_metrics
@@ -23,7 +25,9 @@ _HOMES = {
     "OnlineKNN": "faiss_knn.online.callback",
     "OnlineQueue": "faiss_knn.online.queue",
     "evaluate": "faiss_knn.offline.evaluate",
+    "extract": "faiss_knn.offline.extract",
     "find_or_create_queue": "faiss_knn.online.queue",
+    "read_features": "faiss_knn.offline.features",
     "retrieval_metrics": "faiss_knn.retrieval",
     "vote": "faiss_knn.classify.vote",
 }
@@ -37,7 +41,9 @@ __all__ = [
     "OnlineKNN",
     "OnlineQueue",
     "evaluate",
+    "extract",
     "find_or_create_queue",
+    "read_features",
     "retrieval_metrics",
     "vote",
 ]

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 # torch and the readers are imported when there is something to evaluate, so that --help and bad usage answer at once.
 
 _EPILOG = """\
-Files: .npy .npz .pt .safetensors .parquet .h5 .fvecs .bvecs .fbin .u8bin, or a folder of such files in the order of
-their names. Labels are in the file (labels, targets, y; test_labels, ...) or in --labels and --query-labels; -1 means
+Files: .npy .npz .pt .safetensors .parquet .arrow .feather .csv .tsv .jsonl .h5 .fvecs .bvecs .fbin .u8bin, or a folder
+of such files in the order of their numbers (of extract, of save_to_disk of the datasets library, of DINO or VISSL).
+Labels are in the file (labels, targets, y; test_labels, ...) or in --labels and --query-labels; -1 means
 unlabelled. Without files, the handwritten digits of scikit-learn are evaluated.
 
 examples:
@@ -57,8 +58,14 @@ def _add_data(group: Any) -> None:
     group.add_argument("queries", nargs="?", type=Path, metavar="QUERIES", help="features that are classified")
     group.add_argument("--labels", type=Path, metavar="FILE", help="the bank's labels, if not in BANK")
     group.add_argument("--query-labels", type=Path, metavar="FILE", help="the queries' labels, if not in QUERIES")
-    group.add_argument("--features-key", metavar="NAME", help="array or column that holds the features")
+    group.add_argument(
+        "--features-key", metavar="NAME", help="array or column of the features; emb_ for emb_0, emb_1, ...; a,b,c"
+    )
     group.add_argument("--labels-key", metavar="NAME", help="array or column that holds the labels")
+    group.add_argument(
+        "--allow-partial", action=argparse.BooleanOptionalAction, default=False,
+        help="read what an extraction that was cut off has saved so far",
+    )  # fmt: skip
     group.add_argument("--class-names", type=Path, metavar="FILE", help="class names, one a line or JSON")
     group.add_argument("--num-classes", type=_positive, metavar="C", help="default: what the labels need")
     group.add_argument(
@@ -182,8 +189,10 @@ def _config(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str], dic
     """The options of a YAML file as arguments, checked by the same parser, and its BANK and QUERIES."""
     import yaml  # only if there is a file to read
 
+    if path.exists() and not path.is_file():
+        parser.error(f"--config {path}: is no regular file")
     try:
-        held = yaml.safe_load(path.read_text()) or {}
+        held = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {path}: {' '.join(str(error).split())}")
     if not isinstance(held, dict):
@@ -318,7 +327,7 @@ def _read(given: argparse.Namespace) -> "tuple[Features, Features | None]":
     from faiss_knn.offline.features import digits, read_features
     from faiss_knn.offline.formats import DataError
 
-    keys = {"features_key": given.features_key, "labels_key": given.labels_key}
+    keys = {"features_key": given.features_key, "labels_key": given.labels_key, "allow_partial": given.allow_partial}
     if given.bank is None:
         bank, queries = digits()
         return bank, None if given.leave_one_out else queries

@@ -72,7 +72,7 @@ def _by_manifest(folder: Path, allow_partial: bool) -> Folder | None:
     if not manifest.finished and not allow_partial:
         raise DataError(
             f"{folder}: its extraction was cut off after {manifest.rows} rows: run extract again with the same "
-            "arguments to go on, or accept a part with allow_partial=True"
+            "arguments to go on, or accept a part with allow_partial=True (--allow-partial)"
         )
     if not manifest.shards:
         raise DataError(f"{folder}: its extraction was cut off before the first shard was written")

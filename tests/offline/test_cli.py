@@ -1,6 +1,7 @@
 """The program as its user meets it: what it prints, writes, refuses, and how it goes on after a cut."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from faiss_knn import __version__
+from faiss_knn import __version__, extract
 from faiss_knn.offline.cli import main, parse
 
 ROOT = Path(__file__).parents[2]
@@ -241,3 +243,25 @@ def test_ctrl_c_ends_with_one_line(tmp_path):
     assert (running.returncode, out) == (130, "")
     assert err.startswith("faiss-knn: stopped")
     assert err.count("\n") == 1
+
+
+def test_a_part_of_an_extraction_is_evaluated_on_request_alone(tmp_path, capsys):
+    def cut_off():
+        for _ in range(6):
+            yield torch.randn(4, 3), torch.arange(4) % 2
+        raise RuntimeError("cut")
+
+    with pytest.raises(RuntimeError, match="cut"):
+        extract(torch.nn.Identity(), cut_off(), tmp_path / "f", shard_rows=8)
+    arguments = ["eval", str(tmp_path / "f"), "--leave-one-out", "--k", "1"]
+    assert main(arguments) == 1
+    assert "was cut off after 24 rows" in capsys.readouterr().err
+    assert main([*arguments, "--allow-partial"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["flat", "1"]
+
+
+def test_a_config_that_is_a_pipe_is_refused(tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.yaml")
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "--config", str(tmp_path / "a.yaml")])
+    assert "a.yaml: is no regular file" in capsys.readouterr().err
