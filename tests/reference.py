@@ -21,7 +21,7 @@ def distances(queries: np.ndarray, rows: np.ndarray, distance_metric: str) -> np
             found.append(np.sqrt(squares))
         else:
             found.append(np.abs(difference).sum(1))
-    return np.array(found)
+    return np.array(found, np.longdouble).reshape(len(queries), len(rows))
 
 
 def brute_force(

@@ -18,9 +18,10 @@ _SMALL = -100 * math.log(2)  # logarithm of the scores below which float32 runs 
 
 def check_vote_options(temperature: float, weighting: str) -> None:
     """Raise ValueError if no vote can be taken with these options."""
-    if not as_number(temperature, "temperature") > 0:
+    number = as_number(temperature, "temperature")
+    if not number > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
+    if not _FLOAT32.tiny <= number <= _FLOAT32.max:
         raise ValueError(
             f"temperature must be between {_FLOAT32.tiny:.3g} and {_FLOAT32.max:.3g}, the numbers that float32 holds, "
             f"got {temperature}: take one in the unit of the distances"
