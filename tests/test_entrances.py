@@ -51,8 +51,11 @@ def predict_answer(
     features: Any, labels: Any, queries: Any, k: Any, temperature: Any, weighting: Any, **options: Any
 ) -> list[Any]:
     ignored = np.isin(labels, [-1] if options["ignore_index"] is None else [-1, options["ignore_index"]])
-    features, labels = features[~ignored], labels[~ignored]
+    kept = ~ignored.reshape(len(labels), -1).any(1)
+    features, labels = features[kept], labels[kept]
     distances, indices = brute_force(queries, features, min(k, len(features)))
+    if labels.ndim == 2:
+        return vote_answer(distances, labels[indices], labels.shape[1], temperature, weighting)
     classes = np.unique(labels) if options["renumber"] else np.arange(options["num_classes"] or labels.max() + 1)
     return vote_answer(distances, np.searchsorted(classes, labels)[indices], len(classes), temperature, weighting)
 

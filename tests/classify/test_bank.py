@@ -116,3 +116,75 @@ def test_bad_arguments_are_named(labels, options, message):
 def test_an_empty_bank_is_refused():
     with pytest.raises(ValueError, match="empty"):
         FeatureBank(torch.empty(0, 2), torch.empty(0, dtype=torch.long))
+
+
+def test_names_have_a_column_each_in_their_order():
+    features, ids = data()
+    names = np.array(["eel", "ant", "dog", "bee", "cat"])
+    queries, _ = data(20, seed=2)
+    bank = FeatureBank(features, names[ids])
+    assert bank.classes.tolist() == sorted(names)
+    predicted = FeatureBank(features, ids).predict(queries)
+    assert torch.equal(bank.predict(queries), predicted[:, np.argsort(names)])
+    assert bank.num_classes == 5
+
+
+@pytest.mark.parametrize("step", [1, 10**4, 10**9, 2**60])
+def test_sparse_class_ids_score_like_dense_ones(step):
+    features, ids = data()
+    queries, _ = data(20, seed=2)
+    bank = FeatureBank(features, ids * step, renumber=True)
+    assert bank.classes.tolist() == [step * i for i in range(5)]
+    assert torch.equal(bank.predict(queries), FeatureBank(features, ids).predict(queries))
+
+
+def test_ids_too_few_and_too_large_for_a_column_each_are_refused_unless_renumbered():
+    features, ids = data()
+    with pytest.raises(ValueError, match="5 class ids up to 4000000000 would make scores of 4000000001 columns"):
+        FeatureBank(features, ids * 10**9)
+    assert FeatureBank(features, ids * 10**4).predict(features[:2]).shape == (2, 40001)
+
+
+def test_columns_of_multi_hot_labels_are_not_renumbered():
+    with pytest.raises(ValueError, match="`renumber` is for"):
+        FeatureBank(torch.rand(2, 2), torch.tensor([[0, 1], [1, 0]]), renumber=True)
+
+
+def test_soft_labels_vote_by_their_shares():
+    features, ids = data()
+    queries, _ = data(20, seed=2)
+    other = np.random.default_rng(1).permutation(ids)
+    one, two = (np.eye(5, dtype=np.float32)[labels] for labels in (ids, other))
+    mixed = FeatureBank(features, 0.75 * one + 0.25 * two).predict(queries)
+    separate = [FeatureBank(features, labels, num_classes=5).predict(queries) for labels in (ids, other)]
+    torch.testing.assert_close(mixed, 0.75 * separate[0] + 0.25 * separate[1])
+    hard = FeatureBank(features, one).predict(queries)
+    assert torch.equal(hard, separate[0])
+
+
+def test_another_label_may_mean_unlabelled():
+    features, ids = data()
+    queries, _ = data(20, seed=2)
+    ignored = np.where(np.arange(300) % 3 == 0, 255, ids).astype(np.uint8)
+    bank = FeatureBank(features, ignored, ignore_index=255)
+    assert len(bank) == 200
+    expected = FeatureBank(features, np.where(np.arange(300) % 3 == 0, -1, ids))
+    assert torch.equal(bank.predict(queries), expected.predict(queries))
+
+
+@pytest.mark.parametrize("weighting", ["inverse", "softmax", "uniform"])
+def test_a_neighbour_is_missing_by_its_index_not_by_a_distance_beyond_float32(weighting):
+    labels = torch.arange(200) % 4
+    features = torch.nn.functional.one_hot(labels, 8) * 3 + 0.2 * torch.randn(200, 8)
+    for scale in (1e18, 1e20, 1e25):
+        bank = FeatureBank(features * scale, labels, distance_metric="squared_euclidean")
+        scores = bank.predict((features[:50] + 0.05) * scale, k=3, weighting=weighting)
+        assert torch.equal(scores.argmax(1), labels[:50])
+
+
+def test_many_classes_are_scored_in_blocks(monkeypatch):
+    features, labels = data()
+    bank = FeatureBank(features, labels)
+    whole = bank.predict(features, k=4)
+    monkeypatch.setattr("faiss_knn.classify.bank._SCORES_BLOCK", 35)
+    assert torch.equal(bank.predict(features, k=4), whole)
