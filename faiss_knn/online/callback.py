@@ -15,6 +15,7 @@ from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.classify.vote import check_vote_options, neighbor_weights, normalize_scores
 from faiss_knn.online.asked import Asked, choose
 from faiss_knn.online.epoch import Epoch, Run, batch_counts, dataloaders, held_back, query_count
+from faiss_knn.online.failures import kept, start, tell
 from faiss_knn.online.lookup import find_tensor, was_skipped
 from faiss_knn.online.metrics import MetricTable, class_count, named_metrics
 from faiss_knn.online.queue import OnlineQueue, QueueStorage, RingBuffer, find_or_create_queue
@@ -143,6 +144,11 @@ class OnlineKNN(Callback):
         return f"OnlineKNN[name={self.name}]"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        with agreed():
+            self._set_up(trainer)
+
+    def _set_up(self, trainer: Any) -> None:
+        start(trainer)
         twins = [c for c in trainer.callbacks if isinstance(c, OnlineKNN) and c.name == self.name]
         if len(twins) > 1:
             raise ValueError(f"{len(twins)} OnlineKNN callbacks are named '{self.name}': give each a name of its own")
@@ -153,12 +159,20 @@ class OnlineKNN(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.bank_dataloader_idx is not None or was_skipped(pl_module, outputs):
             return
-        rows = {key: find_tensor(key, outputs, batch, self.name) for key in self._keys()}
-        self._check_aligned(rows)
-        if self.id is not None:
-            check_sample_ids(rows[self.id], f"'{self.id}'")
+        with kept(trainer):
+            rows = {key: find_tensor(key, outputs, batch, self.name) for key in self._keys()}
+            self._check_aligned(rows)
+            if self.id is not None:
+                check_sample_ids(rows[self.id], f"'{self.id}'")
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        tell(trainer, exception)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        with agreed():
+            self._start_epoch(trainer, pl_module)
+
+    def _start_epoch(self, trainer: Any, pl_module: Any) -> None:
         run = self._run(trainer)
         run.epoch = None
         if not self._is_due(trainer):
@@ -202,28 +216,30 @@ class OnlineKNN(Callback):
                 self._score(epoch, asked, *found)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        with agreed():
+            values = self._end_epoch(trainer, pl_module)
+        for key, value in values.items():
+            # Every rank has the same value; the largest of them is that value, and says so to Lightning.
+            pl_module.log(key, value, add_dataloader_idx=False, sync_dist=True, reduce_fx="max")
+
+    def _end_epoch(self, trainer: Any, pl_module: Any) -> dict[str, Tensor]:
         run = self._run(trainer)
         epoch, run.epoch = run.epoch, None
         if epoch is None:
-            return
+            return {}
         if not epoch.built:
             self._build_bank(trainer, run, epoch)
         if epoch.bank is None:
-            return
+            return {}
         self._serve(epoch)
-        if self.id is not None:
-            for once in epoch.once.values():
-                with held_back(epoch):
-                    once.finish()
         agree(epoch.error)
+        for once in epoch.once.values() if self.id is not None else ():
+            once.finish()
         stage = "test" if trainer.state.stage == RunningStage.TESTING else "eval"
         values = epoch.table.values(f"{stage}/{self.name}", several_k=not isinstance(self.k, int))
         values |= self._about_the_search(run, epoch, f"{stage}/{self.name}")
         run.index.release()
-        for key, value in values.items():
-            # Every rank has the same value; the largest of them is that value, and says so to Lightning.
-            value = value.to(pl_module.device, torch.float32)
-            pl_module.log(key, value, add_dataloader_idx=False, sync_dist=True, reduce_fx="max")
+        return {key: value.to(pl_module.device, torch.float32) for key, value in values.items()}
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
@@ -337,7 +353,11 @@ class OnlineKNN(Callback):
     def _build_bank(self, trainer: Any, run: Run, epoch: Epoch) -> None:
         """Make the bank of this epoch from every rank's rows; every rank must call it at the same point."""
         epoch.built = True
-        agree(epoch.error)
+        with agreed():
+            agree(epoch.error)
+            self._index_rows(trainer, run, epoch)
+
+    def _index_rows(self, trainer: Any, run: Run, epoch: Epoch) -> None:
         features, labels = self._bank_rows(trainer, run, epoch)
         rows = sum(share(len(labels))) if self._shards() else len(labels)
         if rows == 0:
@@ -447,6 +467,8 @@ class OnlineKNN(Callback):
         """Find the neighbours of a batch; sharded, with their labels, and together with all ranks, asked or not."""
         queries = None if asked is None or epoch.error is not None else asked.queries
         if isinstance(epoch.bank, ShardedBank):
+            if epoch.error is not None:
+                agree(epoch.error)  # here the other ranks meet for their search
             epoch.searches += 1
             return epoch.bank.neighbors(queries, max(self.ks))
         if queries is None or epoch.bank is None:

@@ -14,7 +14,7 @@ from faiss_knn.online.metrics import MetricTable
 from faiss_knn.online.queue import OnlineQueue, QueueStorage
 from faiss_knn.online.samples import OncePerId
 from faiss_knn.search.index import KNNIndex
-from faiss_knn.search.ranks import world
+from faiss_knn.search.ranks import is_agreed, world
 
 
 @dataclass
@@ -62,14 +62,15 @@ class Epoch:
 def held_back(epoch: Epoch) -> Iterator[None]:
     """Keep an error of one of several ranks for the end of the epoch, where all ranks raise it.
 
-    Raised at once it would leave the others waiting in their next collective. Until then this rank goes along.
+    Raised at once it would leave the others waiting in their next collective. Until then this rank goes along. What
+    all ranks have heard of already, in a search that they make together, ends the epoch at once.
     """
     try:
         yield
     except Exception as error:
-        if world()[1] == 1:
+        if world()[1] == 1 or is_agreed(error):
             raise
-        logger.error(f"rank {world()[0]} stops scoring, and all ranks stop when the epoch ends: {error}")
+        logger.error(f"rank {world()[0]} stops scoring, and all ranks stop when they meet next: {error}")
         epoch.error = epoch.error or error
 
 

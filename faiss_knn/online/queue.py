@@ -8,10 +8,11 @@ from lightning.pytorch import Callback
 from loguru import logger
 from torch import Tensor
 
+from faiss_knn.online.failures import kept, settle, settle_first_step, start, tell
 from faiss_knn.online.lookup import find_tensor, was_skipped
 from faiss_knn.online.resume import rows_of_rank
 from faiss_knn.online.state import trainer_state
-from faiss_knn.search.ranks import gather_rows, gather_to, world
+from faiss_knn.search.ranks import agreed, gather_rows, gather_to, world
 
 Dim = int | Sequence[int] | None
 
@@ -167,12 +168,19 @@ class QueueStorage:
 
         With several ranks and `gathered`, all must ask together.
         """
+        if not gathered or world()[1] == 1:
+            return self._own()[-length:]
+        with agreed():
+            return self._of_all_ranks(length)
+
+    def _own(self) -> Tensor:
         local = self.ring.latest() if self._local is None else self._local
         if self._validating:
             self._local = local
-        if not gathered or world()[1] == 1:
-            return local[-length:]
-        rows, counts = self._gathered or gather_rows(local)
+        return local
+
+    def _of_all_ranks(self, length: int) -> Tensor:
+        rows, counts = self._gathered or gather_rows(self._own())
         if self._validating:
             self._gathered = rows, counts
             self._local = torch.split(rows, counts)[world()[0]]  # not a second copy
@@ -273,19 +281,33 @@ class OnlineQueue(Callback):
         return storage
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.storage(trainer)
+        with agreed():
+            start(trainer)
+            self.storage(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not self._is_first(trainer) or was_skipped(pl_module, outputs):
+        if not self._is_first(trainer):
+            return
+        with kept(trainer):
+            self._take_in(trainer, pl_module, outputs, batch)
+        settle_first_step(trainer, self)
+
+    def _take_in(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any) -> None:
+        if was_skipped(pl_module, outputs):
             return
         ring = self.storage(trainer).ring
         ring.append(as_rows(find_tensor(self.key, outputs, batch, "OnlineQueue"), self.dim))
         if self.verbose:
             pl_module.log(f"queue/{self.key}_fill_pct", 100.0 * len(ring) / ring.length)
 
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._is_first(trainer):
+            settle(trainer)
+
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluating = trainer
         if self._is_first(trainer):
+            settle(trainer)
             self.storage(trainer).start_validation()
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -312,14 +334,22 @@ class OnlineQueue(Callback):
 
     def _rows_of_all_ranks(self, trainer: Any) -> list[Tensor] | None:
         """What a checkpoint holds, one tensor per rank: on rank zero, which writes it."""
-        rows = self.storage(trainer).ring.latest()
         if world()[1] > 1 and trainer.interrupted:
             # Not every rank need have failed, and one alone would wait for the others for ever.
             logger.warning(f"OnlineQueue[{self.key}]: saved after an exception, with the rows of one rank only")
-            return [rows.cpu()]
-        return gather_to(rows)
+            return [self.storage(trainer).ring.latest().cpu()]
+        with agreed():
+            settle(trainer)
+            return gather_to(self.storage(trainer).ring.latest())
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        with agreed():
+            self._load(trainer, checkpoint)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        tell(trainer, exception)
+
+    def _load(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("callbacks", {})
         if not self._is_first(trainer) or not states.get(self.state_key):
             return
@@ -382,7 +412,7 @@ def find_or_create_queue(
     queue = OnlineQueue(key, queue_length, dim, dtype, gather_distributed, device=device)
     trainer.callbacks.append(queue)
     if getattr(trainer, "lightning_module", None) is not None:
-        queue.setup(trainer, trainer.lightning_module, stage="fit")
+        queue.storage(trainer)
     return queue
 
 

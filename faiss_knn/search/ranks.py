@@ -63,10 +63,16 @@ def agree(error: BaseException | None, group: Group = None) -> None:
         Exception: This rank's own error; or, naming the first rank that failed, a ValueError where that rank met a
             ValueError or OSError and a RuntimeError where it met anything else.
     """
-    if world(group)[1] > 1:
+    if world(group)[1] == 1:
+        if error is not None:
+            raise error
+        return
+    try:
         _meet(b"", error, group)
-    elif error is not None:
-        raise error
+    except BaseException as raised:
+        if is_agreed(raised) or _has_parted(raised):
+            raise
+        _meet(b"", error or raised, group)  # it failed on the way there, and the others still wait
 
 
 @contextmanager
@@ -78,10 +84,15 @@ def agreed(group: Group = None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # whatever it is, the other ranks are waiting for this one
-        if not _is_final(error):
+        if not (is_agreed(error) or _has_parted(error)):
             agree(error, group)
         raise
     agree(None, group)
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether an error was raised on all ranks (`agree`): none is left to be told."""
+    return getattr(error, "_faiss_knn_agreed", False)
 
 
 def share(obj: T, group: Group = None) -> list[T]:
@@ -283,7 +294,7 @@ def _meet(message: bytes, error: BaseException | None, group: Group) -> list[byt
         if error is None:
             failures = [pickle.loads(each) if flag else None for each, flag in zip(messages, failed, strict=True)]
             error = _of_another_rank(failures, rank)
-        _mark_final(error)
+        error._faiss_knn_agreed = True  # type: ignore[attr-defined]
         raise error
     return messages
 
@@ -308,17 +319,12 @@ def _transfer() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _mark_final(error)
+        error._faiss_knn_parted = True  # type: ignore[attr-defined]
         raise
 
 
-def _mark_final(error: BaseException) -> None:
-    """Mark an error that all ranks know of, or cannot be told of: there is nothing left to agree on."""
-    error._faiss_knn_final = True  # type: ignore[attr-defined]
-
-
-def _is_final(error: BaseException) -> bool:
-    return getattr(error, "_faiss_knn_final", False)
+def _has_parted(error: BaseException) -> bool:
+    return getattr(error, "_faiss_knn_parted", False)
 
 
 def _is_input(error: BaseException) -> bool:

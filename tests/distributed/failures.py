@@ -47,7 +47,7 @@ def said_by(step: Callable[[], Any], failing: int, n: int, error: BaseException)
     """Whether a step got as far as the n-th use of torch on the rank `failing`, and what it raised on this rank."""
     fail = FailAt(n if world()[0] == failing else sys.maxsize, error)
     try:
-        with agreed(), fail:
+        with fail, agreed():
             step()
     except BaseException as raised:  # KeyboardInterrupt too
         return fail.reached, f"{type(raised).__name__}: {raised}"
@@ -78,3 +78,14 @@ def in_step(errors: list[str], heard: list[str], rank: int, failing: int) -> boo
     kinds = ["ValueError" if error.startswith("ValueError") else "RuntimeError" for error in errors]
     told = f"rank {failing} failed, so rank {rank} stops too"
     return heard == [f"{kind}: {told}: {error}" for kind, error in zip(kinds, errors, strict=True)]
+
+
+def fail_in(callback: Any, hook: str, failing: int, n: int) -> None:
+    """Let a callback's hook fail at its n-th use of torch, each time it is called on the rank `failing`."""
+    original = getattr(callback, hook)
+
+    def hooked(*args: Any, **options: Any) -> Any:
+        with FailAt(n if world()[0] == failing else sys.maxsize, MemoryError("no room")):
+            return original(*args, **options)
+
+    setattr(callback, hook, hooked)

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sa
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from faiss_knn import OnlineKNN
-from faiss_knn.online.queue import find_or_create_queue
+from faiss_knn.online.queue import OnlineQueue, find_or_create_queue
 from faiss_knn.search.approximate import FaissEngine
 from faiss_knn.search.ranks import world
+from tests.distributed.failures import fail_in
 from tests.online.parts import Echo, Rows, clusters, loader, trainer
 
 CLASSES = 4
@@ -216,6 +217,31 @@ def fit_with_one_bad_rank(where: str, options: dict[str, Any]) -> str:
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def fail_in_hooks(gather: str, failing: int, cases: list[tuple[str, str, int]], folder: Path) -> list[tuple[str, str]]:
+    """Fit, save and validate from the file, where a hook of the callback or of a queue fails on one rank.
+
+    Returns:
+        For each case how far this rank came, and what was raised there.
+    """
+    return [_fail_in_hook(gather, failing, *case, folder) for case in cases]
+
+
+def _fail_in_hook(gather: str, failing: int, who: str, hook: str, n: int, folder: Path) -> tuple[str, str]:
+    callbacks = {"queue": OnlineQueue("label", 400, gather_distributed=True), "knn": knn(gather=gather, id="id")}
+    fail_in(callbacks[who], hook, failing, n)
+    reached, batches = "fit", uneven_batches([[6, 6]] * world()[1])
+    try:
+        run = ddp(*callbacks.values(), use_distributed_sampler=False)
+        run.fit(Echo(), datamodule=Batches(batches))
+        reached = "save"
+        run.save_checkpoint(folder / "run.ckpt")
+        reached = "validate"
+        run.validate(Echo(), loader(16, **VAL), ckpt_path=folder / "run.ckpt", verbose=False, weights_only=True)
+    except BaseException as error:
+        return reached, f"{type(error).__name__}: {error}"
+    return reached, "nothing"
 
 
 def fit_with_own_validation(

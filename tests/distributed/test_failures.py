@@ -1,6 +1,7 @@
 """One rank fails: all raise, wherever it was, and stand together again afterwards."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from faiss_knn.online.samples import OncePerId, newest_per_id
 from faiss_knn.search.index import KNNIndex
 from faiss_knn.search.ranks import agreed, broadcast_object, gather_rows, gather_to, send_rows, share, world
 from faiss_knn.search.sharded import ShardedRows
+from tests.distributed import runs
 from tests.distributed.failures import failed_everywhere, in_step
 from tests.distributed.ranks import Ranks
 
@@ -102,3 +104,32 @@ def test_a_sharded_bank_needs_as_many_labels_as_features_on_every_rank(ranks: Ra
     first, second = ranks.run(build_with_other_labels)
     assert second == "`labels` must have one row per feature row, 4, got shape (3,)"
     assert first.endswith(second)
+
+
+HOOKS = {  # how deep each is gone into, in uses of torch
+    ("knn", "setup"): (0, 3),
+    ("queue", "setup"): (0,),
+    ("knn", "on_train_batch_end"): (0,),
+    ("queue", "on_train_batch_end"): (0, 9),
+    ("queue", "on_train_epoch_end"): (0,),
+    ("queue", "on_validation_start"): (0,),
+    ("knn", "on_validation_epoch_start"): (0, 20, 90),
+    ("knn", "on_validation_batch_end"): (0, 20, 60),
+    ("knn", "on_validation_epoch_end"): (0, 20, 50),
+    ("queue", "on_save_checkpoint"): (0, 9),
+    ("queue", "on_load_checkpoint"): (0,),
+}
+
+
+@pytest.mark.parametrize(("failing", "size", "gather"), [(1, 2, "replicate"), (1, 2, "shard"), (2, 3, "shard")])
+def test_whatever_hook_fails_on_one_rank_stops_all(
+    ranks: Ranks, tmp_path: Path, failing: int, size: int, gather: str
+) -> None:
+    cases = [(*hook, n) for hook, depths in HOOKS.items() for n in depths]
+    results = ranks.run(runs.fail_in_hooks, gather, failing, cases, tmp_path, ranks=size, timeout=100)
+    for (_, hook, _), *on_ranks in zip(cases, *results, strict=True):
+        where = {"on_save_checkpoint": "save", "on_load_checkpoint": "validate"}.get(hook, "fit")
+        told = "RuntimeError: rank {} failed, so rank {} stops too: MemoryError: no room"
+        expected = [(where, told.format(failing, rank)) for rank in range(size)]
+        expected[failing] = (where, "MemoryError: no room")
+        assert on_ranks == expected
