@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
@@ -156,11 +157,14 @@ def _open_torch(path: Path) -> Arrays:
         )
     with torch.serialization.safe_globals(_numpy_globals()):
         try:
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            held = torch.load(path, map_location="cpu", weights_only=True)  # the older format cannot be mapped
+            try:
+                held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                held = torch.load(path, map_location="cpu", weights_only=True)  # the older format cannot be mapped
+        except UnpicklingError as error:  # torch's own words advise to run what the file holds
+            raise TypeError("it holds objects that are no arrays, numbers or names, or is damaged") from error
     arrays = dict(_flattened("", _paired(held)))
     if not arrays:
         raise TypeError(f"it holds a {type(held).__name__}: save a tensor, a (features, labels) pair or a dict of them")
@@ -178,10 +182,10 @@ def _paired(held: Any) -> Any:
     """A (features, labels) pair, or a list of such pairs, as a dict."""
     if not isinstance(held, (tuple, list)):
         return held
-    if len(held) == 2 and _looks_paired(*held):
-        return {"features": held[0], "labels": held[1]}
     if held and all(isinstance(pair, (tuple, list)) and len(pair) == 2 and _looks_paired(*pair) for pair in held):
         return {"features": [pair[0] for pair in held], "labels": [pair[1] for pair in held]}
+    if len(held) == 2 and _looks_paired(*held):
+        return {"features": held[0], "labels": held[1]}
     return held
 
 
@@ -277,14 +281,34 @@ def _open_hdf5(path: Path) -> Arrays:
                 continue
             item = group[key]
             if isinstance(item, h5py.Dataset) and item.ndim:
-                arrays[name] = _hdf5_member(name, item)
+                arrays[name] = _hdf5_member(path, name, item)
             elif isinstance(item, h5py.Group) and h5py.h5o.get_info(item.id).addr not in met:
                 met.add(h5py.h5o.get_info(item.id).addr)  # a group may hold itself
                 waiting.append((f"{name}/", item))
     return arrays | {name: arrays.get(target[1:]) or _leaves_file(name) for name, target in links.items()}
 
 
-def _hdf5_member(name: str, dataset: Any) -> Member:
+class _Dataset:
+    """An HDF5 data set whose damaged parts are told as such when they are read."""
+
+    def __init__(self, path: Path, dataset: Any) -> None:
+        self.path = path
+        self.dataset = dataset
+        self.shape: tuple[int, ...] = dataset.shape
+        self.dtype = dataset.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> npt.NDArray[Any]:
+        with readable(self.path):
+            return np.asarray(self.dataset[rows])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.asarray(self[...], dtype)
+
+
+def _hdf5_member(path: Path, name: str, dataset: Any) -> Member:
     def read() -> Any:
         if dataset.is_virtual or dataset.external:
             raise ValueError(f"{name!r} is kept in other files (a virtual data set, or external storage): copy it here")
@@ -294,7 +318,7 @@ def _hdf5_member(name: str, dataset: Any) -> Member:
         ):
             raise ValueError(f"{name!r} was not written to its end")
         if dataset.dtype.kind not in "OS":
-            return dataset
+            return _Dataset(path, dataset)
         check_memory(dataset.shape, dataset.dtype)
         return np.asarray(dataset.asstr()[...], dtype=str)
 

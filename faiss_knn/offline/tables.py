@@ -212,6 +212,7 @@ def column_array(name: str, column: Any) -> npt.NDArray[Any]:
     """
     from pyarrow import types
 
+    column.validate(full=True)  # offsets of a damaged file may point anywhere
     if types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     _refuse_rows(f"column {name!r} has {{}} nulls", _missing(column))

@@ -231,7 +231,7 @@ BAD = {
     "npy named npz": ("a.npz", lambda p: p.write_bytes(_npy_bytes()), "a single array: name it .npy"),
     "pickled npy": ("a.npy", lambda p: np.save(p, np.array([{1}, {2}])), "cannot be read as .npy"),
     "pickled npz": ("a.npz", lambda p: np.savez(p, features=np.array([{1}, {2}])), "cannot be read as .npz"),
-    "pickled pt": ("a.pt", lambda p: torch.save({"features": Path("x")}, p), "cannot be read as .pt"),
+    "pickled pt": ("a.pt", lambda p: torch.save({"features": Path("x")}, p), "cannot be read as .pt: it holds objects"),
     "unknown suffix": ("a.dat", lambda p: p.write_text("1,2"), "unknown format '.dat'"),
     "not numbers": ("a.npy", lambda p: np.save(p, np.array([["a"]])), "features must be numbers"),
     "complex": ("a.npy", lambda p: np.save(p, ROWS.astype(complex)), "features must be numbers"),

@@ -32,6 +32,8 @@ PICKLED = {
     "batches": {"features": tensors(ROWS[:3], ROWS[3:4], ROWS[4:]), "labels": tensors(LABELS[:3], LABELS[3:])},
     "vectors": {"features": tensors(*ROWS), "labels": LABELS.tolist()},
     "pairs": [tuple(tensors(ROWS[i : i + 3], LABELS[i : i + 3])) for i in (0, 3, 6)],
+    "two pairs": [tuple(tensors(ROWS[i : i + 4], LABELS[i : i + 4])) for i in (0, 4)],
+    "a pair of lists": (tensors(ROWS[:4], ROWS[4:]), tensors(LABELS[:4], LABELS[4:])),
     "nested": {"model": {"features": torch.from_numpy(ROWS)}, "labels": tensors(*LABELS[:, None]), "args": {"lr": 0.1}},
     "ordered": collections.OrderedDict(embeds=torch.from_numpy(ROWS), targets=torch.from_numpy(LABELS)),
     "a parameter": {"features": torch.nn.Parameter(torch.from_numpy(ROWS)), "labels": torch.from_numpy(LABELS)},
@@ -179,6 +181,19 @@ def test_an_hdf5_file_may_hold_what_does_not_fit_in_memory(tmp_path):
     for key in ("other", "names"):
         with pytest.raises(DataError, match=r"needs .* GiB of memory|was not written to its end"):
             read_features(tmp_path / "a.h5", labels_key=key)
+
+
+def test_a_damaged_part_is_told_when_it_is_read(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("features", data=np.tile(ROWS, (100, 1)), chunks=(70, 3), compression="gzip")
+        offset = file["features"].id.get_chunk_info(3).byte_offset
+    with open(tmp_path / "a.h5", "r+b") as file:
+        file.seek(offset)
+        file.write(bytes(64))
+    rows = read_features(tmp_path / "a.h5").rows
+    np.testing.assert_array_equal(rows[0:210], np.tile(ROWS, (30, 1)))
+    with pytest.raises(DataError, match=r"a\.h5: cannot be read as \.h5: Can't .*read data"):
+        _ = rows[200:220]
 
 
 def elsewhere(path):
