@@ -13,6 +13,8 @@ WEIGHTINGS = ("inverse", "softmax", "uniform")
 
 _FLOAT32 = torch.finfo(torch.float32)
 _LEAST_LOG = -1e300  # a neighbour that was found has a weight, however small
+_MANY = 16  # classes for each neighbour, from which on it is faster to number them anew in each row
+_BELOW_ALL = -1e301  # less than any weight's logarithm, and finite: its difference from -inf is -inf
 _SMALL = -100 * math.log(2)  # logarithm of the scores below which float32 runs short of exponents
 
 
@@ -153,58 +155,86 @@ def count_votes(
     """
     logs = log_weights(distances, found, temperature=temperature, weighting=weighting)
     if labels.ndim == 2:
-        labels = labels.long().masked_fill(~found, 0)
-    shares = (_share_ids if labels.ndim == 2 else _share_rows)(logs, labels, num_classes)
+        # A missing neighbour, with class 0, adds nothing to it.
+        return _count_ids(logs, labels.long().masked_fill(~found, 0), num_classes, weighting)
+    shares = _share_rows(logs, labels)
+    return Votes(shares if weighting == "softmax" else _add_rows(_weights(logs).double(), labels), shares)
+
+
+def _count_ids(logs: Tensor, labels: Tensor, num_classes: int, weighting: str) -> Votes:
+    """Vote with class ids (B, k). Where classes are many, those of the neighbours alone are counted, in (B, k)."""
+    many = num_classes > _MANY * labels.shape[1]
+    numbers, width = (number_rows(labels), labels.shape[1]) if many else (labels, num_classes)
+    shares = _spread(_share_ids(logs, numbers, width), labels, num_classes)
     if weighting == "softmax":
         return Votes(shares, shares)
-    return Votes((_add_ids if labels.ndim == 2 else _add_rows)(_weights(logs).double(), labels, num_classes), shares)
+    return Votes(_spread(_add_ids(_weights(logs).double(), numbers, width), labels, num_classes), shares)
 
 
-def _add_ids(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(B, C) sums of weights from class ids (B, k). Float32 numbers add up exactly in float64, if of one magnitude."""
-    sums = weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
+def number_rows(labels: Tensor) -> Tensor:
+    """Number the classes of each row of (B, k) labels from 0, in ascending order.
+
+    Example:
+        >>> number_rows(torch.tensor([[7, 2, 7], [5, 9, 1]]))
+        tensor([[1, 0, 1],
+                [1, 2, 0]])
+    """
+    ordered, order = labels.sort(dim=1)
+    steps = torch.zeros_like(ordered)
+    steps[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.empty_like(labels).scatter_(1, order, steps.cumsum(1))
+
+
+def _spread(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(B, C) from what the class of each neighbour (B, k) has, the same for all neighbours of the class."""
+    return values.new_zeros(len(values), num_classes).scatter_(1, labels, values)
+
+
+def _add_ids(weights: Tensor, numbers: Tensor, width: int) -> Tensor:
+    """(B, k) sums of weights of each neighbour's class. Float32 weights of one magnitude add up exactly in float64."""
+    sums = weights.new_zeros(len(weights), width).scatter_add_(1, numbers, weights).gather(1, numbers)
     return sums.clamp(max=_FLOAT32.max).float()
 
 
-def _add_rows(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def _share_ids(logs: Tensor, numbers: Tensor, width: int) -> Tensor:
+    """(B, k) shares of each neighbour's class."""
+    shape = (len(logs), width)
+    peaks = logs.new_full(shape, _BELOW_ALL).scatter_reduce_(1, numbers, logs, "amax").gather(1, numbers)
+    masses = numbers.new_zeros(shape).scatter_add_(1, numbers, _fixed(logs, peaks, logs.shape[1])).gather(1, numbers)
+    return _shares(logs, peaks, masses)
+
+
+def _add_rows(weights: Tensor, labels: Tensor) -> Tensor:
     """(B, C) sums of weights from multi-hot or soft labels (B, k, C), in k passes, never as a (B, k, C) product."""
-    sums = weights.new_zeros(len(weights), num_classes)
+    sums = weights.new_zeros(len(weights), labels.shape[2])
     for i in range(labels.shape[1]):
         part = labels[:, i].double().where(weights[:, i, None] > 0, 0.0)  # a missing neighbour's labels may be anything
         sums += weights[:, i, None] * part
     return sums.clamp(max=_FLOAT32.max).float()
 
 
-def _share_ids(logs: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(B, C) shares from class ids (B, k). A missing neighbour, with class 0, adds nothing to it."""
-    shape = (len(logs), num_classes)
-    peaks = logs.new_full(shape, -torch.inf).scatter_reduce_(1, labels, logs, "amax").gather(1, labels)
-    masses = labels.new_zeros(shape).scatter_add_(1, labels, _fixed(logs, peaks)).gather(1, labels)
-    shares = _shares(logs, peaks, masses)
-    return shares.new_zeros(shape).scatter_(1, labels, shares)
-
-
-def _share_rows(logs: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def _share_rows(logs: Tensor, labels: Tensor) -> Tensor:
     """(B, C) shares from multi-hot or soft labels (B, k, C)."""
-    peaks = logs.new_full((len(logs), num_classes), -torch.inf)
-    for i in range(labels.shape[1]):
+    k = labels.shape[1]
+    peaks = logs.new_full((len(logs), labels.shape[2]), _BELOW_ALL)
+    for i in range(k):
         peaks = torch.maximum(peaks, _given(logs, labels, i))
     masses = torch.zeros_like(peaks, dtype=torch.int64)
-    for i in range(labels.shape[1]):
-        masses += _fixed(_given(logs, labels, i), peaks, labels.shape[1])
+    for i in range(k):
+        masses += _fixed(_given(logs, labels, i), peaks, k)
     return _shares(logs, peaks, masses)
 
 
 def _given(logs: Tensor, labels: Tensor, i: int) -> Tensor:
     """(B, C) logarithms of the weight that neighbour i gives each class."""
     part, log = labels[:, i], logs[:, i, None]
-    return torch.where((part > 0) & (log > -torch.inf), log + part.double().log(), -torch.inf)
+    weights = log + part.double().log() if part.is_floating_point() else log
+    return torch.where((part > 0) & (log > -torch.inf), weights, -torch.inf)
 
 
-def _fixed(logs: Tensor, peaks: Tensor, k: int | None = None) -> Tensor:
+def _fixed(logs: Tensor, peaks: Tensor, k: int) -> Tensor:
     """exp(logs - peaks) in int64 fixed point, of which k add up exactly, in any order and on any device."""
-    parts = torch.where(logs > -torch.inf, torch.exp(logs - peaks), 0.0)
-    return (parts * 2.0 ** (62 - (k or logs.shape[1]).bit_length())).round().long()
+    return (torch.exp(logs - peaks) * 2.0 ** (62 - k.bit_length())).long()
 
 
 def _shares(logs: Tensor, peaks: Tensor, masses: Tensor) -> Tensor:
@@ -215,10 +245,11 @@ def _shares(logs: Tensor, peaks: Tensor, masses: Tensor) -> Tensor:
         peaks: (B, …) the largest of those of each class.
         masses: (B, …) sums of `_fixed` of each class.
     """
-    if not logs.shape[1]:
+    k = logs.shape[1]
+    if k == 0:
         return torch.zeros_like(peaks, dtype=torch.float32)
-    nearest = logs.amax(1, keepdim=True)
-    parts = masses / _fixed(logs, nearest).sum(1, keepdim=True).double()
+    nearest = logs.amax(1, keepdim=True).clamp(min=_BELOW_ALL)
+    parts = masses / _fixed(logs, nearest, k).sum(1, keepdim=True).double()
     shares = torch.exp(peaks - nearest) * parts
     below = (_SMALL - (peaks - nearest) - parts.log()).clamp(min=0)
     small = (math.exp(_SMALL) * (1 + below) ** -0.25).clamp(min=_FLOAT32.tiny)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.classify.ranking import scores_for
-from faiss_knn.classify.vote import count_votes
+from faiss_knn.classify.vote import count_votes, number_rows
 from faiss_knn.offline.metrics import plain_defaults
 from faiss_knn.offline.rows import spans
 
@@ -73,10 +73,7 @@ class ClassJudge:
         """(Q, k) numbers in [0, k) of the neighbours' classes, (Q,) the true class's, (Q,) whether it is there."""
         if k not in self._numbered:
             labels = self.labels[:, :k]
-            ordered, order = labels.sort(dim=1)
-            steps = torch.zeros_like(ordered)
-            steps[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-            local = torch.empty_like(labels).scatter_(1, order, steps.cumsum(1))
+            local = number_rows(labels)
             true = labels == self.truth[:, None]
             self._numbered[k] = local, torch.where(true, local, 0).amax(1), true.any(1)
         return self._numbered[k]

@@ -245,3 +245,15 @@ def test_multi_hot_labels_are_0_and_1(wrong):
         vote(distances, labels, 2)
     distances[0, 1] = INF  # of a missing neighbour the labels are not looked at
     assert vote(distances, labels, 2, weighting="uniform").tolist() == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize("weighting", ["inverse", "softmax", "uniform"])
+def test_votes_do_not_depend_on_how_many_other_classes_there_are(weighting):
+    distances, labels = neighbors(20, 9, 6, missing=2)
+    few, many = (
+        count_votes(distances, distances.isfinite(), labels, width, temperature=0.1, weighting=weighting)
+        for width in (6, 6000)
+    )
+    for narrow, wide in zip(few, many, strict=True):
+        assert torch.equal(wide[:, :6], narrow)
+        assert not wide[:, 6:].any()
