@@ -15,7 +15,7 @@ from faiss_knn.offline.folders import SIDES, Folder, Role, open_folder
 from faiss_knn.offline.formats import Arrays, DataError, check_memory, open_arrays, read_array, readable
 from faiss_knn.offline.manifest import MANIFEST
 from faiss_knn.offline.rows import Rows, Shards, Subset
-from faiss_knn.offline.tables import UNKNOWN, Member
+from faiss_knn.offline.tables import LABEL_NAMES, UNKNOWN, Member
 
 __all__ = ["Features", "digits", "extract", "read_class_names", "read_features"]
 
@@ -23,7 +23,6 @@ _FEATURES = (
     *("features", "embeddings", "embedding", "embeds", "embed", "emb", "feats", "feat"),
     *("x", "X", "data", "vectors", "vector"),
 )
-_LABELS = ("labels", "label", "targets", "target", "y", "classes")
 _NAMED_FORMATS = (".npz", ".safetensors", ".h5", ".hdf5")
 _LISTED = 20
 _COLUMNS_HINT = " (columns belong together where their names differ in a number at the end, or list them: a,b,c)"
@@ -109,7 +108,7 @@ def read_labels(path: str | Path, role: Role = "bank", key: str | None = None) -
     arrays = open_arrays(path)
     if key is not None:
         return _as_labels(path, _named(path, arrays, key, "labels")[1])
-    name = _usual(path, arrays, role, _LABELS)
+    name = _usual(path, arrays, role, LABEL_NAMES)
     if name is None and len(arrays) == 1 and path.suffix.lower() not in _NAMED_FORMATS:
         name = next(iter(arrays))
     if name is None:
@@ -181,7 +180,7 @@ def _sample_order(files: Folder, length: int) -> npt.NDArray[np.int64]:
 
 
 def _described_names(files: Folder, labels_key: str | None) -> list[str] | None:
-    names = [labels_key] if labels_key is not None else list(_LABELS)
+    names = [labels_key] if labels_key is not None else list(LABEL_NAMES)
     return next((files.class_labels[name] for name in names if name in files.class_labels), None)
 
 
@@ -215,7 +214,7 @@ def _read_file(path: Path, role: Role, features_key: str | None, labels_key: str
 def _labels_beside(path: Path, arrays: Arrays, role: Role, features: str, key: str | None) -> Member | None:
     if key is not None:
         return _named(path, arrays, key, "labels")[1]
-    usual = _usual(path, arrays, role, _LABELS, beside=features)
+    usual = _usual(path, arrays, role, LABEL_NAMES, beside=features)
     return None if usual is None else arrays[usual]
 
 
@@ -266,7 +265,7 @@ def _only_vectors(path: Path, arrays: Arrays) -> str:
         return next(iter(arrays))
     vectors = [name for name, member in arrays.items() if len(member.shape) == 2 and member.dtype.kind in "fiu"]
     floats = [name for name in vectors if arrays[name].dtype.kind == "f"]
-    found = floats or [name for name in vectors if _plain(name).rpartition(".")[2] not in _LABELS]
+    found = floats or [name for name in vectors if _plain(name).rpartition(".")[2] not in LABEL_NAMES]
     if len(found) != 1:
         raise DataError(
             f"{path}: cannot tell which of {_listed(arrays)} holds the features: name it with --features-key"

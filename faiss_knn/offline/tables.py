@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 UNKNOWN = -1  # a length that only reading tells
-_FIRST_CELLS = ("label", "labels", "target", "targets", "class", "y")
+LABEL_NAMES = ("labels", "label", "targets", "target", "y", "classes", "class")
 _SHOWN_ROWS = 5
 
 
@@ -128,6 +128,7 @@ def members(
     names = _class_names(schema)
     arrays: dict[str, Member] = {}
     numbers: list[str] = []
+    has_labels = any(name.lower() in LABEL_NAMES for name in schema.names)
     for name in dict.fromkeys(schema.names):
         if schema.names.count(name) > 1:
             continue  # no name tells which of them is meant
@@ -142,7 +143,7 @@ def members(
     for prefix, columns in _numbered(numbers).items():
         parts = {name: arrays.pop(name) for name in columns}
         dtype = np.dtype(np.float64) if is_text else np.result_type(*(part.dtype for part in parts.values()))
-        doubt = _doubt(columns, not prefix or nameless, schema)
+        doubt = _doubt(columns, nameless or (not prefix and not has_labels), schema)
         shape, whole = (length, len(columns)), _columns_reader(read, columns)
         arrays[f"{prefix}*"] = Member(shape, dtype, whole, doubt=doubt, columns=parts)
     return arrays
@@ -313,7 +314,7 @@ def _csv_layout(path: Path) -> tuple[str, bool]:
     delimiter = max(known, key=lines[0].count)
     first, second = (next(csv.reader([line], delimiter=delimiter), []) for line in lines)
     if len(first) == 1:
-        named = not _is_number(first[0]) and (first[0].strip().lower() in _FIRST_CELLS or _is_number("".join(second)))
+        named = not _is_number(first[0]) and (first[0].strip().lower() in LABEL_NAMES or _is_number("".join(second)))
         return delimiter, named
     numbers = [cell for cell in first if _is_number(cell)]
     counted = len(numbers) > 2 and {str(i) for i in range(len(numbers))} == set(numbers)  # as pandas names columns

@@ -151,6 +151,19 @@ def test_what_is_doubtful_is_refused(tmp_path, case, name):
     assert "--features-key" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_whole_numbers_are_features_where_labels_have_a_name(tmp_path, name):
+    """Pixels under the names that pandas gives."""
+    pixels = pandas.DataFrame(np.abs(ROWS * 9).round()).rename(columns=str)
+    WIDE[name](tmp_path / name, pixels.assign(label=LABELS * 100.0))
+    found = read_features(tmp_path / name)
+    np.testing.assert_array_equal(found.rows, pixels)
+    np.testing.assert_array_equal(found.labels, LABELS * 100)
+    WIDE[name](tmp_path / name, pixels)
+    with pytest.raises(DataError, match="hold whole numbers alone, labels may be among them"):
+        read_features(tmp_path / name)
+
+
 def test_what_is_doubtful_can_be_asked_for(tmp_path):
     scalar_frame().to_parquet(tmp_path / "a.parquet")
     found = read_features(tmp_path / "a.parquet", features_key="height,width")
