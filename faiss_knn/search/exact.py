@@ -10,7 +10,7 @@ from faiss_knn.search.projection import effective_rank, leading_directions
 from faiss_knn.search.rerank import PAIR_SECONDS, VALUE_SECONDS, measure, nearest
 from faiss_knn.search.rows import Rows
 from faiss_knn.search.scan import best_scores, reaching
-from faiss_knn.search.sketch import DifferenceSketch, ProductSketch, Sketch, has_fast_bfloat16
+from faiss_knn.search.sketch import BOUND_COLUMNS, DifferenceSketch, ProductSketch, Sketch, has_fast_bfloat16
 from faiss_knn.search.spare import Spare
 from faiss_knn.search.twins import Twins
 
@@ -224,5 +224,5 @@ def _worthwhile_basis(rows: Rows, distance: Distance) -> Tensor | None:
 
 
 def _padded(count: int) -> int:
-    """Fill the product's width up to a multiple of 32 with further directions, four columns left for the bounds."""
-    return -(-(count + 4) // 32) * 32 - 4
+    """Fill the product's width up to a multiple of 32 with further directions, room left for the bounds."""
+    return -(-(count + BOUND_COLUMNS) // 32) * 32 - BOUND_COLUMNS

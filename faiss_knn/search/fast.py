@@ -12,7 +12,7 @@ from faiss_knn.search.projection import leading_directions
 from faiss_knn.search.rerank import measure_quickly, nearest
 from faiss_knn.search.rows import Rows
 from faiss_knn.search.scan import best_scores
-from faiss_knn.search.sketch import ProductSketch, has_fast_bfloat16
+from faiss_knn.search.sketch import BOUND_COLUMNS, ProductSketch, has_fast_bfloat16
 from faiss_knn.search.tuning import HELD_OUT, RECHECK, HeldOut, hold_out, recall, search_cost, without_self
 
 _SHARES = (0.125, 0.25, 0.375, 0.5)  # of the dimensions, scanned instead of all
@@ -116,7 +116,9 @@ class FastEngine:
         basis = self._directions()
         rotated = self._made(basis)
         for share in _SHARES:
-            dims = max(1, round(share * self._rows.dim / 32) * 32 - 4)  # with the other columns a multiple of 32
+            dims = max(
+                1, round(share * self._rows.dim / 32) * 32 - BOUND_COLUMNS
+            )  # with the other columns a multiple of 32
             choices.append((dims, *self._least_factor(rotated, held_out, dims)))
         good = [choice for choice in choices if choice[1] < _FACTORS[-1]] or choices[:1]
         dims, factor, self.recall = min(good, key=lambda choice: self._cost(choice[0], choice[1] * k))

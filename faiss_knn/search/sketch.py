@@ -6,14 +6,22 @@ matrix product. Let u = s(x - c) be a row and v = s(q - c) a query, centred and 
 what is stored of them. Then s²|x - q|² = |v|² + 2t with t = |u|²/2 - u·v, and
 
     u·v <= û·v̂ + |u - û||v| + |û||v - v̂|                                 (Cauchy-Schwarz)
-    computed products differ from exact ones by at most γ|û||v̂|           (Higham, Accuracy and Stability, §3.1)
+    computed products differ from exact ones by at most γ Σ|û_i v̂_i|      (Higham, Accuracy and Stability, §3.1)
 
-so m - t <= û·v̂ - (h - m) + |û|β with h <= |u|²/2 and β = r|v| + |v - v̂| + γ|v̂|, where r >= |u - û| / |û| and m is any
-constant. h and |û| are two further columns of û. The margin |û|β belongs to the row: one huge row does not widen the
-others'.
+so m - t <= û·v̂ - (h - m) + |u - û||v| + |û|β with h <= |u|²/2, β >= |v - v̂| + γ|v̂|, and any constant m. The margins
+belong to the row: one huge row does not widen the others'. All of it is one product of these columns:
+
+    column      of a row u                                        of a query v
+    1 … d       û: u, rounded to the dtype                        v̂
+    h           h - m, rounded down; two pieces in bfloat16       -1 each
+    size        |û|, rounded up                                   β: what v̂ and the product lose, rounded up
+    lost        |u - û| as measured, rounded up                   |v|, rounded up
+    left out    ρu (with a projection)                            ρv
 
 Given a basis P of m orthonormal directions, û holds Pu alone. What is left of u and v, of lengths ρu and ρv, adds at
-most ρuρv to u·v (Cauchy-Schwarz again): one more column. Where the spectrum decays, m products do for d.
+most ρuρv to u·v (Cauchy-Schwarz again): the last column. Where the spectrum decays, m products do for d.
+
+docs/exact.md derives every constant below.
 """
 
 import math
@@ -28,13 +36,19 @@ from faiss_knn.search.products import BFLOAT16_FLAGS, multiply
 from faiss_knn.search.rows import Rows
 
 _SAMPLE = 1024
+_DOUBLE, _SINGLE, _HALF = 2.0**-53, 2.0**-24, 2.0**-8  # unit roundoff of float64, float32 and bfloat16
+# What a product's terms and sums are off by, in units of float32's roundoff: twice, for units that do not round to
+# nearest; twice again, for tensor cores that cut off what they align. And 1 %, for terms of second order.
+_PRODUCT_ROUNDINGS, _HALF_PRODUCT_ROUNDINGS = 2.02, 4.04
+_SECOND_ORDER = 1.01  # |û| and |v̂| instead of |u| and |v|
+BOUND_COLUMNS = 5  # beside the vector, at most
 # Values of a block made at once: as fast as smaller ones that stay in cache, and each block costs a dozen barriers
 # between threads, which a busy machine makes expensive.
 _BLOCK_VALUES = 1 << 20
 _GPU_BLOCK_VALUES = 1 << 24  # there a block costs some twenty kernel launches
 _FAR = 2.0**40  # in units of the median norm; beyond it a row or query is not worth a float32 exponent
+_MOST_EXPONENT = 1000  # of the scale
 _FAR_HALF_SQUARE = 2.0**77  # below |u|²/2 - |u||v| for any |u| > 2^40 and |v| <= 2^38
-_FLUSHED = 1e-30  # what products may lose to underflow, in units of the median square
 
 
 class Asked(NamedTuple):
@@ -96,17 +110,15 @@ class ProductSketch:
         self._rows = rows
         self._distance = distance
         self.dtype = dtype
-        self._pieces = 2 if dtype == torch.bfloat16 else 1  # h in bfloat16 alone would be off by 2^-9
+        half = dtype == torch.bfloat16
+        self._pieces = 2 if half else 1  # h in bfloat16 alone would be off by 2^-8 of it
         self._basis = basis
         self._vector = rows.dim if basis is None else basis.shape[1]
-        self._width = _aligned(self._vector + self._pieces + (1 if basis is None else 2))
-        # Twice, for units that do not round to nearest; twice again, for tensor cores that cut off what they align.
-        self._gamma = (4.04 if dtype == torch.bfloat16 else 2.02) * (self._width + 8) * 2.0**-24
-        # Rounding to bfloat16 changes each value by 2^-9 of it, hence a row by as much; and 2^-22 for centring.
-        self._ratio = (2.0**-9 if dtype == torch.bfloat16 else 0.0) + 2.0**-22
-        # What float32 loses of a projection, and the basis lacks of being orthonormal.
+        self._width = _aligned(self._vector + self._pieces + (2 if basis is None else 3))
+        # Eight more than the product has: centring a row rounds it twice.
+        self._gamma = (_HALF_PRODUCT_ROUNDINGS if half else _PRODUCT_ROUNDINGS) * (self._width + 8) * _SINGLE
+        self._norm_error = 1.01 * (rows.dim + 8) * _SINGLE  # of |u|² summed in float32
         self._tilt = 0.0 if basis is None else _tilt(basis)
-        self._ratio += 2 * self._tilt
         self._passed_over: Tensor | None = None
         if passed_over is not None:
             self._passed_over = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -124,8 +136,10 @@ class ProductSketch:
         sizes = (sample - self._centre).norm(dim=1)
         sizes = sizes[sizes > 0]
         size = float(sizes.median()) if len(sizes) else 1.0
-        exponent = min(max(-math.frexp(size)[1], -1000), 1000)
+        exponent = min(max(-math.frexp(size)[1], -_MOST_EXPONENT), _MOST_EXPONENT)
         self._scale = 2.0**exponent
+        # Beyond that the median row is not of size 1 after scaling, and too small to be bounded in float32.
+        self._reach = _FAR if abs(exponent) < _MOST_EXPONENT else -1.0
         # float32 centres exactly enough unless its range ends, or unit vectors lie within 2^-10 of each other.
         unsafe = not 2.0**-90 < size < 2.0**60
         if self._distance.unit_rows:
@@ -150,34 +164,42 @@ class ProductSketch:
         return self._written(0, 0 if rows.streamed else count)
 
     def _write(self, block: Tensor, start: int, out: Tensor) -> None:
-        """Write û, h, |û| and ρ of a block of rows (n, d), which starts at row `start`, to `out` (n, K)."""
-        dim = self._vector
+        """Write all columns of a block of rows (n, d), which starts at row `start`, to `out` (n, K)."""
         rows = (self._directed(block, start) - self._centre.to(self._work)).mul_(self._scale).float()
         sizes = rows.norm(dim=1)
-        far = ~(sizes <= _FAR)
+        far = ~(sizes <= self._reach)
         if self._passed_over is not None:
             far |= self._passed_over[start : start + len(block)]
         if far.any():
             rows[far], sizes[far] = 0.0, 0.0
         seen = rows if self._basis is None else rows @ self._basis
-        out[:, :dim] = seen
-        half = sizes.square() / 2
-        half = half - self._shift - 2 * self._gamma * (half + self._shift) - self._blur * sizes - _FLUSHED
-        half = half.masked_fill(far, _FAR_HALF_SQUARE)
-        if self._pieces == 2:
-            half -= 2.0**-14 * half.abs()
-        left = half
-        for column in range(dim, dim + self._pieces):
-            out[:, column] = left
-            left = left - out[:, column].float()
-        out[:, dim + self._pieces] = (sizes * (1 + 2.0**-7) + self._blur / self._ratio).masked_fill(far, 0.0)
-        out[:, dim + self._pieces + 1 :] = 0
+        column = self._vector + self._pieces
+        out[:, : self._vector] = seen
+        out[:, self._vector : column] = self._half_squares(sizes).masked_fill(far[:, None], _FAR_HALF_SQUARE)
+        out[:, column] = rounded_up(sizes * (1 + self._norm_error), self.dtype)
+        lost = (seen - out[:, : self._vector].float()).norm(dim=1) * (1 + self._norm_error)
+        out[:, column + 1] = rounded_up((lost + self._blur).masked_fill(far, 0.0), self.dtype)
+        out[:, column + 2 :] = 0
         if self._basis is not None:
-            out[:, dim + self._pieces + 1] = self._left_out(sizes.square(), seen.square().sum(1)) * (1 + 2.0**-7)
+            left_out = self._left_out(sizes.square(), seen.square().sum(1))
+            out[:, column + 2] = rounded_up(left_out, self.dtype)
+
+    def _half_squares(self, sizes: Tensor) -> Tensor:
+        """Return h - m in (n, pieces), rounded down, from the float32 sizes |u| (n,)."""
+        half = sizes.square() / 2
+        below = half * self._norm_error  # |u|² is a sum of rounded squares,
+        below += self._blur * sizes  # of a vector that may be off by so much,
+        below += 2 * self._gamma * (half + self._shift)  # and the product rounds h as it does the rest.
+        left = half - self._shift - below
+        if self._pieces == 1:
+            return left[:, None]
+        left = left - 2 * _HALF**2 * left.abs()  # what two pieces of eight bits leave over
+        first = left.bfloat16()
+        return torch.stack([first, (left - first.float()).bfloat16()], 1)
 
     def _left_out(self, square: Tensor, seen: Tensor) -> Tensor:
         """Return at least the length of what a projection leaves out, from |u|² and |Pu|²."""
-        return ((square - seen).clamp(min=0) + 4 * self._tilt * square).sqrt()
+        return ((square - seen).clamp(min=0) + 4 * (self._tilt + self._norm_error) * square).sqrt() * (1 + 4 * _SINGLE)
 
     def ask(self, queries: Tensor, *, bound: bool = True) -> Asked:
         """Prepare queries (B, d); without `bound`, scores estimate and prove nothing."""
@@ -199,14 +221,16 @@ class ProductSketch:
         asked.vectors[:, dims : self._vector] = 0
 
     def _widen(self, vectors: Tensor, exact: Tensor, seen: Tensor) -> None:
-        """Write β and ρ of queries v (B, d), projected to (B, m), to the columns beside v̂."""
+        """Write β, |v| and ρ of queries v (B, d), projected to (B, m), to the columns beside v̂."""
         column = self._vector + self._pieces
-        lost = (seen - vectors[:, : self._vector].double()).norm(dim=1) + self._unit_error
-        beta = (self._ratio + self._gamma * 1.01) * exact.norm(dim=1) + lost * 1.01
-        vectors[:, column] = beta * (1 + 2.0**-7)
+        size = exact.norm(dim=1)
+        beta = (seen - vectors[:, : self._vector].double()).norm(dim=1) + self._unit_error
+        beta = _SECOND_ORDER * (beta + self._gamma * size)
+        vectors[:, column] = rounded_up((1 + 2 * self._gamma) * beta, self.dtype)
+        vectors[:, column + 1] = rounded_up((1 + 2 * self._gamma) * size, self.dtype)
         if self._basis is not None:
             left_out = self._left_out(exact.square().sum(1), seen.square().sum(1))
-            vectors[:, column + 1] = left_out * (1 + 2.0**-7)
+            vectors[:, column + 2] = rounded_up((1 + 2 * self._gamma) * left_out, self.dtype)
 
     def scores(self, asked: Asked, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return (stop - start, B) scores of a block of rows."""
@@ -232,12 +256,12 @@ class ProductSketch:
     @property
     def _rounding(self) -> float:
         """What writing a score in `dtype` may take off it, and the sign of it."""
-        return 2.0**-8 if self.dtype == torch.bfloat16 else 2.0**-22
+        return _HALF if self.dtype == torch.bfloat16 else 4 * _SINGLE
 
     @property
     def _slack(self) -> float:
         """Relative error of squared float64 norms."""
-        return (self._rows.dim + 32) * 2.0**-51
+        return (self._rows.dim + 32) * 4 * _DOUBLE
 
 
 class DifferenceSketch:
@@ -263,6 +287,19 @@ class DifferenceSketch:
         """Return (B,) float64: every row within this norm of differences has at least such a score."""
         # A float32 sum that overflowed says no more than that.
         return torch.where(norms < 1e38, -norms * (1 + self._gamma), -torch.inf)
+
+
+def rounded_up(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the least numbers of `dtype`, bfloat16 or float32, that are not below `values` (n,), none negative.
+
+    Example:
+        >>> rounded_up(torch.tensor([1.0, 1.001]), torch.bfloat16)
+        tensor([1.0000, 1.0078], dtype=torch.bfloat16)
+    """
+    rounded = values.to(dtype)
+    whole = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    # The next number above has the next bits; a double that rounds to zero is the least number that float32 has.
+    return torch.where(rounded.double() < values.double(), (rounded.view(whole) + 1).view(dtype), rounded)
 
 
 def _aligned(width: int) -> int:

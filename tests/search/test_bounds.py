@@ -1,0 +1,166 @@
+"""The inequality that makes the search exact, pair by pair: no row scores below the least score of its own distance."""
+
+import numpy as np
+import pytest
+import torch
+
+from faiss_knn.search.distance import get_distance
+from faiss_knn.search.projection import leading_directions
+from faiss_knn.search.rows import Rows
+from faiss_knn.search.sketch import ProductSketch, rounded_up
+
+BOUNDARY = 1 + 2.0**-8 - 2.0**-15  # bfloat16 rounds it down by nearly the most that it ever does
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact_norms(queries, bank, metric):
+    """Norms (B, N) of the differences, in numpy's long double."""
+    queries, bank = (rows.double().numpy().astype(np.longdouble) for rows in (queries, bank))
+    if metric == "cosine":
+        queries, bank = (rows / np.sqrt((rows**2).sum(1, keepdims=True)) for rows in (queries, bank))
+    return np.stack([np.sqrt(((bank - query) ** 2).sum(1)) for query in queries])
+
+
+def shortfall(bank, queries, metric="euclidean", dtype=torch.float32, directions=None, basis=None):
+    """By how much scores fall below what is promised: (B, N), positive where a row would be wrongly excluded."""
+    rows, distance = Rows(bank, storage_dtype=bank.dtype), get_distance(metric)
+    rows.check(distance)
+    if directions:
+        sample = rows.directed(torch.arange(len(bank)), distance)
+        basis = leading_directions(sample - sample.median(0).values, directions)[0].contiguous()
+    sketch = ProductSketch(rows, distance, dtype, basis=basis)
+    asked = sketch.ask(queries.to(rows.dtype))
+    scores = sketch.scores(asked, 0, len(bank)).T.double()
+    norms = torch.from_numpy(exact_norms(queries, bank, metric).astype(float))
+    least = torch.stack([sketch.least_score(asked, column) for column in norms.T], 1)
+    return least - scores
+
+
+def check(bank, queries, **options):
+    wrong = shortfall(bank, queries, **options) > 0
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} pairs"
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+METRICS = pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+DIRECTIONS = pytest.mark.parametrize("projected", [False, True])
+
+
+def banks():
+    low_rank = normal(400, 16) @ normal(16, 300, seed=1) + 0.02 * normal(400, 300, seed=2)
+    return {
+        "normal": (normal(500, 48), normal(30, 48, seed=1)),
+        "positive and wide": (normal(200, 1500).abs(), normal(10, 1500, seed=1).abs()),
+        "along one line": (3 * normal(300, 1) + 1e-3 * normal(300, 256, seed=1), 3 * normal(9, 1) * torch.ones(256)),
+        "far from zero": (normal(500, 32) + 1e3, normal(30, 32, seed=1) + 1e3),
+        "a few huge rows": (torch.cat([normal(500, 32), 1e6 * normal(3, 32)]), 1e5 * normal(9, 32, seed=1)),
+        "of low rank": (low_rank, low_rank[:20] + 0.01 * normal(20, 300, seed=3)),
+        "tiny": (1e-18 * normal(400, 48), 1e-18 * normal(20, 48, seed=1)),
+        "large": (1e15 * normal(400, 48), 1e15 * normal(20, 48, seed=1)),
+        "the queries are rows": (normal(300, 24), normal(300, 24)[:40]),
+        "float16": (normal(300, 24).half(), normal(20, 24, seed=1).half()),
+        "float64": (normal(300, 24).double() + 1e8, normal(20, 24, seed=1).double() + 1e8),
+    }  # fmt: skip
+
+
+@DTYPES
+@METRICS
+@DIRECTIONS
+@pytest.mark.parametrize("name", banks())
+def test_no_row_scores_below_the_least_score_of_its_distance(name, metric, dtype, projected):
+    bank, queries = banks()[name]
+    check(bank, queries, metric=metric, dtype=dtype, directions=max(1, bank.shape[1] // 3) if projected else None)
+
+
+@METRICS
+@pytest.mark.parametrize("dim", [2, 5, 16, 40, 120])
+def test_rows_that_bfloat16_rounds_the_most(metric, dim):
+    near = BOUNDARY * 8 * torch.ones(60, dim) * (1 + 1e-4 * normal(60, 1)) + 1e-4 * normal(60, dim, seed=1)
+    bank = torch.cat([0.01 * normal(1200, dim, seed=2), near])
+    check(bank, near[:20] + 1e-3 * normal(20, dim, seed=3), metric=metric, dtype=torch.bfloat16)
+    check(-bank, -near[:20], metric=metric, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dim", [2, 5, 16, 40, 120])
+def test_queries_that_bfloat16_rounds_the_most(dim):
+    # The rows are numbers of bfloat16 and centred at zero: nothing but the queries is rounded.
+    signs = normal(600, dim).sign()
+    bank = torch.cat([signs, -signs, 8 * torch.ones(20, dim)])
+    check(bank, BOUNDARY * torch.ones(4, dim) * 2.0 ** torch.arange(4)[:, None], dtype=torch.bfloat16)
+
+
+@DTYPES
+@pytest.mark.parametrize("size", range(9, 18))
+def test_sums_that_are_rounded_down_at_every_step(size, dtype):
+    # All products are 1 + 0.49 · 2^-size: where a sum's last digit is 2^-size, each step loses the same 0.49 of it.
+    ones = torch.ones(40, 6000)
+    value = 1 + 0.49 * 2.0**-size if dtype == torch.float32 else 1.0
+    queries = 1024 * value * torch.ones(2, 6000) * torch.tensor([[1.0], [-1.0]])
+    check(torch.cat([ones, -ones, normal(20, 6000).sign() * value]), queries, dtype=dtype)
+
+
+@pytest.mark.parametrize("size", range(9, 18))
+def test_squares_that_are_rounded_up_at_every_step(size):
+    # The query is the centre, so that of the score only |u|² is left, and one direction allows for few roundings.
+    side = (1 + 0.51 * 2.0**-size) ** 0.5 * torch.ones(40, 6000)
+    basis = torch.full((6000, 1), 6000**-0.5)
+    check(torch.cat([side, -side]), torch.zeros(1, 6000), basis=basis)
+
+
+@DTYPES
+@pytest.mark.parametrize("stretch", [0.998, 1.002])
+def test_directions_that_are_not_quite_of_length_one(dtype, stretch):
+    bank = normal(300, 64)
+    basis = torch.linalg.qr(normal(64, 64, seed=1)).Q * stretch
+    check(bank, torch.cat([8 * bank[:20], -8 * bank[:20]]), dtype=dtype, basis=basis)
+
+
+@DTYPES
+def test_rows_far_from_the_centre_beside_it(dtype):
+    # |u|² is large and must be subtracted to more digits than one bfloat16 has.
+    scales = 2.0 ** torch.arange(-10, 20).repeat_interleave(20)[:, None]
+    bank = torch.cat([normal(700, 16), scales * normal(600, 16, seed=1)])
+    check(bank, bank[::7] * 1.001, dtype=dtype)
+
+
+def test_a_row_at_the_centre_of_queries_far_away():
+    # Of the row nothing is rounded; float64 rounds the squares of such queries by more than all other margins.
+    corners = torch.cat([torch.eye(8), -torch.eye(8)])
+    bank = torch.cat([corners, torch.zeros(40, 8)])
+    for seed in range(20):
+        check(bank, 2.0**28 * normal(50, 8, seed=seed))
+
+
+def test_unit_vectors_near_each_other():
+    # Dividing by the length is off by 2^-24 of the whole vector, and what is compared is a small part of it.
+    for seed in range(20):
+        bank = torch.ones(300, 4) + 4e-3 * normal(300, 4, seed=seed)
+        check(bank * (1 + normal(300, 1, seed=seed + 99).abs()), bank[:30] * 3, metric="cosine")
+
+
+@DTYPES
+def test_numbers_whose_products_are_too_small_for_float32(dtype):
+    bank = 1e-310 * normal(200, 12).double()
+    check(torch.cat([bank, 1e-300 * normal(3, 12).double()]), bank[:20] * 1.01, dtype=dtype)
+
+
+@DTYPES
+def test_what_a_projection_leaves_out(dtype):
+    # Half of the spread lies outside of the directions, and the query's lies along the row's.
+    bank = torch.cat([normal(300, 8) * 3, torch.zeros(300, 40)], 1)
+    bank[150:, 8:] = normal(150, 40, seed=1)
+    check(bank, bank[150:200] * 1.1, dtype=dtype, directions=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_upper_bounds_are_rounded_up(dtype):
+    values = torch.cat([normal(5000).abs().double(), torch.tensor([0.0, 1.0, BOUNDARY, 1e-60, 2.0**-126])]).double()
+    rounded = rounded_up(values, dtype)
+    assert rounded.dtype == dtype
+    assert (rounded.double() >= values).all()
+    below = (rounded.view(torch.int16 if dtype == torch.bfloat16 else torch.int32) - 1).view(dtype).double()
+    assert (below < values)[values > 0].all()
+    assert torch.equal(rounded_up(rounded.double(), dtype), rounded)
