@@ -1,5 +1,6 @@
 """OnlineKNN: a k-NN vote over the queue at every validation, logged as torchmetrics."""
 
+import builtins
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -9,21 +10,33 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from loguru import logger
 from torch import Tensor
+from torch.nn.functional import pad
 
 from faiss_knn.classify.bank import FeatureBank
+from faiss_knn.classify.labels import as_labels, is_soft, most_likely, one_hot_ids
 from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.classify.vote import check_vote_options, neighbor_weights, normalize_scores
 from faiss_knn.online.asked import Asked, choose
-from faiss_knn.online.epoch import Epoch, Run, batch_counts, dataloaders, held_back, query_count
+from faiss_knn.online.epoch import (
+    Epoch,
+    Run,
+    batch_counts,
+    dataloaders,
+    held_back,
+    length_of,
+    query_count,
+    reads_at_once,
+)
 from faiss_knn.online.failures import kept, start, tell
 from faiss_knn.online.lookup import find_tensor, was_skipped
-from faiss_knn.online.metrics import MetricTable, class_count, named_metrics
-from faiss_knn.online.queue import OnlineQueue, QueueStorage, RingBuffer, find_or_create_queue
-from faiss_knn.online.rows import class_labels, flat_rows, labelled, searchable
+from faiss_knn.online.metrics import MetricTable, class_count, is_multiclass, named_metrics, rehearse
+from faiss_knn.online.queue import OnlineQueue, QueueStorage, RingBuffer, align, find_or_create_queue
+from faiss_knn.online.rows import flat_rows, labelled, searchable
 from faiss_knn.online.samples import OncePerId, check_sample_ids, genuine_rows, newest_per_id, sample_ids
 from faiss_knn.online.state import trainer_state
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.index import KNNIndex, Neighbors
+from faiss_knn.search.inputs import as_integer, as_key, as_positive, as_switch
 from faiss_knn.search.ranks import agree, agreed, broadcast_object, gather_rows, share, world
 
 
@@ -68,7 +81,16 @@ class OnlineKNN(Callback):
         bank_device: Where the bank is kept and searched; None: the module's device.
         bank_dataloader_idx: Fill the bank from this validation dataloader instead of the queue.
         id: Key of the sample ids: the newest row of each id counts.
-        every_n_epochs: Score only every so many epochs of a fit.
+        every_n_epochs: Score only every so many epochs of a fit (validations, where the training data has no end). In
+            between, the last values are logged again, so that monitors such as ModelCheckpoint find them (to
+            EarlyStopping they are no improvement); where the score is monitored, the first validation is scored too.
+        recall_queries: How many of an epoch's own queries are searched exactly too, for the recall of an approximate
+            index; 0: none.
+        ignore_index: A label that means "unlabelled", beside -1.
+        strict: Whether to refuse a module that did not make the queue's rows, instead of warning.
+
+    Attributes:
+        results: What metrics computed in the last run that is no number (matrices, curves), by log key.
 
     Raises:
         ValueError: For each bad argument, naming it.
@@ -80,7 +102,7 @@ class OnlineKNN(Callback):
         input: str,  # noqa: A002
         target: str,
         queue_length: int,
-        metrics: Any,
+        metrics: Any = None,
         input_dim: int | Sequence[int] | None = None,
         target_dim: int | None = None,
         num_classes: int | None = None,
@@ -100,25 +122,30 @@ class OnlineKNN(Callback):
         bank_dataloader_idx: int | None = None,
         id: str | None = None,  # noqa: A002
         every_n_epochs: int = 1,
+        recall_queries: int = 256,
+        ignore_index: int | None = None,
+        strict: bool = False,
     ) -> None:
         self.ks = _checked_ks(k)
         check_vote_options(temperature, weighting)
+        chunk_size = as_integer(chunk_size, "chunk_size")
         if chunk_size == 0 or chunk_size < -1:
             raise ValueError(f"chunk_size must be positive or -1, got {chunk_size}")
-        input_dim = int(np.prod(input_dim)) if isinstance(input_dim, Sequence) else input_dim
-        _check_positive(num_classes=num_classes, queue_length=queue_length, every_n_epochs=every_n_epochs)
-        _check_positive(input_dim=input_dim, target_dim=target_dim)
+        if isinstance(input_dim, Sequence):
+            input_dim = int(np.prod([as_positive(size, "input_dim") for size in input_dim]))
+        if recall_queries != 0:
+            recall_queries = as_positive(recall_queries, "recall_queries")
         if gather not in ("replicate", "shard"):
             raise ValueError(f"`gather` must be 'replicate' or 'shard', got {gather!r}")
         get_distance(distance_metric)
-        self.name = name
-        self.input = input
-        self.target = target
-        self.queue_length = queue_length
+        self.name = as_key(name, "name")
+        self.input = as_key(input, "input")
+        self.target = as_key(target, "target")
+        self.queue_length = as_positive(queue_length, "queue_length")
         self.metrics = named_metrics(metrics)
-        self.input_dim = input_dim
-        self.target_dim = target_dim
-        self.num_classes = num_classes
+        self.input_dim = None if input_dim is None else as_positive(input_dim, "input_dim")
+        self.target_dim = None if target_dim is None else as_positive(target_dim, "target_dim")
+        self.num_classes = None if num_classes is None else as_positive(num_classes, "num_classes")
         self.k = k
         self.temperature = temperature
         self.chunk_size = chunk_size
@@ -131,11 +158,19 @@ class OnlineKNN(Callback):
         self.gather = gather
         self.bank_dtype = bank_dtype
         self.bank_device = bank_device
-        self.bank_dataloader_idx = bank_dataloader_idx
-        self.id = id
-        self.every_n_epochs = every_n_epochs
+        self.bank_dataloader_idx = (
+            None if bank_dataloader_idx is None else as_integer(bank_dataloader_idx, "bank_dataloader_idx")
+        )
+        self.id = None if id is None else as_key(id, "id")
+        self.every_n_epochs = as_positive(every_n_epochs, "every_n_epochs")
+        self.recall_queries = recall_queries
+        self.ignore_index = None if ignore_index is None else as_integer(ignore_index, "ignore_index")
+        self.strict = as_switch(strict, "strict")
+        self.results: dict[str, Any] = {}
         self._warned_inferred_num_classes = False
         self._metrics_class_count = class_count(self.metrics)
+        self._multiclass = is_multiclass(self.metrics)
+        rehearse(self.metrics)
         self._new_index()  # a bad index option is an error here, not at the first validation
 
     @property
@@ -154,7 +189,29 @@ class OnlineKNN(Callback):
             raise ValueError(f"{len(twins)} OnlineKNN callbacks are named '{self.name}': give each a name of its own")
         previous = trainer_state(trainer).get(self)
         queues = {} if self.bank_dataloader_idx is not None else self._queues(trainer)
-        trainer_state(trainer)[self] = Run(queues, previous.index if previous else self._new_index())
+        run = Run(queues, previous.index if previous else self._new_index())
+        run.width = previous.width if previous else 0
+        trainer_state(trainer)[self] = run
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._align(trainer)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._align(trainer)
+
+    on_test_start = on_validation_start
+
+    def _align(self, trainer: Any) -> None:
+        """Let all queues end with the same sample, wherever an earlier run was interrupted."""
+        run = self._run(trainer)
+        if dropped := align([queue.storage(trainer).ring for queue in run.queues.values()]):
+            self._warn_once(
+                trainer,
+                run,
+                "align",
+                f"OnlineKNN[{self.name}]: the last {dropped} rows of some queues have no counterpart in the others "
+                "(a run was interrupted, or they were saved at different times) and are dropped",
+            )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.bank_dataloader_idx is not None or was_skipped(pl_module, outputs):
@@ -175,12 +232,13 @@ class OnlineKNN(Callback):
     def _start_epoch(self, trainer: Any, pl_module: Any) -> None:
         run = self._run(trainer)
         run.epoch = None
-        if not self._is_due(trainer):
+        if not self._is_due(trainer, run):
             return
         batches = batch_counts(trainer)
-        self._check_bank_loader(len(batches))
+        self._check_bank_loader(trainer, len(batches))
         scored = [i for i in range(len(batches)) if i != self.bank_dataloader_idx]
         loaders = dataloaders(trainer, len(batches))
+        self._warn_if_cut(trainer, run, loaders, batches)
         run.epoch = Epoch(
             MetricTable(self.metrics, self.ks, scored, pl_module.device),
             loaders,
@@ -213,11 +271,13 @@ class OnlineKNN(Callback):
         with held_back(epoch):
             found = self._search(epoch, asked)
             if asked is not None and found is not None and epoch.error is None:
-                self._score(epoch, asked, *found)
+                self._score(run, epoch, asked, *found)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         with agreed():
             values = self._end_epoch(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._run(trainer).last = values
         for key, value in values.items():
             # Every rank has the same value; the largest of them is that value, and says so to Lightning.
             pl_module.log(key, value, add_dataloader_idx=False, sync_dist=True, reduce_fx="max")
@@ -226,7 +286,7 @@ class OnlineKNN(Callback):
         run = self._run(trainer)
         epoch, run.epoch = run.epoch, None
         if epoch is None:
-            return {}
+            return run.last  # monitors find the last score where none is due
         if not epoch.built:
             self._build_bank(trainer, run, epoch)
         if epoch.bank is None:
@@ -236,9 +296,11 @@ class OnlineKNN(Callback):
         for once in epoch.once.values() if self.id is not None else ():
             once.finish()
         stage = "test" if trainer.state.stage == RunningStage.TESTING else "eval"
-        values = epoch.table.values(f"{stage}/{self.name}", several_k=not isinstance(self.k, int))
+        several = isinstance(self.k, Sequence)
+        values, self.results = epoch.table.values(f"{stage}/{self.name}", several_k=several)
         values |= self._about_the_search(run, epoch, f"{stage}/{self.name}")
         run.index.release()
+        run.width = max(run.width, epoch.width)
         return {key: value.to(pl_module.device, torch.float32) for key, value in values.items()}
 
     on_test_epoch_start = on_validation_epoch_start
@@ -250,10 +312,9 @@ class OnlineKNN(Callback):
 
     def _queues(self, trainer: Any) -> dict[str, OnlineQueue]:
         dtype = self.bank_dtype or (torch.float32 if self.input_dim else None)
-        target_dtype = torch.long if self.target_dim else None
         queues = {
             self.input: self._queue(trainer, self.input, self.input_dim, dtype),
-            self.target: self._queue(trainer, self.target, self.target_dim, target_dtype),
+            self.target: self._queue(trainer, self.target, self.target_dim, None),
         }
         if self.id is not None:
             queues[self.id] = self._queue(trainer, self.id, None, None)
@@ -297,9 +358,14 @@ class OnlineKNN(Callback):
                 "repeat the labels once per view, or keep one view's features"
             )
 
-    def _check_bank_loader(self, loaders: int) -> None:
+    def _check_bank_loader(self, trainer: Any, loaders: int) -> None:
         if self.bank_dataloader_idx is None:
             return
+        if reads_at_once(trainer):
+            raise ValueError(
+                f"OnlineKNN[{self.name}]: bank_dataloader_idx={self.bank_dataloader_idx} needs dataloaders that run "
+                "one after the other, got a CombinedLoader that reads them at once: give a list, or mode='sequential'"
+            )
         if self.bank_dataloader_idx != 0 or loaders < 2:
             raise ValueError(
                 f"OnlineKNN[{self.name}]: the bank's dataloader must come first and others after it, got "
@@ -307,9 +373,34 @@ class OnlineKNN(Callback):
                 "order, so return [bank_loader, *scored_loaders] and set bank_dataloader_idx=0"
             )
 
-    def _is_due(self, trainer: Any) -> bool:
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        return not fitting or trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+    def _warn_if_cut(self, trainer: Any, run: Run, loaders: Sequence[Any], batches: Sequence[float]) -> None:
+        """Say once that the bank is smaller than its dataloader, because Lightning was told to read a part of it."""
+        if self.bank_dataloader_idx is None or trainer.sanity_checking:
+            return
+        whole, read = length_of(loaders[self.bank_dataloader_idx]), batches[self.bank_dataloader_idx]
+        if whole is not None and read < whole:
+            self._warn_once(
+                trainer,
+                run,
+                "cut",
+                f"OnlineKNN[{self.name}]: the bank holds {read:g} of the {whole} batches of dataloader "
+                f"{self.bank_dataloader_idx}, because limit_val_batches cuts every dataloader: raise it, and shorten "
+                "the others themselves, for the score of the whole bank",
+            )
+
+    def _is_due(self, trainer: Any, run: Run) -> bool:
+        """Tell whether to score: where the score is monitored also the first time, so that there always is one."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return True
+        run.validations += 1
+        endless = trainer.num_training_batches == float("inf")  # its one epoch has many validations
+        number = run.validations if endless else trainer.current_epoch + 1
+        return number % self.every_n_epochs == 0 or (not run.last and self._is_monitored(trainer))
+
+    def _is_monitored(self, trainer: Any) -> bool:
+        """Tell whether a callback, such as ModelCheckpoint, is to find a score at every validation."""
+        monitors = (getattr(callback, "monitor", None) for callback in trainer.callbacks)
+        return any(isinstance(key, str) and key.startswith(f"eval/{self.name}_") for key in monitors)
 
     def _warn_once(self, trainer: Any, run: Run, what: str, message: str) -> None:
         if what not in run.warned and trainer.is_global_zero:
@@ -364,7 +455,7 @@ class OnlineKNN(Callback):
             if not trainer.sanity_checking:
                 self._warn_once(trainer, run, "empty", f"! {self.name}: queue data is empty, skipping KNN computation")
             return
-        classes = self._class_count(trainer, labels)
+        classes = self._class_count(trainer, run, labels)
         options: dict[str, Any] = {"num_classes": classes, "index": run.index, "expected_k": max(self.ks)}
         if self._shards():
             epoch.bank = ShardedBank(features, labels, **options)
@@ -384,26 +475,78 @@ class OnlineKNN(Callback):
     def _bank_rows(self, trainer: Any, run: Run, epoch: Epoch) -> tuple[Tensor, Tensor]:
         """The features and labels that this rank indexes: its own, or gathered from all ranks."""
         gathered = not self._shards()
-        rows = {key: self._snapshot(trainer, run, epoch, key, gathered) for key in (self.input, self.target)}
-        if self.id is not None:
-            own = self._snapshot(trainer, run, epoch, self.id, gathered=False)
-            with agreed():
-                ids = sample_ids(own, f"'{self.id}'")
-            newest = newest_per_id(ids)
-            rows[self.id] = gather_rows(newest)[0] if gathered else newest
+        lengths = self._lengths(trainer, run, epoch)
+        rows = {key: self._snapshot(trainer, run, epoch, key, lengths, gathered) for key in self._keys()[:2]}
+        newest = None if self.id is None else self._newest(trainer, run, epoch, lengths)
+        if newest is not None and gathered:
+            newest = gather_rows(newest)[0]
         with agreed():
-            self._check_aligned(rows)
-            features, labels = flat_rows(rows[self.input]), class_labels(rows[self.target], f"'{self.target}'")
-            kept = searchable(features, self._directions) & labelled(labels)
-            self._count_skipped(trainer, run, epoch, len(kept) - int(kept.sum()), len(kept), "bank")
-            if self.id is not None:
-                kept &= rows[self.id].to(kept.device)
-            return (features, labels) if kept.all() else (features[kept], labels[kept])
+            features, labels, usable = self._usable(rows)
+            self._count_skipped(trainer, run, epoch, len(usable) - int(usable.sum()), len(usable), "bank")
+            chosen = usable if newest is None else usable & newest.to(usable.device)
+            return (features, labels) if chosen.all() else (features[chosen], labels[chosen])
 
-    def _snapshot(self, trainer: Any, run: Run, epoch: Epoch, key: str, gathered: bool) -> Tensor:
+    def _usable(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return features (n, d), labels (n,) or (n, C), and (n,) bool: which of them can be searched and vote."""
+        self._check_aligned({key: rows[key] for key in self._keys() if key in rows})
+        features, labels = flat_rows(rows[self.input]), self._labels(rows[self.target])
+        return features, labels, searchable(features, self._directions) & labelled(labels)
+
+    def _newest(self, trainer: Any, run: Run, epoch: Epoch, lengths: list[list[int]]) -> Tensor:
+        """Tell which of this rank's rows are the newest usable ones of their sample over all ranks."""
+        with agreed():
+            rows = {key: self._snapshot(trainer, run, epoch, key, lengths, gathered=False) for key in self._keys()}
+            usable = self._usable(rows)[2].cpu()
+            ids = sample_ids(rows[str(self.id)], f"'{self.id}'")
+        newest = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
+        newest[usable] = newest_per_id(ids[usable])
+        return newest
+
+    def _lengths(self, trainer: Any, run: Run, epoch: Epoch) -> list[list[int]]:
+        """Tell how many rows each rank has of each key: a key that is younger than the others has fewer."""
+        if self.bank_dataloader_idx is not None:
+            rings = [epoch.rows[key].ring for key in self._keys()]
+        else:
+            rings = [run.queues[key].storage(trainer).ring for key in self._keys()]
+        lengths = share([min(len(ring), self.queue_length) for ring in rings])
+        if any(len(set(own)) > 1 for own in lengths):
+            self._warn_once(
+                trainer,
+                run,
+                "lengths",
+                f"OnlineKNN[{self.name}]: {', '.join(self._keys())} have {lengths} rows (by rank): the last that all "
+                "of them have are used, until the queues have filled again",
+            )
+        return lengths
+
+    def _snapshot(
+        self, trainer: Any, run: Run, epoch: Epoch, key: str, lengths: list[list[int]], gathered: bool
+    ) -> Tensor:
+        """Return the rows of a key that have counterparts under all the others."""
         if self.bank_dataloader_idx is None:
-            return run.queues[key].snapshot(trainer, gathered)
-        return epoch.rows[key].snapshot(self.queue_length, gathered)
+            rows = run.queues[key].snapshot(trainer, gathered)
+        else:
+            rows = epoch.rows[key].snapshot(self.queue_length, gathered)
+        ranks = lengths if gathered else [lengths[world()[0]]]
+        counts = [own[self._keys().index(key)] for own in ranks]
+        together = [min(own) for own in ranks]
+        if counts == together:
+            return rows
+        parts = zip(torch.split(rows, counts), counts, together, strict=True)
+        return torch.cat([part[count - most :] for part, count, most in parts])
+
+    def _labels(self, values: Tensor) -> Tensor:
+        """Read labels; one-hot ones as the class ids they are, where the metrics are made for one class a row."""
+        labels = as_labels(values, f"'{self.target}'", float_ids=True, ignore_index=self.ignore_index)
+        if labels.ndim == 1 or not self._multiclass:
+            return labels
+        ids = one_hot_ids(labels)
+        if ids is None and not is_soft(labels) and len(labels):
+            raise ValueError(
+                f"OnlineKNN[{self.name}]: '{self.target}' has rows with several or no labels, and the metrics are "
+                "made for one class a row: give Multilabel metrics, or class ids"
+            )
+        return labels if ids is None else ids
 
     @property
     def _directions(self) -> bool:
@@ -423,7 +566,7 @@ class OnlineKNN(Callback):
                 "this is said once per run",
             )
 
-    def _class_count(self, trainer: Any, labels: Tensor) -> int:
+    def _class_count(self, trainer: Any, run: Run, labels: Tensor) -> int:
         seen = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1 if len(labels) else 0
         if self._shards():
             seen = max(share(seen))
@@ -435,12 +578,14 @@ class OnlineKNN(Callback):
                     "Give num_classes to keep the width of the scores the same in every run."
                 )
             self._warned_inferred_num_classes = True
-            return seen
-        self._check_label(seen - 1, classes)
+            return max(seen, run.width)  # labels that earlier validations had, so that the width stays
+        self._check_label(seen - 1)
         return classes
 
-    def _check_label(self, highest: int, num_classes: int) -> None:
-        if highest >= num_classes:
+    def _check_label(self, highest: int) -> None:
+        """Refuse a label beyond the width that was asked for; where none was, the width grows."""
+        num_classes = self.num_classes or self._metrics_class_count
+        if num_classes is not None and highest >= num_classes:
             raise ValueError(
                 f"OnlineKNN[{self.name}]: configured num_classes={num_classes} but observed label {highest} >= "
                 f"num_classes. Increase num_classes to at least {highest + 1}."
@@ -451,14 +596,17 @@ class OnlineKNN(Callback):
     ) -> Asked:
         assert epoch.bank is not None
         place = _first_mapping(batch, outputs)
-        if place is not None and f"{self.name}_preds" in place:
+        if place is not None and f"{self.name}_preds" in place and not run.wrote(place[f"{self.name}_preds"]):
             raise ValueError(f"Key '{self.name}_preds' already exists in batch")
         rows = {key: find_tensor(key, outputs, batch, self.name) for key in self._keys()}
         self._check_aligned(rows)
-        queries, labels = flat_rows(rows[self.input]), class_labels(rows[self.target], f"'{self.target}'")
+        queries, labels = flat_rows(rows[self.input]), self._labels(rows[self.target])
+        if is_soft(labels):
+            labels = most_likely(labels)  # what a metric can judge; neighbours vote by their shares
         own = len(labels) if self.id is not None else genuine_rows(epoch.loaders[loader], batch_idx, len(labels))
         chosen = choose(queries, labels, own, directions=self._directions)
-        self._check_label(chosen.highest, epoch.bank.num_classes)
+        self._check_label(chosen.highest)
+        epoch.width = max(epoch.width, epoch.bank.num_classes, chosen.highest + 1)
         self._count_skipped(trainer, run, epoch, chosen.skipped, own, "query")
         ids = None if self.id is None else sample_ids(rows[self.id], f"'{self.id}'")
         return Asked(queries[chosen.searched], labels, chosen.searched, chosen.counted, ids, place, loader)
@@ -480,7 +628,7 @@ class OnlineKNN(Callback):
         while epoch.searches < epoch.most_searches:
             self._search(epoch, None)
 
-    def _score(self, epoch: Epoch, asked: Asked, found: Neighbors, labels: Tensor | None) -> None:
+    def _score(self, run: Run, epoch: Epoch, asked: Asked, found: Neighbors, labels: Tensor | None) -> None:
         """Update the loader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance."""
         assert epoch.bank is not None
         options: dict[str, Any] = {"temperature": self.temperature, "weighting": self.weighting}
@@ -493,7 +641,7 @@ class OnlineKNN(Callback):
                 scores = epoch.bank.score(nearest, labels[:, :k], **options)
             else:
                 scores = epoch.bank.score(nearest, **options)
-            shares[k] = normalize_scores(scores, neighbor_weights(nearest.distances, **options))
+            shares[k] = _widened(normalize_scores(scores, neighbor_weights(nearest.distances, **options)), epoch.width)
             predictions[asked.searched] = scores
 
         def count(rows: Tensor | slice) -> None:
@@ -506,6 +654,7 @@ class OnlineKNN(Callback):
             epoch.once[asked.loader].add(asked.ids, lambda new: count(asked.counted_of(new)))
         if asked.place is not None:
             asked.place[f"{self.name}_preds"] = predictions
+            run.predictions[builtins.id(predictions)] = predictions
 
     def _about_the_search(self, run: Run, epoch: Epoch, prefix: str) -> dict[str, Tensor]:
         """What approximation the index makes, and how many rows were left out, over all ranks."""
@@ -527,20 +676,19 @@ def _choice(index: KNNIndex) -> tuple[str, int | None]:
     return index.stats.spec, index.stats.nprobe
 
 
-def _checked_ks(k: int | Sequence[int]) -> tuple[int, ...]:
-    ks = tuple(k) if isinstance(k, Sequence) else (k,)
+def _checked_ks(k: Any) -> tuple[int, ...]:
+    ks = (k,) if isinstance(k, str) or not isinstance(k, Sequence) else tuple(k)
     if not ks or len(set(ks)) < len(ks):
         raise ValueError(f"k must be one number or several different ones, got {k}")
     for one in ks:
-        if not isinstance(one, int) or one <= 0:
-            raise ValueError(f"k must be positive, got {one}")
-    return ks
+        if isinstance(one, str | float):
+            raise ValueError(f"k must be positive, got {one}: give a whole number")  # noqa: TRY004
+    return tuple(as_positive(one, "k") for one in ks)
 
 
-def _check_positive(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count <= 0:
-            raise ValueError(f"{name} must be positive, got {count}")
+def _widened(scores: Tensor, width: int) -> Tensor:
+    """Add classes without a vote to scores (B, C), up to `width`."""
+    return pad(scores, (0, width - scores.shape[1])) if width > scores.shape[1] else scores
 
 
 def _first_mapping(*places: Any) -> MutableMapping[str, Any] | None:

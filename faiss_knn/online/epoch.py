@@ -4,9 +4,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from loguru import logger
+from torch import Tensor
 
 from faiss_knn.classify.bank import FeatureBank
 from faiss_knn.classify.sharded import ShardedBank
@@ -19,12 +22,31 @@ from faiss_knn.search.ranks import is_agreed, world
 
 @dataclass
 class Run:
-    """What one callback holds for one call of fit, validate or test."""
+    """What one callback holds for one call of fit, validate or test.
+
+    Attributes:
+        queues: By key.
+        index: Kept from epoch to epoch.
+        epoch: The validation epoch under way.
+        warned: What was warned of.
+        width: The most classes that a validation has had.
+        validations: How many there were in this fit.
+        last: What was logged last.
+        predictions: Those that some batch still holds.
+    """
 
     queues: dict[str, OnlineQueue]
     index: KNNIndex
     epoch: "Epoch | None" = None
     warned: set[str] = field(default_factory=set)
+    width: int = 0
+    validations: int = 0
+    last: dict[str, Tensor] = field(default_factory=dict)
+    predictions: WeakValueDictionary[int, Tensor] = field(default_factory=WeakValueDictionary)
+
+    def wrote(self, value: object) -> bool:
+        """Tell whether what a batch holds are predictions of ours, from when it was scored before."""
+        return value is not None and self.predictions.get(id(value)) is value
 
 
 @dataclass
@@ -43,6 +65,7 @@ class Epoch:
         searches: How many batches this rank has searched together with the others.
         skipped: Rows left out on this rank.
         error: What went wrong on this rank and waits for the end of the epoch.
+        width: Of the scores that the metrics get: the largest label so far, of bank or batches, + 1.
     """
 
     table: MetricTable
@@ -56,6 +79,7 @@ class Epoch:
     searches: int = 0
     skipped: int = 0
     error: Exception | None = None
+    width: int = 0
 
 
 @contextmanager
@@ -75,10 +99,29 @@ def held_back(epoch: Epoch) -> Iterator[None]:
 
 
 def batch_counts(trainer: Any) -> list[float]:
-    """How many batches of each dataloader this rank will see."""
+    """How many batches of each dataloader this rank will see; of those read at once, one number."""
     if trainer.sanity_checking:
-        return list(trainer.num_sanity_val_batches)
-    return list(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+        counts = list(trainer.num_sanity_val_batches)
+    else:
+        counts = list(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+    return counts[:1] if reads_at_once(trainer) else counts
+
+
+def reads_at_once(trainer: Any) -> bool:
+    """Tell whether several dataloaders give their batches together, all under number 0."""
+    loop = trainer.test_loop if trainer.testing else trainer.validate_loop
+    if trainer.state.fn == TrainerFn.FITTING:
+        loop = trainer.fit_loop.epoch_loop.val_loop
+    combined = getattr(loop, "_combined_loader", None)
+    return getattr(combined, "_mode", "sequential") != "sequential"
+
+
+def length_of(loader: Any) -> int | None:
+    """How many batches a dataloader has; None where it does not say."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def dataloaders(trainer: Any, count: int) -> list[Any]:

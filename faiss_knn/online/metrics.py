@@ -1,11 +1,14 @@
 """The torchmetrics that a callback was given: their names, their clones, their values."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torchmetrics import Metric, MetricCollection
 
 from faiss_knn.classify.ranking import scores_for
@@ -47,30 +50,109 @@ def class_count(metrics: Mapping[str, Metric]) -> int | None:
     """
     widths = {}
     for name, metric in metrics.items():
-        width = getattr(metric, "num_classes", None) or getattr(metric, "num_labels", None)
-        if isinstance(width, int):
-            widths[name] = width
+        for part in _parts(metric):
+            width = getattr(part, "num_classes", None) or getattr(part, "num_labels", None)
+            if isinstance(width, int):
+                widths[name] = width
+            elif type(part).__name__.startswith("Binary"):
+                widths[name] = 2
     if len(set(widths.values())) > 1:
         raise ValueError(f"`metrics` must agree on num_classes, got {widths}: use one callback per width")
     return next(iter(widths.values()), None)
 
 
-def scalars(key: str, value: Any) -> dict[str, Tensor]:
+def is_multiclass(metrics: Mapping[str, Metric]) -> bool:
+    """Tell whether any of the metrics is made for one class a row."""
+    names = [type(part).__name__ for metric in metrics.values() for part in _parts(metric)]
+    return any(name.startswith(("Multiclass", "Binary")) for name in names)
+
+
+def _parts(metric: Metric) -> list[Metric]:
+    """Return a metric and those that it wraps."""
+    return [part for part in metric.modules() if isinstance(part, Metric)]
+
+
+def rehearse(metrics: Mapping[str, Metric]) -> None:
+    """Update and compute a clone of each metric, before hours of training are spent.
+
+    Raises:
+        ValueError: Naming the metric that can judge neither class ids nor 0/1 labels, with its own reason.
+    """
+    for name, metric in metrics.items():
+        width = class_count({name: metric})
+        ids = torch.arange(2 * (width or 2), device="cpu") % (width or 2)
+        error = _failure(metric, width or 2, ids)
+        # A metric that does not say its width may have good reasons not to like this one.
+        if error is None or not (width or isinstance(error, TypeError)):
+            continue
+        if _failure(metric, width or 2, one_hot(ids, width or 2)) is not None:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"metric {name} cannot judge scores of {width or 2} classes: {reason}")
+
+
+def _failure(metric: Metric, width: int, labels: Tensor) -> Exception | None:
+    clone = metric.clone().to("cpu")
+    clone.reset()
+    shares = one_hot(torch.arange(2 * width, device="cpu") % width, width).float()
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), _same_random_state():
+            warnings.simplefilter("ignore")
+            clone.update(*_judged(clone, shares, labels))
+            clone.compute()
+    except Exception as error:  # whatever it is, it would come after an epoch otherwise
+        return error
+    return None
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Leave random state alone, which some metrics draw from."""
+    before = np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            np.random.set_state(before)  # noqa: NPY002
+
+
+def _judged(metric: Metric, shares: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a metric judges of shares (B, C), and the labels as it knows them.
+
+    One that knows two classes by one score gets that of class 1; one of several labels a row, 0/1 labels.
+    """
+    names = {type(part).__name__ for part in _parts(metric)}
+    if labels.ndim == 1 and shares.shape[1] >= 2 and any(name.startswith("Binary") for name in names):
+        return shares[:, 1], labels
+    if labels.ndim == 1 and any(name.startswith("Multilabel") for name in names):
+        return shares, one_hot(labels, shares.shape[1])
+    return scores_for(metric, shares, labels), labels
+
+
+def scalars(key: str, value: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Spread a metric's value over log keys: `key`, or `key_{i}` for a vector, `key_{name}` for a mapping.
+
+    Returns:
+        What can be logged, and the other values (matrices, curves), by key.
 
     Example:
         >>> import torch
         >>> scalars("eval/knn_acc", torch.tensor([0.5, 1.0]))
-        {'eval/knn_acc_0': tensor(0.5000), 'eval/knn_acc_1': tensor(1.)}
+        ({'eval/knn_acc_0': tensor(0.5000), 'eval/knn_acc_1': tensor(1.)}, {})
     """
     if isinstance(value, Mapping):
-        return {k: v for name, part in value.items() for k, v in scalars(f"{key}_{name}", part).items()}
+        logged: dict[str, Tensor] = {}
+        others: dict[str, Any] = {}
+        for name, part in value.items():
+            numbers, rest = scalars(f"{key}_{name}", part)
+            logged, others = logged | numbers, others | rest
+        return logged, others
+    if isinstance(value, float | int | np.number):
+        return {key: torch.tensor(float(value), dtype=torch.float32, device="cpu")}, {}
     if isinstance(value, Tensor) and value.numel() == 1:
-        return {key: value.reshape(())}
+        return {key: value.reshape(())}, {}
     if isinstance(value, Tensor) and value.ndim == 1:
-        return {f"{key}_{i}": part for i, part in enumerate(value)}
-    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    raise ValueError(f"the metric of '{key}' computes {shape}, which cannot be logged: give one that computes numbers")
+        return {f"{key}_{i}": part for i, part in enumerate(value)}, {}
+    return {}, {key: value}
 
 
 class MetricTable:
@@ -96,11 +178,16 @@ class MetricTable:
             return
         self._rows[loader] += len(shares)
         for metric in self._clones[loader][k].values():
-            metric.update(scores_for(metric, shares, labels).to(metric.device), labels.to(metric.device))
+            metric.update(*(values.to(metric.device) for values in _judged(metric, shares, labels)))
 
-    def values(self, prefix: str, several_k: bool) -> dict[str, Tensor]:
-        """Compute what was updated on all ranks, as log keys: `{prefix}[_k{K}]_{metric}[/dataloader_idx_{i}]`."""
+    def values(self, prefix: str, several_k: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Compute what was updated on all ranks, by log key: `{prefix}[_k{K}]_{metric}[/dataloader_idx_{i}]`.
+
+        Returns:
+            The numbers, and the values that are none.
+        """
         values: dict[str, Tensor] = {}
+        others: dict[str, Any] = {}
         on_ranks = share(self._rows)
         for loader, clones in self._clones.items():
             if not any(rows[loader] for rows in on_ranks):
@@ -109,9 +196,10 @@ class MetricTable:
             for k, named in clones.items():
                 stem = f"{prefix}_k{k}" if several_k else prefix
                 for name, metric in named.items():
-                    found = scalars(f"{stem}_{name}", _compute(metric))
-                    values.update({key + suffix: value for key, value in found.items()})
-        return values
+                    numbers, rest = scalars(f"{stem}_{name}", _compute(metric))
+                    values.update({key + suffix: value for key, value in numbers.items()})
+                    others.update({key + suffix: value for key, value in rest.items()})
+        return values, others
 
 
 def _own_clone(metric: Metric, device: Any) -> Metric:

@@ -12,7 +12,8 @@ from faiss_knn.online.failures import kept, settle, settle_first_step, start, te
 from faiss_knn.online.lookup import find_tensor, was_skipped
 from faiss_knn.online.resume import rows_of_rank
 from faiss_knn.online.state import trainer_state
-from faiss_knn.search.ranks import agreed, gather_rows, gather_to, world
+from faiss_knn.search.inputs import as_key, as_positive
+from faiss_knn.search.ranks import agreed, gather_rows, gather_to, share, world
 
 Dim = int | Sequence[int] | None
 
@@ -49,27 +50,33 @@ class RingBuffer:
         device: torch.device | str | None = None,
         pin_memory: bool = False,
     ) -> None:
-        if length <= 0:
-            raise ValueError(f"`length` must be positive, got {length}")
-        self.length = length
+        self.length = as_positive(length, "`length`")
         self.shape = _row_shape(dim)
         self.dtype = dtype
         self.device = None if device is None else torch.device(device)
         self.pin_memory = pin_memory
+        self._widens = dtype is None
         self._rows: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
-        self._next = 0
-        self._filled = 0
+        # Where the next row goes, how many are filled, how many there ever were, and how many of the oldest an append
+        # under way overwrites: replaced as one, so that an interrupt finds either the old rows or the new ones.
+        self._state = 0, 0, 0, 0
         if self.shape is not None and dtype is not None and device is not None:
             self._rows = self._empty(self.shape)
 
     def __len__(self) -> int:
-        return self._filled
+        _, filled, _, torn = self._state
+        return min(filled, self.length - torn)
+
+    @property
+    def total(self) -> int:
+        """How many rows were ever appended: the number of the next one."""
+        return self._state[2]
 
     @property
     def nbytes(self) -> int:
         """Bytes that the filled rows take."""
-        return 0 if self._rows is None else self._rows[: self._filled].nbytes
+        return 0 if self._rows is None else self._rows[: len(self)].nbytes
 
     def append(self, rows: Tensor) -> None:
         """Copy rows in, the oldest making room; of more than `length` rows the last are kept.
@@ -78,16 +85,18 @@ class RingBuffer:
             rows: (n, *shape); detached, and cast to the buffer's dtype and device by the copy.
 
         Raises:
-            ValueError: If the trailing shape is not the buffer's.
+            ValueError: If the trailing shape is not the buffer's, or its dtype was given and cannot hold the rows'.
         """
         if self._rows is None or rows.shape[1:] != self.shape:
             self._allocate_for(rows)
+        if rows.dtype != self.dtype:
+            self._hold(rows.dtype)
         assert self._rows is not None
         rows = rows.detach()
-        n = rows.shape[0]
-        if n > self.length:
-            rows, n = rows[-self.length :], self.length
-        start = self._next
+        given = rows.shape[0]
+        rows = rows[-self.length :] if given > self.length else rows
+        n, start, filled, total = len(rows), self._state[0], len(self), self._state[2]
+        self._state = start, filled, total, n
         fits = min(n, self.length - start)
         self._rows[start : start + fits].copy_(rows[:fits], non_blocking=self.pin_memory)
         if fits < n:
@@ -95,8 +104,7 @@ class RingBuffer:
         if self.pin_memory and rows.is_cuda:
             self._copied = self._copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
-        self._next = (start + n) % self.length
-        self._filled = min(self.length, self._filled + n)
+        self._state = (start + n) % self.length, min(self.length, filled + n), total + given, 0
 
     def latest(self, n: int | None = None) -> Tensor:
         """Copy out the `n` most recent rows, oldest first; all of them for None.
@@ -108,8 +116,8 @@ class RingBuffer:
             return torch.empty(0, *(self.shape or ()), dtype=self.dtype, device=self.device)
         if self._copied is not None:
             self._copied.synchronize()
-        n = self._filled if n is None else min(n, self._filled)
-        start = (self._next - n) % self.length
+        n = len(self) if n is None else min(n, len(self))
+        start = (self._state[0] - n) % self.length
         if start + n <= self.length:
             return self._rows[start : start + n].clone()
         return torch.cat([self._rows[start:], self._rows[: start + n - self.length]])
@@ -119,14 +127,47 @@ class RingBuffer:
         if length != self.length:
             self.replace(self.latest(length), length)
 
-    def replace(self, rows: Tensor | None, length: int | None = None) -> None:
-        """Forget every row, then append `rows`; None leaves it empty."""
+    def replace(self, rows: Tensor | None, length: int | None = None, total: int | None = None) -> None:
+        """Forget every row, then append `rows`; None leaves it empty.
+
+        Args:
+            rows: (n, *shape).
+            length: The new length; None: as it is.
+            total: How many rows there ever were; None: these.
+        """
         length = length or self.length
         if self._rows is not None and length != self.length:
             self._rows = None
-        self.length, self._next, self._filled = length, 0, 0
+        self.length, self._state = length, (0, 0, 0, 0)
         if rows is not None and len(rows):
             self.append(rows)
+        if total is not None:
+            self.count_from(total)
+
+    def count_from(self, total: int) -> None:
+        """Let `total` be so many, and the next row's number with it."""
+        start, filled, _, torn = self._state
+        self._state = start, filled, total, torn
+
+    def drop_newest(self, n: int) -> None:
+        """Forget the `n` most recent rows, as if they had not come; at most all."""
+        start, kept, total, _ = self._state[0], len(self), self._state[2], 0
+        n = min(n, kept)
+        self._state = (start - n) % self.length, kept - n, total - n, 0
+
+    def _hold(self, dtype: torch.dtype) -> None:
+        """Make sure that rows of another dtype lose nothing but the precision that was asked for."""
+        assert self.dtype is not None
+        wider = torch.promote_types(dtype, self.dtype)
+        if wider == self.dtype or (not self._widens and dtype.is_floating_point and self.dtype.is_floating_point):
+            return
+        if not self._widens:
+            raise ValueError(
+                f"`rows` must fit into the buffer's {self.dtype}, got {dtype}: cast them, or give no dtype"
+            )
+        self.dtype = wider
+        if self._rows is not None:
+            self._rows = self._rows.to(wider)
 
     def _allocate_for(self, rows: Tensor) -> None:
         if rows.ndim == 0:
@@ -225,10 +266,8 @@ class OnlineQueue(Callback):
         persistent: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        if queue_length <= 0:
-            raise ValueError(f"queue_length must be positive, got {queue_length}")
-        self.key = key
-        self.queue_length = queue_length
+        self.key = as_key(key, "`key`")
+        self.queue_length = as_positive(queue_length, "queue_length")
         self.dim = dim
         self.dtype = dtype
         self.gather_distributed = gather_distributed
@@ -324,23 +363,24 @@ class OnlineQueue(Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if not (self.persistent and self._is_first(trainer)):
             return
-        saved = self._rows_of_all_ranks(trainer)
+        saved, totals = self._rows_of_all_ranks(trainer)
         if saved is None:
             return
-        checkpoint.setdefault("callbacks", {})[self.state_key] = {"rows": saved}
+        checkpoint.setdefault("callbacks", {})[self.state_key] = {"rows": saved, "totals": totals}
         if not self._told_checkpoint_cost:
             logger.info(f"OnlineQueue[{self.key}] adds {sum(r.nbytes for r in saved):,} bytes to each checkpoint")
             self._told_checkpoint_cost = True
 
-    def _rows_of_all_ranks(self, trainer: Any) -> list[Tensor] | None:
-        """What a checkpoint holds, one tensor per rank: on rank zero, which writes it."""
+    def _rows_of_all_ranks(self, trainer: Any) -> tuple[list[Tensor] | None, list[int]]:
+        """What a checkpoint holds, one tensor per rank, on rank zero, which writes it; and how many there ever were."""
+        ring = self.storage(trainer).ring
         if world()[1] > 1 and trainer.interrupted:
             # Not every rank need have failed, and one alone would wait for the others for ever.
             logger.warning(f"OnlineQueue[{self.key}]: saved after an exception, with the rows of one rank only")
-            return [self.storage(trainer).ring.latest().cpu()]
+            return [ring.latest().cpu()], [ring.total]
         with agreed():
             settle(trainer)
-            return gather_to(self.storage(trainer).ring.latest())
+            return gather_to(ring.latest()), share(ring.total)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         with agreed():
@@ -348,6 +388,15 @@ class OnlineQueue(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         tell(trainer, exception)
+        self._free(trainer)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._free(trainer)
+
+    def _free(self, trainer: Any) -> None:
+        """Forget the snapshot and the trainer, also where a validation ended early."""
+        self._evaluating = None
+        self.storage(trainer).end_validation()
 
     def _load(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("callbacks", {})
@@ -356,7 +405,8 @@ class OnlineQueue(Callback):
         saved, ring = states[self.state_key]["rows"], self.storage(trainer).ring
         rank, size = world()
         rows = rows_of_rank(saved, rank, size)
-        ring.replace(rows if len(rows) else None)
+        totals = states[self.state_key].get("totals")
+        ring.replace(rows if len(rows) else None, total=totals[rank] if totals and len(saved) == size else None)
         if len(rows) > ring.length and len(saved) != size and rank == 0:
             logger.warning(
                 f"OnlineQueue[{self.key}]: the checkpoint of {len(saved)} ranks has {len(rows):,} rows for each of "
@@ -410,10 +460,44 @@ def find_or_create_queue(
     if same_key:
         dim, dtype = dim or same_key[0].dim, dtype or same_key[0].dtype
     queue = OnlineQueue(key, queue_length, dim, dtype, gather_distributed, device=device)
-    trainer.callbacks.append(queue)
+    trainer.callbacks.insert(_before_checkpoints(trainer.callbacks), queue)
     if getattr(trainer, "lightning_module", None) is not None:
         queue.storage(trainer)
     return queue
+
+
+find_or_create_queue_callback = find_or_create_queue  # the name that stable-pretraining's has
+
+
+def _before_checkpoints(callbacks: Sequence[Any]) -> int:
+    """Where a queue must stand for a checkpoint at the end of a step to hold that step's rows."""
+    saves = ("Checkpoint" in {base.__name__ for base in type(callback).__mro__} for callback in callbacks)
+    return next((place for place, saving in enumerate(saves) if saving), len(callbacks))
+
+
+def align(rings: Sequence[RingBuffer]) -> int:
+    """Let rings that are appended to together end with the same row, also after an interrupt in between.
+
+    A ring without rows begins where the others are.
+
+    Returns:
+        How many rows were dropped of the ring that was furthest ahead.
+
+    Example:
+        >>> features, labels = RingBuffer(4), RingBuffer(4)
+        >>> features.append(torch.tensor([1, 2, 3]))
+        >>> labels.append(torch.tensor([1, 2]))
+        >>> align([features, labels]), features.latest()
+        (1, tensor([1, 2]))
+    """
+    end = min((ring.total for ring in rings if len(ring)), default=0)
+    ahead = [ring.total - end if len(ring) else 0 for ring in rings]
+    for ring, rows in zip(rings, ahead, strict=True):
+        if rows:
+            ring.drop_newest(rows)
+        elif ring.total != end:
+            ring.count_from(end)
+    return max(ahead, default=0)
 
 
 def as_rows(values: Tensor, dim: Dim) -> Tensor:

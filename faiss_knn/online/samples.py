@@ -48,6 +48,8 @@ def check_sample_ids(values: Tensor, what: str) -> None:
     Raises:
         ValueError: If they are not one integer per row.
     """
+    if len(values) == 0:
+        return  # of a queue that is empty still, nothing told the dtype
     if values.is_floating_point() or values.is_complex() or values.numel() != len(values):
         raise ValueError(
             f"{what} must hold one integer id per row, got {values.dtype} of shape {tuple(values.shape)}: "

@@ -59,6 +59,18 @@ def as_count(value: Any, argument: str) -> int:
     return count
 
 
+def as_positive(value: Any, argument: str) -> int:
+    """Return an integer above 0 as an int, in the words of stable-pretraining where it is not above.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    number = as_integer(value, argument)
+    if number <= 0:
+        raise ValueError(f"{argument} must be positive, got {number}")
+    return number
+
+
 def as_k(k: Any) -> int:
     """Return `k` as an int.
 
@@ -66,6 +78,17 @@ def as_k(k: Any) -> int:
         ValueError: If it is not an integer above 0.
     """
     return as_count(k, "`k`")
+
+
+def as_key(value: Any, argument: str) -> str:
+    """Return a text that is not empty.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{argument} must be a name, got {shown(value)}")
+    return value
 
 
 def as_number(value: Any, argument: str) -> float:

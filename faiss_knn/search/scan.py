@@ -34,7 +34,7 @@ def best_scores(sketch: Sketch, asked: Asked, rows: int, kept: int) -> tuple[Ten
     Returns:
         (B, kept) scores and (B, kept) int64 row numbers, in no order. Equal scores are kept by chance.
     """
-    if asked.vectors.device.type == "cpu":
+    if has_cache_blocks(asked.vectors.device):
         return _best_above_a_threshold(sketch, asked, rows, kept)
     step = _gpu_block_rows(asked.vectors, kept)
     best, ids = _best_rows(sketch.scores(asked, 0, min(step, rows)), kept)
@@ -44,6 +44,11 @@ def best_scores(sketch: Sketch, asked: Asked, rows: int, kept: int) -> tuple[Ten
         del block  # before the next is made
         best, ids = _best_of(torch.cat([best, scores], 1), torch.cat([ids, numbers + start], 1), kept)
     return best, ids
+
+
+def has_cache_blocks(device: torch.device) -> bool:
+    """Tell whether to scan in blocks that stay in cache, and to look at each: a GPU would be waited for every time."""
+    return device.type == "cpu"
 
 
 def _gpu_block_rows(vectors: Tensor, kept: int) -> int:

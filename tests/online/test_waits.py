@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from faiss_knn import FeatureBank, OnlineKNN, OnlineQueue
+from faiss_knn.search import scan
 from tests.online.parts import Echo, loader, trainer
 from tests.online.test_callback import knn
 from tests.waits import Waits
@@ -32,6 +33,7 @@ def waits_of(monkeypatch: pytest.MonkeyPatch, train: dict, val: dict, **options)
         for name in ("on_train_batch_end", "on_validation_batch_end"):
             if name in vars(owner):
                 monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    monkeypatch.setattr(scan, "has_cache_blocks", lambda device: False)  # the scan of a GPU
     run = trainer(knn(queue_length=2000, **options), num_sanity_val_steps=0)
     run.fit(Echo(), loader(250, **train), loader(32, **val))
     return waits
