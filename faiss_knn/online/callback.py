@@ -34,6 +34,7 @@ from faiss_knn.online.queue import OnlineQueue, QueueStorage, RingBuffer, align,
 from faiss_knn.online.rows import flat_rows, labelled, searchable
 from faiss_knn.online.samples import OncePerId, check_sample_ids, genuine_rows, newest_per_id, sample_ids
 from faiss_knn.online.state import trainer_state
+from faiss_knn.online.weights import fingerprint, remember, remembered
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.index import KNNIndex, Neighbors
 from faiss_knn.search.inputs import as_integer, as_key, as_positive, as_switch
@@ -194,12 +195,77 @@ class OnlineKNN(Callback):
         trainer_state(trainer)[self] = run
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._align(trainer)
+        with agreed():
+            self._align(trainer)
+            self._drop_rows_of_others(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        remember(trainer, fingerprint(pl_module))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self._align(trainer)
+        with agreed():
+            self._align(trainer)
+            self._check_weights(trainer, pl_module)
 
     on_test_start = on_validation_start
+
+    def _check_weights(self, trainer: Any, pl_module: Any) -> None:
+        """Say where the queue's rows are another module's, or that module's with other weights."""
+        run = self._run(trainer)
+        if not any(len(queue.storage(trainer).ring) for queue in run.queues.values()):
+            return
+        run.weights = fingerprint(pl_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            return
+        if remembered(trainer) not in (None, run.weights):
+            self._object(
+                trainer,
+                run,
+                "the queue's rows were made by another module, or by other weights, than are scored now: the score "
+                "says little. Give `ckpt_path=` of a checkpoint of that training, which holds its rows, or fill the "
+                "bank from a dataloader with bank_dataloader_idx",
+            )
+        elif remembered(trainer) is None:
+            remember(trainer, run.weights)
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Say where weights were swapped between the start of validation and its first batch."""
+        run = self._run(trainer)
+        if run.weights is None or batch_idx or dataloader_idx:
+            return
+        if run.weights != fingerprint(pl_module):
+            self._object(
+                trainer,
+                run,
+                "validation runs with averaged weights (EMA, SWA), and the queue's rows were made by the raw ones: the "
+                "score says little. Fill the bank with the same weights, from a dataloader, with bank_dataloader_idx",
+            )
+        run.weights = None
+
+    on_test_batch_start = on_validation_batch_start
+
+    def _object(self, trainer: Any, run: Run, what: str) -> None:
+        if self.strict:
+            raise ValueError(f"OnlineKNN[{self.name}]: {what} (strict=True)")
+        self._warn_once(trainer, run, "weights", f"OnlineKNN[{self.name}]: {what}")
+
+    def _drop_rows_of_others(self, trainer: Any, pl_module: Any) -> None:
+        """Begin with empty queues where they hold what an earlier fit of another module left."""
+        run = self._run(trainer)
+        rings = [storage.ring for storage in trainer_state(trainer).get("queues", {}).values()]
+        if remembered(trainer) not in (None, fingerprint(pl_module)) and any(map(len, rings)):
+            for ring in rings:
+                ring.replace(None)
+            self._warn_once(
+                trainer,
+                run,
+                "dropped",
+                f"OnlineKNN[{self.name}]: the queue's rows were made by another module, or by other weights, than are "
+                "trained from here on, and are dropped",
+            )
+        remember(trainer, None)
 
     def _align(self, trainer: Any) -> None:
         """Let all queues end with the same sample, wherever an earlier run was interrupted."""
@@ -224,6 +290,8 @@ class OnlineKNN(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         tell(trainer, exception)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            remember(trainer, fingerprint(pl_module))
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         with agreed():

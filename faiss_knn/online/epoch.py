@@ -29,6 +29,7 @@ class Run:
         index: Kept from epoch to epoch.
         epoch: The validation epoch under way.
         warned: What was warned of.
+        weights: Some of the weights when a validation began, until its first batch has come.
         width: The most classes that a validation has had.
         validations: How many there were in this fit.
         last: What was logged last.
@@ -39,6 +40,7 @@ class Run:
     index: KNNIndex
     epoch: "Epoch | None" = None
     warned: set[str] = field(default_factory=set)
+    weights: bytes | None = None
     width: int = 0
     validations: int = 0
     last: dict[str, Tensor] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from faiss_knn.online.failures import kept, settle, settle_first_step, start, te
 from faiss_knn.online.lookup import find_tensor, was_skipped
 from faiss_knn.online.resume import rows_of_rank
 from faiss_knn.online.state import trainer_state
+from faiss_knn.online.weights import remember
 from faiss_knn.search.inputs import as_key, as_positive
 from faiss_knn.search.ranks import agreed, gather_rows, gather_to, share, world
 
@@ -405,6 +406,7 @@ class OnlineQueue(Callback):
         saved, ring = states[self.state_key]["rows"], self.storage(trainer).ring
         rank, size = world()
         rows = rows_of_rank(saved, rank, size)
+        remember(trainer, None)
         totals = states[self.state_key].get("totals")
         ring.replace(rows if len(rows) else None, total=totals[rank] if totals and len(saved) == size else None)
         if len(rows) > ring.length and len(saved) != size and rank == 0:
