@@ -88,6 +88,13 @@ class FaissEngine:
         self._probe(spec)
         self.bytes = rows.bytes + (backend.index_bytes(self.index) if on_cpu else len(rows) * self._row_bytes)
 
+    def __getstate__(self) -> dict[str, Any]:
+        index = self.index if self._resources is None else gpu.to_cpu(self.index)
+        return vars(self) | {"index": backend.as_bytes(index), "_resources": None, "device": torch.device("cpu")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"index": backend.from_bytes(state["index"])})
+
     def _place(self, rows: Rows) -> None:
         """Move the index to the rows' GPU, if FAISS has one for it."""
         self.device = torch.device("cpu")

@@ -1,10 +1,52 @@
 """What a training loop may have switched on and a search must not inherit: autocast, low-precision products."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+
+
+class SharedSetting:
+    """A setting of the whole process that several threads hold at once: the last to leave puts it back.
+
+    Args:
+        read: Returns its value.
+        write: Changes it.
+    """
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], None]) -> None:
+        self._read, self._write = read, write
+        self._lock = threading.Lock()
+        self._holders, self._before = 0, None
+
+    @contextmanager
+    def held_at(self, value: Any) -> Iterator[None]:
+        """Keep it at `value`."""
+        with self._lock:
+            if self._holders == 0:
+                self._before = self._read()
+                if self._before != value:
+                    self._write(value)
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if self._holders == 0 and self._before != value:
+                    self._write(self._before)
+
+
+def _attribute(owner: Any, name: str) -> SharedSetting:
+    return SharedSetting(lambda: getattr(owner, name), lambda value: setattr(owner, name, value))
+
+
+_CUDA = _attribute(torch.backends.cuda.matmul, "fp32_precision")
+_ONEDNN = _attribute(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
+_REDUCTION = _attribute(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction")
+_LEGACY = SharedSetting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
 
 
 @contextmanager
@@ -19,34 +61,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         per_backend = getattr(torch.backends.mkldnn, "matmul", None)
         if per_backend is None:  # torch before 2.9 knows one setting for all backends
-            stack.enter_context(_legacy_precision())
+            stack.enter_context(_LEGACY.held_at("highest"))
         else:
-            stack.enter_context(_held(per_backend, "fp32_precision", "ieee"))
-            stack.enter_context(_held(torch.backends.cuda.matmul, "fp32_precision", "ieee"))
+            stack.enter_context(_ONEDNN.held_at("ieee"))
+            stack.enter_context(_CUDA.held_at("ieee"))
         if device.type == "cuda":
             # Sums of a split product would be rounded to bfloat16 in between.
-            stack.enter_context(_held(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False))
+            stack.enter_context(_REDUCTION.held_at(False))
         yield
-
-
-@contextmanager
-def _held(owner: Any, name: str, value: object) -> Iterator[None]:
-    before = getattr(owner, name)
-    if before == value:
-        yield
-        return
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextmanager
-def _legacy_precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

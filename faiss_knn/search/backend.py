@@ -14,6 +14,8 @@ from typing import Any
 import torch  # noqa: F401  # before faiss: then both share one OpenMP runtime, and forked workers can search
 from loguru import logger
 
+from faiss_knn.search.arithmetic import SharedSetting
+
 _INSTALL = (
     "FAISS is not installed: `pip install faiss-cpu` (or faiss-gpu on Linux x86_64 with an NVIDIA GPU), "
     "or `conda install -c conda-forge faiss`"
@@ -128,13 +130,15 @@ def _warn_if_slow() -> None:
 @contextlib.contextmanager
 def blas_for_all_sizes() -> Iterator[None]:
     """Have FAISS use matrix products for batches of any size, not its slow sequential kernel for small ones."""
-    variables = faiss().cvar
-    before = variables.distance_compute_blas_threshold
-    variables.distance_compute_blas_threshold = 1
-    try:
+    with _blas_threshold().held_at(1):
         yield
-    finally:
-        variables.distance_compute_blas_threshold = before
+
+
+@cache
+def _blas_threshold() -> SharedSetting:
+    variables = faiss().cvar
+    name = "distance_compute_blas_threshold"
+    return SharedSetting(lambda: getattr(variables, name), lambda value: setattr(variables, name, value))
 
 
 def make_index(spec: str, dim: int, metric: str) -> Any:
@@ -178,3 +182,13 @@ def index_bytes(index: Any) -> int:
         return len(library.serialize_index(index))
     library.write_index(index, writer)
     return int(writer.total_written)
+
+
+def as_bytes(index: Any) -> Any:
+    """Return an index on the CPU as an array of bytes."""
+    return faiss().serialize_index(index)
+
+
+def from_bytes(data: Any) -> Any:
+    """Return the index that `as_bytes` wrote."""
+    return faiss().deserialize_index(data)

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from faiss_knn.search.inputs import as_choice
 
+_LEAST_NORM = 2.0**-500  # below it a square may be lost in float64
+_RESCALED = 1 << 20  # values measured again at once
+
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "manhattan")
 
 
@@ -45,8 +48,17 @@ def get_distance(name: str) -> Distance:
     return _DISTANCES[as_choice(name, DISTANCES, "`distance_metric`")]
 
 
+# Functions with names, for an index to be pickled and sent to another process.
 def _same(norm: Tensor) -> Tensor:
     return norm
+
+
+def _half_square(norm: Tensor) -> Tensor:
+    return norm.square() / 2
+
+
+def _root_of_double(distance: Tensor) -> Tensor:
+    return (2 * distance).sqrt()
 
 
 _DISTANCES = {
@@ -60,8 +72,8 @@ _DISTANCES = {
         "METRIC_L2",
         unit_rows=True,
         norm=2.0,
-        from_norm=lambda norm: norm.square() / 2,
-        to_norm=lambda distance: (2 * distance).sqrt(),
+        from_norm=_half_square,
+        to_norm=_root_of_double,
     ),
     "manhattan": Distance("manhattan", "METRIC_L1", unit_rows=False, norm=1.0, from_norm=_same, to_norm=_same),
 }
@@ -103,7 +115,22 @@ def pair_norms(queries: Tensor, rows: Tensor, distance: Distance, dtype: torch.d
     Returns:
         (B, m) norms of the differences in that dtype; `distance.from_norm` makes distances of them.
     """
-    return _per_pair(queries.to(dtype), rows.to(dtype), distance.norm)
+    wide = torch.float64 in (queries.dtype, rows.dtype) and not distance.unit_rows
+    queries, rows = queries.to(dtype), rows.to(dtype)
+    norms = _per_pair(queries, rows, distance.norm)
+    return _without_range_errors(norms, queries, rows) if wide and distance.norm == 2 else norms
+
+
+def _without_range_errors(norms: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
+    """Measure those pairs again, scaled by their largest difference, whose squares float64 cannot hold."""
+    query, place = ((norms < _LEAST_NORM) | norms.isinf()).nonzero().unbind(1)
+    for some in torch.split(torch.arange(len(query), device=norms.device), max(1, _RESCALED // rows.shape[2])):
+        q, m = query[some], place[some]
+        differences = (rows[0, m] if len(rows) == 1 else rows[q, m]) - queries[q]
+        largest = differences.abs().amax(1)
+        scaled = differences / largest.clamp(min=torch.finfo(norms.dtype).tiny)[:, None]
+        norms[q, m] = largest * _per_pair(torch.zeros_like(scaled), scaled[:, None], 2.0)[:, 0]
+    return norms
 
 
 def _per_pair(queries: Tensor, rows: Tensor, norm: float) -> Tensor:

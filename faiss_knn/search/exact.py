@@ -1,6 +1,8 @@
 """The exact search: candidates by a scan of bounds, exact distances, a certificate, and a second pass without it."""
 
 import math
+import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +58,7 @@ class ExactEngine:
         self._twins: Twins | None = None
         self.uncertified = self._trial_searched = self._trial_uncertified = 0
         self._lean = lean
+        self._lock = threading.RLock()
         self._spare: Spare | None = None
         self._basis: Tensor | None = None
         if distance.norm == 2 and not lean:
@@ -88,6 +91,18 @@ class ExactEngine:
             self._rows, self._distance, self._dtype, passed_over=later, basis=self._basis, room=self._room()
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.RLock()
+
+    def _now(self, k: int) -> tuple[Sketch, Spare]:
+        """Return what a search goes by until its end, whatever others change meanwhile."""
+        with self._lock:
+            return self._sketch, self._spare_for(k)
+
     def _spare_for(self, k: int) -> Spare:
         if self._spare is None or self._spare.k != k:
             scanned = self._sketch.bytes or self._rows.bytes
@@ -111,30 +126,38 @@ class ExactEngine:
         ids = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
         done = 0
         while done < len(queries):
-            spare = self._spare_for(k)
-            step = _WHOLE // len(self._rows) if small else min(_CHUNK, _KEPT // (k + spare.count))
+            sketch, spare = self._now(k)
+            count = spare.count
+            step = _WHOLE // len(self._rows) if small else min(_CHUNK, _KEPT // (k + count))
             part = slice(done, done + max(1, step))
-            distances[part], ids[part] = (
-                self._measured_whole(queries[part], k) if small else self._search_chunk(queries[part], k, spare)
-            )
+            if small:
+                distances[part], ids[part] = self._measured_whole(queries[part], k)
+            else:
+                distances[part], ids[part], needed = self._search_chunk(queries[part], k, sketch, count)
+                del sketch  # so that a tighter one can take its place
+                self._learn(spare, needed, count)
             done = part.stop
         return distances, ids
 
-    def _search_chunk(self, queries: Tensor, k: int, spare: Spare) -> tuple[Tensor, Tensor]:
-        asked = self._sketch.ask(queries)
-        scores, ids = best_scores(self._sketch, asked, len(self._rows), min(k + spare.count, len(self._rows)))
+    def _search_chunk(self, queries: Tensor, k: int, sketch: Sketch, count: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Search by a sketch and `count` candidates beyond k; also say how many each query would have needed."""
+        asked = sketch.ask(queries)
+        scores, ids = best_scores(sketch, asked, len(self._rows), min(k + count, len(self._rows)))
         ids = ids if self._twins is None else self._twins.first_only(ids)
         distances, ids = self._followed(*nearest(measure(queries, self._rows, ids, self._distance), ids, k), k)
         # Certified: not all candidates can be within the k-th distance, hence no row that scored lower than they.
-        within = scores.double() >= self._sketch.least_score(asked, self._distance.to_norm(distances[:, -1]))[:, None]
+        within = scores.double() >= sketch.least_score(asked, self._distance.to_norm(distances[:, -1]))[:, None]
         counts = within.sum(1).tolist()  # the one time that a GPU is waited for
-        lost = [query for query, count in enumerate(counts) if count == scores.shape[1]]
+        lost = [query for query, reached in enumerate(counts) if reached == scores.shape[1]]
         for start in range(0, len(lost), _SECOND_CHUNK):
             part = torch.tensor(lost[start : start + _SECOND_CHUNK], device=queries.device)
-            distances[part], ids[part] = self._second_pass(queries[part], k, distances[part, -1])
-        spare.learn([count - k + 1 for count in counts])
-        self._count(len(queries), len(lost))
-        return distances, ids
+            distances[part], ids[part] = self._second_pass(queries[part], k, distances[part, -1], sketch)
+        return distances, ids, [reached - k + 1 for reached in counts]
+
+    def _learn(self, spare: Spare, needed: list[int], count: int) -> None:
+        with self._lock:
+            spare.learn(needed, count)
+            self._count(len(needed), sum(need > count for need in needed))
 
     def _followed(self, distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return (distances, ids) if self._twins is None else self._twins.expand(distances, ids, k)
@@ -156,24 +179,25 @@ class ExactEngine:
             self._dtype = torch.float32
         else:
             return
-        del self._sketch  # before the next is made: one copy at a time
+        del self._sketch  # before the next is made: one copy at a time, unless another thread searches by it
         self._sketch = self._made()
 
-    def _second_pass(self, queries: Tensor, k: int, limits: Tensor) -> tuple[Tensor, Tensor]:
+    def _second_pass(self, queries: Tensor, k: int, limits: Tensor, sketch: Sketch) -> tuple[Tensor, Tensor]:
         """Measure every row whose bound does not exclude it from the k nearest.
 
         Args:
             queries: (b, d).
             k: How many neighbours.
             limits: (b,) distances that k rows are known to be within.
+            sketch: What excludes them.
         """
-        asked = self._sketch.ask(queries)
+        asked = sketch.ask(queries)
         best = torch.empty(len(queries), 0, dtype=torch.float64, device=queries.device)
         ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
         step = _SECOND_BLOCK * _SECOND_CHUNK // len(queries)
         for start in range(0, len(self._rows), step):
-            scores = self._sketch.scores(asked, start, min(start + step, len(self._rows)))
-            query, row = reaching(scores, self._sketch.least_score(asked, self._distance.to_norm(limits)))
+            scores = sketch.scores(asked, start, min(start + step, len(self._rows)))
+            query, row = reaching(scores, sketch.least_score(asked, self._distance.to_norm(limits)))
             row = row + start
             if self._twins is not None:
                 first = self._twins.first_only(row) >= 0

@@ -160,14 +160,14 @@ class FastEngine:
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
-        kept = min(self.tuned.candidates(k), len(self._rows))
+        sketch, kept = self._sketch, min(self.tuned.candidates(k), len(self._rows))
         step = max(1, min(_CHUNK, _KEPT // kept))
-        parts = [self._search_chunk(part, k, kept) for part in torch.split(queries, step)]
+        parts = [self._search_chunk(part, k, kept, sketch) for part in torch.split(queries, step)]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
-    def _search_chunk(self, queries: Tensor, k: int, kept: int) -> tuple[Tensor, Tensor]:
-        asked = self._sketch.ask(queries, bound=False)
-        _, ids = best_scores(self._sketch, asked, len(self._rows), kept)
+    def _search_chunk(self, queries: Tensor, k: int, kept: int, sketch: ProductSketch) -> tuple[Tensor, Tensor]:
+        asked = sketch.ask(queries, bound=False)
+        _, ids = best_scores(sketch, asked, len(self._rows), kept)
         return nearest(measure_quickly(queries, self._rows, ids, self._distance), ids, k)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import threading
 import time
 from typing import Any, Self
 
@@ -48,6 +49,7 @@ class IndexStats:
         nprobe: Inverted lists visited; None without them.
         recall: Measured share of the exact neighbours that it finds, 1.0 when exact; None if not measured.
         uncertified: How many queries since the build needed the second, exhaustive pass to be certified exact.
+        storage_dtype: Of the stored rows, "float32" or another.
         parameters: Further parameters actually used.
     """
 
@@ -60,6 +62,7 @@ class IndexStats:
     nprobe: int | None = None
     recall: float | None = None
     uncertified: int = 0
+    storage_dtype: str = "float32"
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,6 +73,8 @@ class IndexStats:
 class KNNIndex:
     """Nearest-neighbour search over a bank of features.
 
+    Several threads may search one index at once; none may build or release it meanwhile. An index can be pickled.
+
     Args:
         spec: "flat", "ivf", "fast", "auto", or a FAISS factory string ("IVF1024,Flat", "HNSW32", "PQ96x4fs,RFlat").
         distance_metric: "euclidean", "squared_euclidean", "cosine" (1 - cos) or "manhattan".
@@ -78,9 +83,11 @@ class KNNIndex:
         target_recall: Share of the exact neighbours that "fast", "ivf" or "auto" must find on held-out rows of the
             bank (a row is not its own neighbour); None: 0.99. With a factory string it has the recall measured, and
             nprobe tuned where the string has inverted lists. `stats.recall` says what was measured.
-        storage_dtype: Dtype of the stored rows; None: the features' own, float64 as float32. torch.float16 and
-            torch.bfloat16 take half the memory of float32 and round each coordinate by up to 2⁻¹¹ and 2⁻⁸ of its
-            size (float16 refuses values above 65,504): distances are exact, but those of the rounded rows, so
+        storage_dtype: Dtype of the stored rows; None: the features' own, float64 as float32 where that neither merges
+            rows nor moves them by more than a millionth of their spread (`stats.storage_dtype` says which).
+            torch.float16 and torch.bfloat16 take half the memory of float32 and round each coordinate by up to 2⁻¹¹
+            and 2⁻⁸ of its size (float16 refuses values above 65,504): distances are exact, but those of the rounded
+            rows, so
             neighbours nearer to each other than that can change places.
         chunk_size: Queries searched at once; -1: chosen so that memory stays bounded. Where a GPU's memory runs out
             all the same, smaller parts are searched, then the CPU searches, each with a warning.
@@ -131,7 +138,15 @@ class KNNIndex:
         self._build_seconds = 0.0
         self._step = _CHUNK
         self._shortage = ""
+        self._lock = threading.RLock()
         self._expected: tuple[int, int | None] = _DEFAULT_K, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.RLock()
 
     @property
     def distance_metric(self) -> str:
@@ -254,13 +269,13 @@ class KNNIndex:
 
         Returns:
             `Neighbors` on the queries' device: (B, min(k, N)) float32 distances, ascending, and int64 indices. Equal
-            distances are ordered by index; a neighbour that an approximate index did not find is (inf, -1), last.
+            distances are ordered by index; a neighbour that an approximate index did not find is (inf, -1), last. A
+            distance beyond float32 is its largest number, never inf.
 
         Raises:
             ValueError: If k < 1, the width differs from the bank's, or a query is not finite, or zero under cosine.
         """
-        distances, indices = self.nearest(queries, k, checked=checked)
-        return Neighbors(distances.float(), indices)
+        return self.nearest(queries, k, checked=checked).single()
 
     def nearest(self, queries: Tensor | np.ndarray, k: int, *, checked: bool = False) -> Neighbors:
         """Search like `search`, with the distances in float64 as they were ordered: for merging parts of a bank."""
@@ -280,7 +295,8 @@ class KNNIndex:
         try:
             with full_precision(rows.device):
                 if engine.tuned_k is not None and k > 2 * engine.tuned_k:
-                    self._tune_anew(engine, k)
+                    with self._lock:
+                        self._tune_anew(engine, k)
                 asked = as_queries(queries, rows, self._distance, checked=checked)
                 return [engine.search(part, k) for part in torch.split(asked, self._step)]
         except torch.cuda.OutOfMemoryError as error:
@@ -298,6 +314,8 @@ class KNNIndex:
         logger.warning("the GPU's memory is short, so {} queries are searched at once: {}", self._step, self._shortage)
 
     def _tune_anew(self, engine: Engine, k: int) -> None:
+        if engine.tuned_k is None or k <= 2 * engine.tuned_k:
+            return  # another thread has done it
         if isinstance(engine, FastEngine):
             engine.tune(k)
         elif isinstance(engine, FaissEngine):
@@ -306,7 +324,7 @@ class KNNIndex:
     @property
     def stats(self) -> IndexStats:
         """What the index is and what it cost; grows with searches (`uncertified`)."""
-        _, engine = self._built()
+        rows, engine = self._built()
         return IndexStats(
             spec=engine.spec,
             exact=engine.exact,
@@ -317,6 +335,7 @@ class KNNIndex:
             nprobe=engine.nprobe,
             recall=engine.recall,
             uncertified=engine.uncertified,
+            storage_dtype=str(rows.dtype).removeprefix("torch."),
             parameters=engine.parameters,
         )
 

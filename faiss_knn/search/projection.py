@@ -13,7 +13,8 @@ def effective_rank(sample: Tensor) -> float:
 
     From n rows the second moment is too large by what n noise rows add to it; that part is taken off.
     """
-    part = sample[:_GRAM].float()
+    part = sample[:_GRAM].double()
+    part = part / part.norm().clamp(min=1e-300)  # squares of squares below neither over- nor underflow
     gram = part @ part.T
     squares = gram.diagonal()
     between = (gram.square().sum() - squares.square().sum()) / max(1, len(part) * (len(part) - 1))

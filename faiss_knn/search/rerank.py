@@ -29,6 +29,11 @@ class Neighbors(NamedTuple):
     distances: Tensor
     indices: Tensor
 
+    def single(self) -> "Neighbors":
+        """Round distances to float32; those beyond it become its largest number, for inf means that none was found."""
+        most = torch.finfo(torch.float32).max
+        return Neighbors(self.distances.clamp(max=most).float().masked_fill(self.indices < 0, torch.inf), self.indices)
+
 
 def measure(
     queries: Tensor,

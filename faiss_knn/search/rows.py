@@ -14,6 +14,8 @@ from faiss_knn.search.inputs import shown
 
 _BLOCK_BYTES = 32 << 20
 _NAMED_ROWS = 5
+_SAMPLE = 1024
+_ROUNDED = 2.0**-20
 _CHECKED = 1 << 20  # values of a block checked at once
 
 
@@ -26,7 +28,7 @@ class Rows:
 
     Args:
         features: (N, d) tensor, ndarray or memmap of any float dtype.
-        storage_dtype: Dtype to store; None: the features' own, float64 as float32.
+        storage_dtype: Dtype to store; None: the features' own, float64 as float32 where that holds their differences.
         device: Where to search, and to store what is not streamed; None: where the features are.
 
     Raises:
@@ -43,7 +45,7 @@ class Rows:
         data = as_matrix(features, "features")
         if len(data) == 0:
             raise ValueError("`features` must hold at least one row, got an empty bank: fill it first")
-        self.dtype = storage_dtype or (torch.float32 if data.dtype == torch.float64 else data.dtype)
+        self.dtype = storage_dtype or (torch.float32 if _float32_holds(data) else data.dtype)
         self.device = data.device if device is None else as_device(device)
         locked = self.device.type == "cuda" and data.device.type == "cpu" and data.is_pinned()
         # Blocks are cast and moved as they are read.
@@ -116,6 +118,35 @@ class Rows:
                 self._lengths[start : start + len(block)] = lengths(block)
         if self._lengths is not None and (zero := ~(self._lengths > 0)).any():
             refuse_zero(zero, "features")
+
+
+def _float32_holds(data: Tensor) -> bool:
+    """Tell whether float64 rows (N, d) keep their differences and their order of distances in float32.
+
+    They do where rounding moves no coordinate by a millionth of what rows spread, and makes no two rows equal that are
+    not.
+    """
+    if data.dtype != torch.float64:
+        return False
+    step = max(1, _CHECKED // data.shape[1])
+    sample = data[:: max(1, len(data) // _SAMPLE)]
+    centre = sample.nanmedian(0).values
+    spread = (sample - centre).abs().amax(1).nanmedian()  # the largest coordinate, whose square need not be held
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(data.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(data.device) + 0.5
+    keys, rounded_keys = [], []
+    for block in torch.split(data, step):
+        rounded = block.float().double()
+        if not bool(((rounded - block).abs().amax(1) <= _ROUNDED * spread).all()) and bool(block.isfinite().all()):
+            return False
+        keys.append((block * weights).sum(1))
+        rounded_keys.append((rounded * weights).sum(1))
+    return _distinct(torch.cat(keys)) <= _distinct(torch.cat(rounded_keys))
+
+
+def _distinct(keys: Tensor) -> int:
+    ordered = keys.sort().values
+    return 1 + int((ordered[1:] != ordered[:-1]).sum())
 
 
 class ReadAhead:

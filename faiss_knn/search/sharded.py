@@ -210,7 +210,7 @@ def _merge(answers: Tensor, k: int) -> Neighbors:
     distances, indices = (part.transpose(0, 1).flatten(1) for part in answers.unbind(2))
     # Shards lie in index order and each is sorted by (distance, index): a stable sort by distance keeps the order.
     distances, order = distances.contiguous().view(torch.float64).sort(dim=1, stable=True)
-    return Neighbors(distances[:, :k].float(), indices.gather(1, order[:, :k]))
+    return Neighbors(distances[:, :k], indices.gather(1, order[:, :k])).single()
 
 
 def _matrix_shape(kind: Rows, name: str) -> tuple[int, ...]:

@@ -24,9 +24,15 @@ class Spare:
         self._candidate, self._second_pass, self._query = candidate, second_pass, query
         self._chunks: list[list[int]] = []
 
-    def learn(self, needed: list[int]) -> None:
-        """Take note of how many each query of a chunk would have needed; `count` + 1: more than there were."""
-        self._chunks.append([2 * need if need > self.count else need for need in needed])
+    def learn(self, needed: list[int], count: int | None = None) -> None:
+        """Take note of how many each query of a chunk would have needed.
+
+        Args:
+            needed: One number a query; `count` + 1: more than there were.
+            count: How many the chunk was searched with; None: as many as now.
+        """
+        had = self.count if count is None else count
+        self._chunks.append([2 * need if need > had else need for need in needed])
         needs = sorted(need for chunk in self._chunks for need in chunk)
         if len(needs) < _WATCHED:
             return
