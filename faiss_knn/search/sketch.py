@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.backend import cpu_flags
-from faiss_knn.search.distance import Distance, unit
+from faiss_knn.search.distance import Distance, lengths, unit
 from faiss_knn.search.products import BFLOAT16_FLAGS, multiply
 from faiss_knn.search.rows import Rows
 
@@ -133,13 +133,13 @@ class ProductSketch:
         ids = torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)), dtype=torch.float64, device="cpu").long()
         sample = rows.directed(ids, self._distance)
         self._centre = sample.median(0).values
-        sizes = (sample - self._centre).norm(dim=1)
-        sizes = sizes[sizes > 0]
+        sizes = lengths(sample - self._centre)  # whose squares float64 need not hold
+        sizes = sizes[(sizes > 0) & sizes.isfinite()]
         size = float(sizes.median()) if len(sizes) else 1.0
         exponent = min(max(-math.frexp(size)[1], -_MOST_EXPONENT), _MOST_EXPONENT)
         self._scale = 2.0**exponent
-        # Beyond that the median row is not of size 1 after scaling, and too small to be bounded in float32.
-        self._reach = _FAR if abs(exponent) < _MOST_EXPONENT else -1.0
+        # Beyond that the median row is not of size 1 after scaling: then no query is within reach, nothing is proven.
+        self._reach = _FAR if abs(exponent) < _MOST_EXPONENT else 0.0
         # float32 centres exactly enough unless its range ends, or unit vectors lie within 2^-10 of each other.
         unsafe = not 2.0**-90 < size < 2.0**60
         if self._distance.unit_rows:
@@ -206,7 +206,7 @@ class ProductSketch:
         directed = unit(queries) if self._distance.unit_rows else queries.double()
         exact = (directed - self._centre).mul_(self._scale)
         square = exact.square().sum(1)
-        outside = ~(square <= (_FAR / 4) ** 2)
+        outside = ~(square < (self._reach / 4) ** 2)
         exact.masked_fill_(outside[:, None], 0.0)
         seen = exact if self._basis is None else exact @ self._basis.double()
         vectors = torch.zeros(len(queries), self._width, dtype=self.dtype, device=queries.device)
@@ -251,7 +251,8 @@ class ProductSketch:
         """Return (B,) float64: every row within this norm of differences has at least such a score."""
         square = (norms * self._scale + self._unit_error).square() * (1 + self._slack)
         least = self._shift - (square - asked.square * (1 - self._slack)) / 2
-        return torch.where(asked.square.isinf(), -torch.inf, least - least.abs() * self._rounding)
+        # Of a query beyond reach, or a distance that is no number, nothing is known.
+        return torch.where(least.isfinite(), least - least.abs() * self._rounding, -torch.inf)
 
     @property
     def _rounding(self) -> float:

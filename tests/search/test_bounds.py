@@ -24,8 +24,8 @@ def exact_norms(queries, bank, metric):
     return np.stack([np.sqrt(((bank - query) ** 2).sum(1)) for query in queries])
 
 
-def shortfall(bank, queries, metric="euclidean", dtype=torch.float32, directions=None, basis=None):
-    """By how much scores fall below what is promised: (B, N), positive where a row would be wrongly excluded."""
+def excluded(bank, queries, metric="euclidean", dtype=torch.float32, directions=None, basis=None):
+    """Tell which rows are excluded from their own distance, (B, N), by a score below the least one or by a NaN."""
     rows, distance = Rows(bank, storage_dtype=bank.dtype), get_distance(metric)
     rows.check(distance)
     if directions:
@@ -36,11 +36,11 @@ def shortfall(bank, queries, metric="euclidean", dtype=torch.float32, directions
     scores = sketch.scores(asked, 0, len(bank)).T.double()
     norms = torch.from_numpy(exact_norms(queries, bank, metric).astype(float))
     least = torch.stack([sketch.least_score(asked, column) for column in norms.T], 1)
-    return least - scores
+    return ~(scores >= least)
 
 
 def check(bank, queries, **options):
-    wrong = shortfall(bank, queries, **options) > 0
+    wrong = excluded(bank, queries, **options)
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} pairs"
 
 
@@ -145,6 +145,15 @@ def test_unit_vectors_near_each_other():
 def test_numbers_whose_products_are_too_small_for_float32(dtype):
     bank = 1e-310 * normal(200, 12).double()
     check(torch.cat([bank, 1e-300 * normal(3, 12).double()]), bank[:20] * 1.01, dtype=dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1e150, 1e200, 1e307])
+def test_numbers_whose_squares_float64_cannot_hold(dtype, scale):
+    # Beside far queries the centre itself, and others near it: their own squares are small.
+    bank = scale * normal(400, 12).double()
+    centre = bank.median(0).values[None]
+    check(bank, torch.cat([centre, centre * (1 + 1e-12), 1.01 * bank[:20]]), dtype=dtype)
 
 
 @DTYPES
