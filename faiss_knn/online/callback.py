@@ -35,10 +35,16 @@ from faiss_knn.online.rows import flat_rows, labelled, searchable
 from faiss_knn.online.samples import OncePerId, check_sample_ids, genuine_rows, newest_per_id, sample_ids
 from faiss_knn.online.state import trainer_state
 from faiss_knn.online.weights import fingerprint, remember, remembered
+from faiss_knn.search.approximate import TooFewRowsError
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.index import KNNIndex, Neighbors
 from faiss_knn.search.inputs import as_integer, as_key, as_positive, as_switch
 from faiss_knn.search.ranks import agree, agreed, broadcast_object, gather_rows, share, world
+from faiss_knn.search.sharded import ShardedIndex
+from faiss_knn.search.tuning import recall_by_query
+
+_EXPECTED_BATCHES = 8  # over which queries are drawn where their number is not known
+_TUNED_RECALL, _PLAIN_RECALL, _RECALL_LEEWAY = 0.99, 0.9, 0.02  # below which a recall is warned of
 
 
 class OnlineKNN(Callback):
@@ -287,6 +293,10 @@ class OnlineKNN(Callback):
             self._check_aligned(rows)
             if self.id is not None:
                 check_sample_ids(rows[self.id], f"'{self.id}'")
+            run = self._run(trainer)
+            if not run.tried:  # now, not after an epoch of training
+                run.index.check_spec(flat_rows(rows[self.input]).shape[1])
+                run.tried = True
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         tell(trainer, exception)
@@ -308,6 +318,7 @@ class OnlineKNN(Callback):
         loaders = dataloaders(trainer, len(batches))
         self._warn_if_cut(trainer, run, loaders, batches)
         run.epoch = Epoch(
+            run.index,
             MetricTable(self.metrics, self.ks, scored, pl_module.device),
             loaders,
             self._most_searches({i: batches[i] for i in scored}),
@@ -337,6 +348,8 @@ class OnlineKNN(Callback):
         with held_back(epoch):
             asked = self._read(trainer, run, epoch, outputs, batch, batch_idx, dataloader_idx)
         with held_back(epoch):
+            if asked is not None:
+                self._draw(epoch, asked.queries)
             found = self._search(epoch, asked)
             if asked is not None and found is not None and epoch.error is None:
                 self._score(run, epoch, asked, *found)
@@ -366,8 +379,8 @@ class OnlineKNN(Callback):
         stage = "test" if trainer.state.stage == RunningStage.TESTING else "eval"
         several = isinstance(self.k, Sequence)
         values, self.results = epoch.table.values(f"{stage}/{self.name}", several_k=several)
-        values |= self._about_the_search(run, epoch, f"{stage}/{self.name}")
-        run.index.release()
+        values |= self._about_the_search(trainer, run, epoch, f"{stage}/{self.name}")
+        epoch.index.release()
         run.width = max(run.width, epoch.width)
         return {key: value.to(pl_module.device, torch.float32) for key, value in values.items()}
 
@@ -525,20 +538,56 @@ class OnlineKNN(Callback):
             return
         classes = self._class_count(trainer, run, labels)
         options: dict[str, Any] = {"num_classes": classes, "index": run.index, "expected_k": max(self.ks)}
+        epoch.features, epoch.index = features, run.index
         if self._shards():
-            epoch.bank = ShardedBank(features, labels, **options)
+            epoch.bank = self._sharded_bank(trainer, run, epoch, labels, options)
         else:
-            options["expected_queries"] = epoch.queries
-            with agreed():
-                epoch.bank = FeatureBank(features, labels, **options)
-            choice = _choice(run.index)
-            of_rank_zero = broadcast_object(choice)
-            with agreed():
-                if of_rank_zero != choice:
-                    run.index = self._new_index(*of_rank_zero)
-                    epoch.bank = FeatureBank(features, labels, **options | {"index": run.index})
-        if self.verbose and trainer.is_global_zero and len(run.index):
-            logger.info(f"OnlineKNN[{self.name}]: bank of {rows:,} rows, {run.index.stats}")
+            epoch.bank = self._bank(trainer, run, epoch, labels, options | {"expected_queries": epoch.queries})
+        if self.verbose and trainer.is_global_zero and len(epoch.index):
+            logger.info(f"OnlineKNN[{self.name}]: bank of {rows:,} rows, {epoch.index.stats}")
+
+    def _bank(self, trainer: Any, run: Run, epoch: Epoch, labels: Tensor, options: dict[str, Any]) -> FeatureBank:
+        """Index the rows of all ranks, as rank zero chooses to."""
+        assert epoch.features is not None
+        with agreed():
+            try:
+                bank = FeatureBank(epoch.features, labels, **options)
+            except TooFewRowsError as error:
+                epoch.index = self._exact_for_now(trainer, run, error)
+                bank = FeatureBank(epoch.features, labels, **options | {"index": epoch.index})
+        choice = _choice(epoch.index)
+        of_rank_zero = broadcast_object(choice)
+        with agreed():
+            if of_rank_zero != choice:
+                run.index = epoch.index = self._new_index(*of_rank_zero)
+                bank = FeatureBank(epoch.features, labels, **options | {"index": run.index})
+        return bank
+
+    def _sharded_bank(
+        self, trainer: Any, run: Run, epoch: Epoch, labels: Tensor, options: dict[str, Any]
+    ) -> ShardedBank:
+        """Index this rank's rows; exactly on all ranks, where one of them has too few for the index asked for."""
+        assert epoch.features is not None
+        failure: TooFewRowsError | None = None
+        with agreed():
+            try:
+                if len(epoch.features):
+                    run.index.build(epoch.features, expected_k=options["expected_k"])
+            except TooFewRowsError as error:
+                failure = error
+        if any(share(failure is not None)):
+            epoch.index = self._exact_for_now(trainer, run, failure)
+        return ShardedBank(epoch.features, labels, **options | {"index": epoch.index})
+
+    def _exact_for_now(self, trainer: Any, run: Run, why: Exception | None) -> KNNIndex:
+        """Return an exact index, which any number of rows is enough for."""
+        self._warn_once(
+            trainer,
+            run,
+            "few",
+            f"OnlineKNN[{self.name}]: searches exactly until there are rows enough for index={self.index!r} ({why})",
+        )
+        return self._new_index("flat")
 
     def _bank_rows(self, trainer: Any, run: Run, epoch: Epoch) -> tuple[Tensor, Tensor]:
         """The features and labels that this rank indexes: its own, or gathered from all ranks."""
@@ -691,6 +740,18 @@ class OnlineKNN(Callback):
             return None
         return epoch.bank.neighbors(queries, max(self.ks), checked=True), None
 
+    def _draw(self, epoch: Epoch, queries: Tensor) -> None:
+        """Keep every so many of the queries, spread over the epoch where its length is known."""
+        wanted = -(-self.recall_queries // world()[1])
+        if wanted == 0 or len(epoch.index) == 0 or epoch.index.stats.exact:
+            return
+        step = max(1, (epoch.queries or wanted * _EXPECTED_BATCHES) // wanted)
+        first = -epoch.seen % step
+        epoch.seen += len(queries)
+        drawn = queries[first::step][: wanted - sum(map(len, epoch.sample))]
+        if len(drawn):
+            epoch.sample.append(drawn.clone())
+
     def _serve(self, epoch: Epoch) -> None:
         """Search along for the ranks that have more batches."""
         while epoch.searches < epoch.most_searches:
@@ -724,19 +785,58 @@ class OnlineKNN(Callback):
             asked.place[f"{self.name}_preds"] = predictions
             run.predictions[builtins.id(predictions)] = predictions
 
-    def _about_the_search(self, run: Run, epoch: Epoch, prefix: str) -> dict[str, Tensor]:
+    def _about_the_search(self, trainer: Any, run: Run, epoch: Epoch, prefix: str) -> dict[str, Tensor]:
         """What approximation the index makes, and how many rows were left out, over all ranks."""
-        stats = run.index.stats if len(run.index) else None
-        recall = None if stats is None or stats.exact else stats.recall
-        reports = share((len(run.index), recall, epoch.skipped))
         values = {}
-        measured = [(rows, recall) for rows, recall, _ in reports if recall is not None]
-        if measured:
-            mean = sum(rows * recall for rows, recall in measured) / sum(rows for rows, _ in measured)
-            values[f"{prefix}_index_recall"] = torch.tensor(mean)
-        if skipped := sum(report[2] for report in reports):
+        recall = self._recall_of_bank(epoch) if self.recall_queries == 0 else self._recall_of_queries(epoch)
+        if recall is not None:
+            values[f"{prefix}_index_recall"] = torch.tensor(recall, dtype=torch.float32, device="cpu")
+            self._warn_of_recall(trainer, run, recall)
+        if skipped := sum(share(epoch.skipped)):
             values[f"{prefix}_skipped"] = torch.tensor(float(skipped))
         return values
+
+    def _recall_of_bank(self, epoch: Epoch) -> float | None:
+        """Return the recall that ranks measured when they built their index, over all ranks."""
+        stats = epoch.index.stats if len(epoch.index) else None
+        recall = None if stats is None or stats.exact else stats.recall
+        return _weighted_mean(share((len(epoch.index), recall)))
+
+    def _recall_of_queries(self, epoch: Epoch) -> float | None:
+        """Return the recall of a sample of the epoch's own queries over all ranks; None for an exact index."""
+        exact = epoch.index.stats.exact if len(epoch.index) else True
+        if all(share(exact)):
+            return None
+        asked = torch.cat(epoch.sample) if epoch.sample else None
+        if not self._shards():
+            with agreed():
+                recall = None if asked is None else epoch.index.measure_recall(asked, max(self.ks))
+            return _weighted_mean(share((0 if asked is None else len(asked), recall)))
+        assert isinstance(epoch.bank, ShardedBank)
+        found = epoch.bank.neighbors(asked, max(self.ks))[0].indices
+        truth = ShardedIndex(self._new_index("flat")).build(epoch.features).search(asked, max(self.ks)).indices
+        shares = recall_by_query(found, truth)
+        return _weighted_mean(share((len(shares), float(shares.mean()) if len(shares) else None)))
+
+    def _warn_of_recall(self, trainer: Any, run: Run, recall: float) -> None:
+        tuned = self.target_recall is not None or self.index in ("fast", "ivf", "auto")
+        wanted = self.target_recall or (_TUNED_RECALL if tuned else _PLAIN_RECALL)
+        if recall < wanted - _RECALL_LEEWAY:
+            self._warn_once(
+                trainer,
+                run,
+                "recall",
+                f"OnlineKNN[{self.name}]: index={self.index!r} found {recall:.3f} of the exact neighbours: the score "
+                + ("may be too low: its next build is tuned on the queries asked" if tuned else "may be too low")
+                + "; index='flat' finds all",
+            )
+
+
+def _weighted_mean(reports: Sequence[tuple[int, float | None]]) -> float | None:
+    """Return the mean of what ranks measured, each by its count; None if none did."""
+    measured = [(count, value) for count, value in reports if value is not None and count]
+    total = sum(count for count, _ in measured)
+    return sum(count * value for count, value in measured) / total if total else None
 
 
 def _choice(index: KNNIndex) -> tuple[str, int | None]:

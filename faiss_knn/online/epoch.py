@@ -29,6 +29,7 @@ class Run:
         index: Kept from epoch to epoch.
         epoch: The validation epoch under way.
         warned: What was warned of.
+        tried: Whether the index is known to work for rows of this width.
         weights: Some of the weights when a validation began, until its first batch has come.
         width: The most classes that a validation has had.
         validations: How many there were in this fit.
@@ -40,6 +41,7 @@ class Run:
     index: KNNIndex
     epoch: "Epoch | None" = None
     warned: set[str] = field(default_factory=set)
+    tried: bool = False
     weights: bytes | None = None
     width: int = 0
     validations: int = 0
@@ -56,6 +58,7 @@ class Epoch:
     """What it holds for one validation epoch; all ranks go through the same steps of it.
 
     Attributes:
+        index: What searches: the run's, or an exact one while there are too few rows for that.
         table: The metrics of the loaders that are scored.
         loaders: The dataloaders, in order.
         most_searches: How many batches the rank with the most of them scores; 0 unless they are searched together.
@@ -67,9 +70,13 @@ class Epoch:
         searches: How many batches this rank has searched together with the others.
         skipped: Rows left out on this rank.
         error: What went wrong on this rank and waits for the end of the epoch.
+        features: The rows that this rank has indexed.
+        sample: Queries drawn for measuring the recall.
+        seen: How many queries they were drawn from.
         width: Of the scores that the metrics get: the largest label so far, of bank or batches, + 1.
     """
 
+    index: KNNIndex
     table: MetricTable
     loaders: list[Any]
     most_searches: int
@@ -82,6 +89,9 @@ class Epoch:
     skipped: int = 0
     error: Exception | None = None
     width: int = 0
+    features: Tensor | None = None
+    sample: list[Tensor] = field(default_factory=list)
+    seen: int = 0
 
 
 @contextmanager

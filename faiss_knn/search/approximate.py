@@ -1,5 +1,8 @@
 """Indexes that FAISS makes from a factory string, over centred rows, with exact distances of what they find."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,11 +13,13 @@ from faiss_knn.search.distance import Distance, unit
 from faiss_knn.search.exact import ExactEngine
 from faiss_knn.search.rerank import measure, nearest
 from faiss_knn.search.rows import Rows
-from faiss_knn.search.tuning import HELD_OUT, hold_out, measure_recall
+from faiss_knn.search.specs import check_alive
+from faiss_knn.search.tuning import HELD_OUT, HeldOut, asked_before, hold_out, of_queries
 
 _TRAIN_ROWS_PER_CENTROID = 256  # more do not help k-means, by FAISS's own cap
 _MIN_TRAIN_ROWS = 65536
 _LEAST_ROWS_PER_CENTROID = 39  # by FAISS's own advice
+_LEAST_LINKED_CODES = 1000  # rows of a graph over product quantizers
 _FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-9, 2.0**15  # mean size of the rows' values, and largest
 _GPU_BLOCK_BYTES = 256 << 20  # an index on a GPU grows with every block added
 
@@ -23,7 +28,7 @@ def ivf_spec(rows: int) -> str:
     """Return the inverted lists that "ivf" makes of N rows: 4√N, as far as each can be trained.
 
     Raises:
-        ValueError: If there are too few rows for two lists.
+        TooFewRowsError: If there are too few rows for two lists.
 
     Example:
         >>> ivf_spec(10_000)
@@ -31,11 +36,15 @@ def ivf_spec(rows: int) -> str:
     """
     lists = min(int(4 * rows**0.5), rows // _LEAST_ROWS_PER_CENTROID)
     if lists < 2:
-        raise ValueError(
+        raise TooFewRowsError(
             f"`features` must hold at least {2 * _LEAST_ROWS_PER_CENTROID} rows for 'ivf' (two lists of "
             f"{_LEAST_ROWS_PER_CENTROID}), got {rows}: use 'flat'"
         )
     return f"IVF{1 << (lists.bit_length() - 1)},Flat"
+
+
+class TooFewRowsError(ValueError):
+    """A bank has too few rows for an index to be trained on."""
 
 
 class FaissEngine:
@@ -67,6 +76,7 @@ class FaissEngine:
         self._rows = rows
         self._dim = rows.dim
         self.recall: float | None = None
+        self.recall_of: str | None = None
         self.tuned_k: int | None = None
         self.parameters: dict[str, object] = {"warm": trained is not None}
         self._distance = distance
@@ -75,6 +85,11 @@ class FaissEngine:
             self.index: Any = trained.index
             self._centre: Tensor = trained._centre.to(rows.device)
         else:
+            check_alive(spec, rows.dim, distance.faiss_metric)
+            if len(rows) < _LEAST_LINKED_CODES and re.match(r"HNSW\d+_.*PQ", spec):  # FAISS would never end
+                raise TooFewRowsError(
+                    f"`features` must hold {_LEAST_LINKED_CODES} rows or more for {spec!r}, got {len(rows)}: use 'flat'"
+                )
             self.index = backend.make_index(spec, rows.dim, distance.faiss_metric)
             sample = self._sample(rows)
             self._centre = _prepared(sample, distance).mean(0)
@@ -83,8 +98,9 @@ class FaissEngine:
         if trained is None:
             self._train(sample, spec)
         on_cpu = self.device.type == "cpu"
-        for _, block in rows.blocks(None if on_cpu else max(1, _GPU_BLOCK_BYTES // (4 * rows.dim))):
-            gpu.add(self.index, self._array(block))
+        with self._enough_rows(spec):
+            for _, block in rows.blocks(None if on_cpu else max(1, _GPU_BLOCK_BYTES // (4 * rows.dim))):
+                gpu.add(self.index, self._array(block))
         self._probe(spec)
         self.bytes = rows.bytes + (backend.index_bytes(self.index) if on_cpu else len(rows) * self._row_bytes)
 
@@ -151,37 +167,51 @@ class FaissEngine:
         if self._resources is not None:
             self.index, self._resources = gpu.to_cpu(self.index), None  # what was trained waits there
 
-    def tune(self, k: int, target: float, nprobe: int | None) -> None:
-        """Measure the recall on held-out rows: at `nprobe`, or at the first of 1, 2, 4, … lists that meets the target.
+    def tune(self, k: int, target: float, nprobe: int | None, asked: Tensor | None = None) -> None:
+        """Measure the recall: at `nprobe`, or at the first of 1, 2, 4, … lists that meets the target for certain.
 
         Args:
             k: Neighbours that the recall is of.
-            target: The recall to meet, where there is something to tune.
+            target: The recall to meet by more than its standard error, where there is something to tune.
             nprobe: Lists to visit; None: to be tuned.
+            asked: (n, d) queries to measure on; None: held-out rows.
         """
-        k = k if self.device.type == "cpu" else min(k, gpu.MAX_K - 1)  # and the row itself
-        held_out = hold_out(self._rows, ExactEngine(self._rows, self._distance, lean=True), k, HELD_OUT)
+        held_out = self._held_out(k if self.device.type == "cpu" else min(k, gpu.MAX_K // 2), asked)
         ivf = backend.inner_ivf(self.index)
         tried: list[int | None] = [nprobe]
         if ivf is not None and nprobe is None:
             most = self._most_probes(ivf)
             tried = [*(1 << power for power in range(most.bit_length() - 1)), most]
+        depth = held_out.neighbors.shape[1]
         for probes in tried:
             self.nprobe = self._set_nprobe(probes)
-            self.recall = measure_recall(self, held_out)
-            if self.recall >= target:
+            _, found = self.search(held_out.queries, min(depth + held_out.further, len(self._rows)))
+            self.recall, error = held_out.recall(held_out.counted(found, depth))
+            if self.recall - error >= target:
                 break
-        self.tuned_k = k
+        self.tuned_k, self.recall_of = k, of_queries(asked)
+
+    def _held_out(self, k: int, asked: Tensor | None) -> HeldOut:
+        exact = ExactEngine(self._rows, self._distance, lean=True)
+        if asked is not None:
+            return asked_before(exact, asked, min(k, len(self._rows)))
+        return hold_out(self._rows, exact, self._distance, k, HELD_OUT)
 
     def _train(self, sample: Tensor, spec: str) -> None:
-        try:
+        with self._enough_rows(spec):
             gpu.train(self.index, self._array(sample))
+
+    @contextmanager
+    def _enough_rows(self, spec: str) -> Iterator[None]:
+        """Say in words what FAISS cannot do with so few rows."""
+        try:
+            yield
         except torch.cuda.OutOfMemoryError:  # a RuntimeError too, and nothing wrong with the rows
             raise
         except RuntimeError as error:
-            raise ValueError(
+            raise TooFewRowsError(
                 f"`features` must hold enough rows to train {spec!r}, got {len(self._rows)}: "
-                f"choose a smaller index or 'flat' ({_reason(error)})"
+                f"choose a smaller index or 'flat' ({backend.reason(error)})"
             ) from error
 
     def _probe(self, spec: str) -> None:
@@ -192,7 +222,7 @@ class FaissEngine:
             raise
         except RuntimeError as error:
             raise ValueError(
-                f"`spec` must be an index that searches by {self._distance.name}, got {spec!r}: {_reason(error)}"
+                f"`spec` must be an index that searches by {self._distance.name}, got {spec!r}: {backend.reason(error)}"
             ) from error
 
     def _array(self, rows: Tensor) -> Tensor:
@@ -221,7 +251,3 @@ def _prepared(rows: Tensor, distance: Distance) -> Tensor:
 
 def _generator() -> torch.Generator:
     return torch.Generator("cpu").manual_seed(0)
-
-
-def _reason(error: RuntimeError) -> str:
-    return str(error).rpartition("Error: ")[2] or str(error)

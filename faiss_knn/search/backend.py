@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -11,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  # before faiss: then both share one OpenMP runtime, and forked workers can search
+import torch  # before faiss: then both share one OpenMP runtime, and forked workers can search
 from loguru import logger
 
 from faiss_knn.search.arithmetic import SharedSetting
@@ -20,6 +21,7 @@ _INSTALL = (
     "FAISS is not installed: `pip install faiss-cpu` (or faiss-gpu on Linux x86_64 with an NVIDIA GPU), "
     "or `conda install -c conda-forge faiss`"
 )
+_REHEARSED = 1000  # rows: what product quantizers of eight bits can be trained on
 _AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
 _SLOW_KERNELS = {"Prescott", "Barcelona"}  # what OpenBLAS falls back to on a CPU it does not know
 
@@ -156,10 +158,9 @@ def make_index(spec: str, dim: int, metric: str) -> Any:
     try:
         return library.index_factory(dim, spec, getattr(library, metric))
     except RuntimeError as error:
-        reason = str(error).rpartition("Error: ")[2] or str(error)
         raise ValueError(
             f"`spec` must be 'flat', 'ivf', 'fast', 'auto' or a FAISS factory string valid for d={dim} and {metric}, "
-            f"got {spec!r}: {reason}"
+            f"got {spec!r}: {reason(error)}"
         ) from error
 
 
@@ -192,3 +193,22 @@ def as_bytes(index: Any) -> Any:
 def from_bytes(data: Any) -> Any:
     """Return the index that `as_bytes` wrote."""
     return faiss().deserialize_index(data)
+
+
+def rehearse(spec: str, dim: int, metric: str) -> None:
+    """Build an index from a factory string over a few rows and search it; errors that FAISS raises are no matter."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(_REHEARSED, dim, generator=generator, dtype=torch.float32, device="cpu").numpy()
+    with contextlib.suppress(RuntimeError, ValueError):
+        index = make_index(spec, dim, metric)
+        index.train(rows)
+        index.add(rows)
+        index.search(rows[:3], 2)
+
+
+def reason(error: Exception) -> str:
+    """Return why FAISS refused, without the places in its source and the conditions that it writes before."""
+    text = next(iter(str(error).splitlines()), "")
+    said = re.search(r"\.(?:cpp|h|cuh?):\d+: (?:Error: )?(.*)", text)
+    words = re.sub(r"^'.*?' failed:?\s*", "", said[1] if said else text).replace("faiss::", "").strip(" .:")
+    return words if words and "::" not in words and " at /" not in words else "FAISS refuses it"

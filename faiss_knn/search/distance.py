@@ -100,7 +100,9 @@ def unit(rows: Tensor) -> Tensor:
     return rows.double() / lengths(rows)[:, None]
 
 
-def pair_norms(queries: Tensor, rows: Tensor, distance: Distance, dtype: torch.dtype = torch.float64) -> Tensor:
+def pair_norms(
+    queries: Tensor, rows: Tensor, distance: Distance, dtype: torch.dtype = torch.float64, *, wide: bool = False
+) -> Tensor:
     """Measure each query against its own rows, in float64 or float32, from differences.
 
     No matrix product and no blocked sum takes part, so a pair's value depends on that pair alone: the same bits at
@@ -111,11 +113,11 @@ def pair_norms(queries: Tensor, rows: Tensor, distance: Distance, dtype: torch.d
         rows: (B, m, d), or (1, m, d) for the same rows for every query; likewise.
         distance: Which distance.
         dtype: To compute in.
+        wide: Whether values come from float64, and their squares may leave its range.
 
     Returns:
         (B, m) norms of the differences in that dtype; `distance.from_norm` makes distances of them.
     """
-    wide = torch.float64 in (queries.dtype, rows.dtype) and not distance.unit_rows
     queries, rows = queries.to(dtype), rows.to(dtype)
     norms = _per_pair(queries, rows, distance.norm)
     return _without_range_errors(norms, queries, rows) if wide and distance.norm == 2 else norms

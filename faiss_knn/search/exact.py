@@ -46,6 +46,7 @@ class ExactEngine:
     backend = "torch"
     nprobe = None
     recall = 1.0
+    recall_of = None
     tuned_k = None
 
     def __init__(
@@ -214,7 +215,11 @@ class ExactEngine:
         queries = unit(queries) if self._distance.unit_rows else queries.double()
         numbers = torch.arange(len(self._rows), device=queries.device)
         parts = torch.split(numbers, _SECOND_BLOCK)
-        norms = [pair_norms(queries, self._rows.directed(part, self._distance)[None], self._distance) for part in parts]
+        wide = self._rows.dtype == torch.float64 and not self._distance.unit_rows
+        norms = [
+            pair_norms(queries, self._rows.directed(part, self._distance)[None], self._distance, wide=wide)
+            for part in parts
+        ]
         return nearest(self._distance.from_norm(torch.cat(norms, 1)), numbers.expand(len(queries), -1), k)
 
 

@@ -13,7 +13,7 @@ from faiss_knn.search.rerank import measure_quickly, nearest
 from faiss_knn.search.rows import Rows
 from faiss_knn.search.scan import best_scores
 from faiss_knn.search.sketch import BOUND_COLUMNS, ProductSketch, has_fast_bfloat16
-from faiss_knn.search.tuning import HELD_OUT, RECHECK, HeldOut, hold_out, recall, search_cost, without_self
+from faiss_knn.search.tuning import HELD_OUT, RECHECK, HeldOut, asked_before, hold_out, of_queries, search_cost
 
 _SHARES = (0.125, 0.25, 0.375, 0.5)  # of the dimensions, scanned instead of all
 _FACTORS = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0)
@@ -49,6 +49,7 @@ class FastEngine:
         k: The k that the recall is met for.
         target: The recall to meet.
         before: What was chosen for an earlier bank: kept if it still meets the target.
+        asked: (n, d) queries of an earlier bank to measure on; None: rows of the bank.
     """
 
     exact = False
@@ -57,7 +58,17 @@ class FastEngine:
     nprobe = None
     uncertified = 0
 
-    def __init__(self, rows: Rows, distance: Distance, k: int, target: float, before: Tuned | None = None) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        distance: Distance,
+        k: int,
+        target: float,
+        before: Tuned | None = None,
+        asked: Tensor | None = None,
+    ) -> None:
+        self._asked = asked
+        self.recall_of = of_queries(asked)
         self._rows = rows
         self.device = rows.device
         self._distance = distance
@@ -100,9 +111,10 @@ class FastEngine:
         self.tuned = before
         self._sketch = self._made(before.basis)
         held_out = self._held_out(None if before.basis is not None else self._sketch, k, RECHECK)
-        found = self._scan(self._sketch, held_out.queries, before.candidates(k) + 1)
-        self.recall = recall(without_self(found, held_out.ids, before.candidates(k)), held_out.neighbors)
-        return self.recall + 2 * _error(self.recall, held_out) >= self._target  # unless they refute it
+        kept = before.candidates(k)
+        found = self._scan(self._sketch, held_out.queries, min(kept + held_out.further, len(self._rows)))
+        self.recall, error = held_out.recall(held_out.counted(found, kept))
+        return self.recall + 2 * error >= self._target  # unless they refute it
 
     def _made(self, basis: Tensor | None) -> ProductSketch:
         return ProductSketch(self._rows, self._distance, self._dtype, basis=basis)
@@ -127,7 +139,10 @@ class FastEngine:
             self._sketch = self._made(self.tuned.basis)
 
     def _held_out(self, sketch: ProductSketch | None, k: int, count: int) -> HeldOut:
-        return hold_out(self._rows, ExactEngine(self._rows, self._distance, lean=True, sketch=sketch), k, count)
+        exact = ExactEngine(self._rows, self._distance, lean=True, sketch=sketch)
+        if self._asked is not None:
+            return asked_before(exact, self._asked, min(k, len(self._rows)))
+        return hold_out(self._rows, exact, self._distance, k, count)
 
     def _directions(self) -> Tensor:
         ids = torch.linspace(
@@ -142,13 +157,13 @@ class FastEngine:
     def _least_factor(self, sketch: ProductSketch, held_out: HeldOut, dims: int | None = None) -> tuple[float, float]:
         """Return the smallest factor that meets the target with the first `dims` directions, and its recall."""
         k = held_out.neighbors.shape[1]
-        most = min(math.ceil(_FACTORS[-1] * k) + 1, len(self._rows))
-        found = without_self(self._scan(sketch, held_out.queries, most, dims), held_out.ids, most)
+        most = min(math.ceil(_FACTORS[-1] * k) + held_out.further, len(self._rows))
+        found = held_out.counted(self._scan(sketch, held_out.queries, most, dims), most)
         for factor in _FACTORS:
-            share = recall(found[:, : math.ceil(factor * k)], held_out.neighbors)
-            if share - _error(share, held_out) >= self._target:
-                return factor, share
-        return _FACTORS[-1], share
+            share, error = held_out.recall(found[:, : math.ceil(factor * k)])
+            if share - error >= self._target:
+                break
+        return factor, share
 
     def _scan(self, sketch: ProductSketch, queries: Tensor, kept: int, dims: int | None = None) -> Tensor:
         """Return the ids (B, kept) of the best estimates, best first."""
@@ -169,8 +184,3 @@ class FastEngine:
         asked = sketch.ask(queries, bound=False)
         _, ids = best_scores(sketch, asked, len(self._rows), kept)
         return nearest(measure_quickly(queries, self._rows, ids, self._distance), ids, k)
-
-
-def _error(share: float, held_out: HeldOut) -> float:
-    """Return the standard error of a measured recall: what the choice of held-out rows may have added to it."""
-    return math.sqrt(max(share * (1 - share), 1e-6) / held_out.neighbors.numel())

@@ -11,6 +11,7 @@ from loguru import logger
 from torch import Tensor
 
 from faiss_knn.search.backend import faiss
+from faiss_knn.search.backend import reason as backend_reason
 
 MAX_K = MAX_NPROBE = 2048  # of FAISS's own kernels; some of them abort the process beyond it
 _FLAT = {"IndexFlat", "IndexFlatL2", "IndexFlatIP"}
@@ -100,7 +101,7 @@ def to_gpu(index: Any, device: torch.device, *, half: bool = False) -> tuple[Any
         except RuntimeError as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            reason = str(error).rpartition("Error: ")[2] or str(error)
+            reason = backend_reason(error)
     logger.warning("FAISS searches this index on the CPU, not on {}: {}", device, reason)
     return None
 
@@ -137,8 +138,8 @@ def search(index: Any, queries: Tensor, k: int) -> Tensor:
 
 
 def _floats(values: Tensor) -> Any:
-    assert values.is_contiguous()
-    assert values.dtype == torch.float32
+    if not values.is_contiguous() or values.dtype != torch.float32:  # FAISS would read and write beyond it
+        raise ValueError(f"FAISS needs contiguous float32 values, got {values.dtype} of strides {values.stride()}")
     return faiss().cast_integer_to_float_ptr(values.data_ptr())
 
 

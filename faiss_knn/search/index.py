@@ -21,13 +21,16 @@ from faiss_knn.search.inputs import as_count, as_integer, as_k, as_number, shown
 from faiss_knn.search.rerank import Neighbors
 from faiss_knn.search.rows import Rows, as_queries
 from faiss_knn.search.sketch import has_fast_bfloat16
-from faiss_knn.search.tuning import prefers_fast
+from faiss_knn.search.specs import check_alive, check_numbers
+from faiss_knn.search.tuning import asked_before, prefers_fast
 
 __all__ = ["IndexStats", "KNNIndex", "Neighbors"]
 
 _STORAGE = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEFAULT_K = 20
 _TARGET_RECALL = 0.99
+_UNMET = 0.005  # below the target, where "auto" searches exactly instead
+_KEPT_QUERIES = 256
 _FAST_ROWS = 4096  # below, the exact search takes about as long as any other
 
 Engine = ExactEngine | FastEngine | FaissEngine
@@ -48,6 +51,7 @@ class IndexStats:
         build_seconds: Time of the last build.
         nprobe: Inverted lists visited; None without them.
         recall: Measured share of the exact neighbours that it finds, 1.0 when exact; None if not measured.
+        recall_of: What it was measured on: "queries" (`measure_recall`), or "held-out rows without twins" of the bank.
         uncertified: How many queries since the build needed the second, exhaustive pass to be certified exact.
         storage_dtype: Of the stored rows, "float32" or another.
         parameters: Further parameters actually used.
@@ -61,6 +65,7 @@ class IndexStats:
     build_seconds: float
     nprobe: int | None = None
     recall: float | None = None
+    recall_of: str | None = None
     uncertified: int = 0
     storage_dtype: str = "float32"
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -81,8 +86,8 @@ class KNNIndex:
         device: Where to hold and search the bank; None: where the features are.
         nprobe: Inverted lists that an IVF index visits; None: tuned, or FAISS's default for a factory string.
         target_recall: Share of the exact neighbours that "fast", "ivf" or "auto" must find on held-out rows of the
-            bank (a row is not its own neighbour); None: 0.99. With a factory string it has the recall measured, and
-            nprobe tuned where the string has inverted lists. `stats.recall` says what was measured.
+            bank (neither they nor their near-twins count); None: 0.99. With a factory string it has the recall
+            measured, and nprobe tuned where the string has inverted lists. `stats.recall` says what was measured.
         storage_dtype: Dtype of the stored rows; None: the features' own, float64 as float32 where that neither merges
             rows nor moves them by more than a millionth of their spread (`stats.storage_dtype` says which).
             torch.float16 and torch.bfloat16 take half the memory of float32 and round each coordinate by up to 2⁻¹¹
@@ -125,6 +130,7 @@ class KNNIndex:
         chunk_size = as_integer(chunk_size, "`chunk_size`")
         if chunk_size < 1 and chunk_size != -1:
             raise ValueError(f"`chunk_size` must be a positive integer, or -1 to choose it, got {chunk_size}")
+        check_numbers(spec)
         self.spec = spec
         self.device = device
         self.nprobe = nprobe
@@ -139,6 +145,8 @@ class KNNIndex:
         self._step = _CHUNK
         self._shortage = ""
         self._lock = threading.RLock()
+        self._measured: float | None = None
+        self._asked: Tensor | None = None
         self._expected: tuple[int, int | None] = _DEFAULT_K, None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,6 +209,7 @@ class KNNIndex:
         with full_precision(rows.device):
             rows.check(self._distance)
             self.release()
+            self._measured = None
             before, self._released = self._released, None
             self._engine = self._make_engine(rows, before)
         self._rows = rows
@@ -225,7 +234,9 @@ class KNNIndex:
         k, _ = self._expected
         if spec == "fast":
             tuned = before.tuned if isinstance(before, FastEngine) else None
-            return FastEngine(rows, self._distance, k, self._target, tuned)
+            fast = FastEngine(rows, self._distance, k, self._target, tuned, self._asked_of(rows))
+            unmet = self.spec == "auto" and fast.recall < self._target - _UNMET
+            return ExactEngine(rows, self._distance) if unmet else fast
         if gpu.lacks_faiss(rows.device):
             gpu.warn_without_faiss_gpu(spec)
             return ExactEngine(rows, self._distance)
@@ -236,8 +247,14 @@ class KNNIndex:
             trained = None
         engine = FaissEngine(rows, self._distance, spec, self.nprobe, trained)
         if measured:
-            engine.tune(k, self._target, self.nprobe)
+            engine.tune(k, self._target, self.nprobe, self._asked_of(rows))
         return engine
+
+    def _asked_of(self, rows: Rows) -> Tensor | None:
+        """Return queries asked before that were found wanting, if rows are as wide as they."""
+        if self._asked is None or self._asked.shape[1] != rows.dim:
+            return None
+        return self._asked.to(rows.device, torch.float64 if rows.dtype == torch.float64 else self._asked.dtype)
 
     @property
     def _target(self) -> float:
@@ -319,7 +336,49 @@ class KNNIndex:
         if isinstance(engine, FastEngine):
             engine.tune(k)
         elif isinstance(engine, FaissEngine):
-            engine.tune(k, self._target, self.nprobe)
+            engine.tune(k, self._target, self.nprobe, self._asked)
+
+    def check_spec(self, dim: int) -> None:
+        """Check that FAISS can make the index for rows of width `dim`, before there are any.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        check_alive(self.spec, dim, self._distance.faiss_metric)
+
+    def measure_recall(self, queries: Tensor | np.ndarray, k: int) -> float:
+        """Measure the share of queries' exact neighbours that the index finds; `stats.recall` is that from then on.
+
+        The queries are searched exactly too, with no copy of the bank. Where the recall is below `target_recall` for
+        certain, 256 of them are kept, and the next build is tuned on them.
+
+        Args:
+            queries: (B, d), such as are really asked.
+            k: Neighbours of each.
+
+        Raises:
+            ValueError: As `search`.
+
+        Example:
+            >>> index = KNNIndex("HNSW8").build(torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)))
+            >>> index.measure_recall(torch.zeros(1, 8), k=5)
+            1.0
+            >>> index.stats.recall_of
+            'queries'
+        """
+        rows, engine = self._built()
+        k = min(as_k(k), len(rows))
+        found = self.nearest(queries, k).indices.to(rows.device)
+        if engine.exact or len(found) == 0:
+            return 1.0
+        with full_precision(rows.device):
+            asked = as_queries(queries, rows, self._distance)
+            measured = asked_before(ExactEngine(rows, self._distance, lean=True), asked, k)
+            share, error = measured.recall(found)
+        self._measured = share
+        if share + 2 * error < self._target:
+            self._asked = asked[:_KEPT_QUERIES].clone()
+        return share
 
     @property
     def stats(self) -> IndexStats:
@@ -333,7 +392,8 @@ class KNNIndex:
             bytes=engine.bytes,
             build_seconds=self._build_seconds,
             nprobe=engine.nprobe,
-            recall=engine.recall,
+            recall=engine.recall if self._measured is None else self._measured,
+            recall_of=engine.recall_of if self._measured is None else "queries",
             uncertified=engine.uncertified,
             storage_dtype=str(rows.dtype).removeprefix("torch."),
             parameters=engine.parameters,

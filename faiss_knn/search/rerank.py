@@ -57,6 +57,7 @@ def measure(
         (B, m) distances in that dtype, inf where the id is -1.
     """
     queries = (unit(queries) if distance.unit_rows else queries).to(dtype)
+    wide = rows.dtype == torch.float64 and not distance.unit_rows
     width = ids.shape[1]
     norms = torch.empty(ids.shape, dtype=dtype, device=ids.device)
     values = (_GPU_PAIR_BYTES if rows.device.type == "cuda" else _PAIR_BYTES) // 8
@@ -70,7 +71,7 @@ def measure(
             taken = rows.directed(known, distance, dtype) if distance.unit_rows else rows.take(known)
             asking = queries[part] if of is None else queries[of[part]]
             taken = taken.view(*chosen.shape, rows.dim)
-            norms[part, left : left + columns] = pair_norms(asking, taken, distance, dtype)
+            norms[part, left : left + columns] = pair_norms(asking, taken, distance, dtype, wide=wide)
     return distance.from_norm(norms).masked_fill_(ids < 0, torch.inf)
 
 
