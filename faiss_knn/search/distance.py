@@ -10,6 +10,7 @@ from faiss_knn.search.inputs import as_choice
 
 _LEAST_NORM = 2.0**-500  # below it a square may be lost in float64
 _RESCALED = 1 << 20  # values measured again at once
+_RESCALE = 2.0**600  # brings squares of the largest and the smallest differences into range
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "manhattan")
 
@@ -88,16 +89,34 @@ def lengths(rows: Tensor) -> Tensor:
     Returns:
         (n,) float64; 0 or NaN for a zero row.
     """
-    if rows.dtype != torch.float64:  # float64 holds the square of any other number
-        return _per_pair(torch.zeros_like(rows[:1], dtype=torch.float64), rows.double()[None], 2.0)[0]
-    largest = rows.abs().amax(1)  # without it, rows of 1e-200 or 1e200 would lose their squares
-    rows = rows / largest[:, None]
-    return largest * _per_pair(torch.zeros_like(rows[:1]), rows[None], 2.0)[0]
+    # Without it, rows of 1e-200 or 1e200 would lose their squares.
+    return _largest(rows)[:, 0].double() * scaled_lengths(rows)
 
 
-def unit(rows: Tensor) -> Tensor:
-    """Return rows (n, d), none zero, as float64 vectors of length 1."""
-    return rows.double() / lengths(rows)[:, None]
+def scaled_lengths(rows: Tensor) -> Tensor:
+    """Return the float64 length of each row (n, d) over its largest coordinate, (n,); NaN for a zero row."""
+    scaled = rows.to(torch.float64, copy=True).div_(_largest(rows))
+    return _per_pair(torch.zeros_like(scaled[:1]), scaled[None], 2.0)[0]
+
+
+def unit(rows: Tensor, known: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return rows, none zero, as vectors of length 1.
+
+    Rows that are exact multiples of each other come out equal bit for bit: divided by their largest coordinate they
+    are equal numbers, which are rounded alike.
+
+    Args:
+        rows: (n, d) of any float dtype.
+        known: (n,) their `scaled_lengths`; None: to be found.
+        dtype: To compute in, float64 or float32.
+    """
+    known = scaled_lengths(rows) if known is None else known
+    return rows.to(dtype, copy=True).div_(_largest(rows)).div_(known[:, None].to(dtype))
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Return the largest absolute coordinate of each row (n, d), (n, 1)."""
+    return rows.abs().amax(1, keepdim=True)
 
 
 def pair_norms(
@@ -124,14 +143,17 @@ def pair_norms(
 
 
 def _without_range_errors(norms: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
-    """Measure those pairs again, scaled by their largest difference, whose squares float64 cannot hold."""
-    query, place = ((norms < _LEAST_NORM) | norms.isinf()).nonzero().unbind(1)
+    """Measure those pairs again, scaled by a power of two, whose squares float64 cannot hold."""
+    query, place = ((norms < _LEAST_NORM) | ~norms.isfinite()).nonzero().unbind(1)
     for some in torch.split(torch.arange(len(query), device=norms.device), max(1, _RESCALED // rows.shape[2])):
         q, m = query[some], place[some]
-        differences = (rows[0, m] if len(rows) == 1 else rows[q, m]) - queries[q]
-        largest = differences.abs().amax(1)
-        scaled = differences / largest.clamp(min=torch.finfo(norms.dtype).tiny)[:, None]
-        norms[q, m] = largest * _per_pair(torch.zeros_like(scaled), scaled[:, None], 2.0)[:, 0]
+        near = norms[q, m, None] < _LEAST_NORM
+        scale = torch.where(near, norms.new_full((), _RESCALE), norms.new_full((), 1 / _RESCALE))
+        taken, asking = rows[0, m] if len(rows) == 1 else rows[q, m], queries[q]
+        # Far rows are scaled first: their differences may leave the range too.
+        differences = torch.where(near, (taken - asking) * scale, taken * scale - asking * scale)
+        scaled = _per_pair(torch.zeros_like(differences), differences[:, None], 2.0)[:, 0]
+        norms[q, m] = (scaled / scale[:, 0]).clamp(max=torch.finfo(norms.dtype).max)
     return norms
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faiss_knn.search.distance import Distance, pair_norms, unit
+from faiss_knn.search.distance import Distance, get_distance, pair_norms, unit
 from faiss_knn.search.projection import effective_rank, leading_directions
 from faiss_knn.search.rerank import PAIR_SECONDS, VALUE_SECONDS, measure, nearest
 from faiss_knn.search.rows import Rows
@@ -54,7 +54,9 @@ class ExactEngine:
     ) -> None:
         self._rows = rows
         self.device = rows.device
-        self._distance = distance
+        # Squared distances are ordered before they are squared: float64 does not hold every square.
+        self._is_squared = distance.name == "squared_euclidean"
+        self._distance = distance = get_distance("euclidean") if self._is_squared else distance
         self._dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
         self._twins: Twins | None = None
         self.uncertified = self._trial_searched = self._trial_uncertified = 0
@@ -138,6 +140,8 @@ class ExactEngine:
                 del sketch  # so that a tighter one can take its place
                 self._learn(spare, needed, count)
             done = part.stop
+        if self._is_squared:
+            distances = distances.square().clamp_(max=torch.finfo(torch.float64).max)  # inf is for what was not found
         return distances, ids
 
     def _search_chunk(self, queries: Tensor, k: int, sketch: Sketch, count: int) -> tuple[Tensor, Tensor, list[int]]:

@@ -87,8 +87,6 @@ def measure_quickly(queries: Tensor, rows: Rows, ids: Tensor, distance: Distance
     """
     if rows.dim > _SHORT or torch.float64 in (queries.dtype, rows.dtype):
         return measure(queries, rows, ids, distance)
-    if distance.unit_rows and not rows.ordinary_lengths:
-        return measure(queries, rows, ids, distance)
     found = measure(queries, rows, ids, distance, dtype=torch.float32).double()
     norms = distance.to_norm(found)
     near = _NEAR_DIRECTIONS if distance.unit_rows else _NEAR

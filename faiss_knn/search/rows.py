@@ -2,14 +2,13 @@
 
 import warnings
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from faiss_knn.search.distance import Distance, lengths
+from faiss_knn.search.distance import Distance, scaled_lengths, unit
 from faiss_knn.search.inputs import shown
 
 _BLOCK_BYTES = 32 << 20
@@ -89,20 +88,14 @@ class Rows:
 
     @property
     def lengths(self) -> Tensor:
-        """Float64 lengths (N,) of the rows, known once they were checked for a distance of directions."""
+        """`scaled_lengths` (N,) of the rows, known once they were checked for a distance of directions."""
         assert self._lengths is not None
         return self._lengths
-
-    @cached_property
-    def ordinary_lengths(self) -> bool:
-        """Tell whether float32 holds every row's length and its inverse, once they are known."""
-        least, most = self.lengths.aminmax()
-        return 2.0**-90 < float(least) <= float(most) < 2.0**90
 
     def directed(self, ids: Tensor, distance: Distance, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return the rows of `ids` (n,), (n, d) float64 or float32, of length 1 if the distance asks for it."""
         rows = self.take(ids)
-        return rows / self.lengths[ids].to(dtype)[:, None] if distance.unit_rows else rows.to(dtype)  # both in dtype
+        return unit(rows, self.lengths[ids], dtype) if distance.unit_rows else rows.to(dtype)
 
     def check(self, distance: Distance) -> None:
         """Check every row, and learn the rows' lengths if the distance is one of directions.
@@ -115,7 +108,7 @@ class Rows:
         for start, block in self.blocks(max(1, _CHECKED // self.dim)):
             check_finite(block, "features", start)
             if self._lengths is not None:
-                self._lengths[start : start + len(block)] = lengths(block)
+                self._lengths[start : start + len(block)] = scaled_lengths(block)
         if self._lengths is not None and (zero := ~(self._lengths > 0)).any():
             refuse_zero(zero, "features")
 

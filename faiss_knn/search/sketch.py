@@ -143,7 +143,7 @@ class ProductSketch:
         # float32 centres exactly enough unless its range ends, or unit vectors lie within 2^-10 of each other.
         unsafe = not 2.0**-90 < size < 2.0**60
         if self._distance.unit_rows:
-            unsafe |= size < 2.0**-10 or not rows.ordinary_lengths
+            unsafe |= size < 2.0**-10
         self._work = torch.float64 if unsafe or rows.dtype == torch.float64 else torch.float32
         self._centre = self._centre.to(self._work).double()
         # Unit vectors are off by some 2^-22 (2^-50) before they are centred, however small they are after.
@@ -153,10 +153,9 @@ class ProductSketch:
 
     def _directed(self, block: Tensor, start: int) -> Tensor:
         """Return a block of rows, which starts at row `start`, in the dtype to centre it in."""
-        rows = block.to(self._work)
         if self._distance.unit_rows:
-            rows = rows / self._rows.lengths[start : start + len(block), None].to(self._work)
-        return rows
+            return unit(block, self._rows.lengths[start : start + len(block)], self._work)
+        return block.to(self._work)
 
     def _copied(self, rows: Rows, room: int | None) -> Tensor:
         """Return what is kept of û for the first rows, (n, K): all N where there is room."""

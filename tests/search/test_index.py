@@ -203,11 +203,25 @@ def test_float64_rows_far_from_zero_have_float64s_neighbours(distance, offset):
     assert torch.equal(found.indices, torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize("scale", [1e-200, 1e200])
-def test_float64_rows_whose_squares_float64_cannot_hold(scale):
-    rows, queries = bank(0, 3000, 16).double(), bank(1, 40, 16).double()
-    _, expected = brute_force(queries.numpy(), rows.numpy(), 10)
-    assert torch.equal(KNNIndex().build(rows * scale).search(queries * scale, 10).indices, torch.from_numpy(expected))
+@pytest.mark.parametrize("scale", [1e-310, 1e-200, 1e160, 1e200, 1e307])
+@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean"])
+@pytest.mark.parametrize("count", [60, 1000])
+def test_float64_rows_whose_squares_float64_cannot_hold(scale, distance, count):
+    rows, queries = bank(0, count, 16).double() * scale, bank(1, 40, 16).double() * scale
+    queries[0] = rows.median(0).values  # its own square is small, those of its distances are not
+    _, expected = brute_force((queries / scale).numpy(), (rows / scale).numpy(), 10)
+    index = KNNIndex(distance_metric=distance).build(rows)
+    found = index.search(queries, 10)
+    assert torch.equal(found.indices, torch.from_numpy(expected))
+    assert found.distances.isfinite().all()
+    assert index.nearest(queries, 10).distances.isfinite().all()
+
+
+def test_differences_beyond_float64():
+    rows = torch.tensor([[1.7e308, 1.0], [-1.7e308, 1.0], [1.6e308, 1.0]], dtype=torch.float64)
+    found = KNNIndex().build(rows).search(rows, 3)
+    assert found.indices.tolist() == [[0, 2, 1], [1, 0, 2], [2, 0, 1]]  # beyond float64 by index
+    assert found.distances.isfinite().all()
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "manhattan", "cosine"])
@@ -218,6 +232,21 @@ def test_one_huge_row_or_all_of_them(distance, scale):
         found = KNNIndex(distance_metric=distance).build(large).search(large[:5], 2)
         assert found.indices[:, 0].tolist() == [0, 1, 2, 3, 4]
         assert found.distances.isfinite().all()  # beyond float32: its largest number; inf is for what was not found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("fast_bfloat16", [True, False])
+def test_rows_that_are_multiples_of_each_other_are_ordered_by_index(monkeypatch, dtype, fast_bfloat16):
+    monkeypatch.setattr(exact, "has_fast_bfloat16", lambda device: fast_bfloat16)
+    generator = np.random.default_rng(0)
+    directions = generator.integers(-8, 9, (40, 12))
+    which = generator.integers(0, 40, 1200)
+    rows = torch.from_numpy(directions[which] * generator.integers(1, 200, (1200, 1))).to(dtype)  # as exact numbers
+    queries = torch.cat([bank(1, 20, 12).to(dtype), rows[:20] * 3])
+    every = distances(queries.double().numpy(), directions, "cosine")[:, which]
+    expected = np.argsort(every.astype(float), axis=1, kind="stable")[:, :70]
+    found = KNNIndex(distance_metric="cosine").build(rows).search(queries, 70)
+    assert torch.equal(found.indices, torch.from_numpy(expected))
 
 
 def test_several_threads_search_one_index(monkeypatch):
