@@ -246,7 +246,10 @@ def _from_floats(values: Tensor, what: str, float_ids: bool) -> Tensor:
             dtype, place = str(values.dtype).removeprefix("torch."), int(missing.nonzero()[0])
             raise ValueError(f"{what} must be integers, got {dtype} with NaN at place {place}: {_FILL}")
         if not float_ids:
-            raise ValueError(f"{what} must be integers, got {values.dtype}: cast them with .long()")
+            name = str(values.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{what} must be integers, got {values.dtype}: cast them with .long(), as {name} may round"
+            )
         return _whole(values, what)
     if ((values == 0) | (values == 1) | (values == UNLABELLED)).all():
         return values.long()

@@ -1,9 +1,11 @@
 """evaluate(): one search per index, then every number that follows from its neighbours."""
 
 import math
+import operator
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -14,14 +16,16 @@ import torch
 from torch import Tensor
 
 from faiss_knn.classify.vote import check_vote_options
+from faiss_knn.offline.copies import Copies, count_copies
 from faiss_knn.offline.metrics import make_metrics
 from faiss_knn.offline.neighbors import EXACT, Found, SearchOptions, Variant, has_parameter
 from faiss_knn.offline.problem import Problem, check_values, make_problem, suspicions
 from faiss_knn.offline.report import EvalReport, Record, mean_values, record_key
-from faiss_knn.offline.rows import Rows, read_rows, spans
-from faiss_knn.offline.scores import ClassJudge, Hits, MultiHotJudge, recalls
+from faiss_knn.offline.rows import spans
+from faiss_knn.offline.scores import ClassJudge, Hits, MultiHotJudge, SharesJudge, recalls
 from faiss_knn.offline.together import find_neighbors
 from faiss_knn.retrieval import retrieval_metrics
+from faiss_knn.search.rows import as_count
 
 __all__ = ["EvalReport", "evaluate"]
 
@@ -42,9 +46,9 @@ class Grid:
 
 
 def evaluate(
-    bank_features: Rows,
+    bank_features: Any,
     bank_labels: Any,
-    query_features: Rows | None = None,
+    query_features: Any = None,
     query_labels: Any = None,
     *,
     k: int | Iterable[int] = (1, 5, 10, 20),
@@ -65,6 +69,9 @@ def evaluate(
     target_recall: float | None = None,
     latency: int = 0,
     device: torch.device | str | None = None,
+    storage_dtype: torch.dtype | None = None,
+    ignore_index: int | None = None,
+    skip_bad_rows: bool = False,
     keep_neighbors: bool = False,
     progress: bool | None = False,
     done: Iterable[Record] = (),
@@ -76,8 +83,11 @@ def evaluate(
     records but for times.
 
     Args:
-        bank_features: (N, d) tensor, ndarray, memmap, or `Rows` that are read in blocks.
-        bank_labels: (N,) class ids from 0 (-1: left out) or names; or (N, C) multi-hot of 0 and 1.
+        bank_features: (N, d) tensor, ndarray, memmap, DataFrame, or `Rows` that are read in blocks.
+        bank_labels: (N,) class ids from 0 (-1: left out) or names, also as a pandas Series or Categorical; or (N, C)
+            multi-hot of 0 and 1; or (N, C) shares of the classes, by which a neighbour's weight is divided, while the
+            class of a query is its largest share. Rows with one 1 each are class ids, unless a Multilabel metric is
+            asked for. Ids that are few and large are numbered anew: `EvalReport.class_ids` has them.
         query_features: (Q, d); None with leave_one_out.
         query_labels: As the bank's; None with leave_one_out.
         k: Neighbours that vote.
@@ -90,7 +100,7 @@ def evaluate(
         leave_one_out: The bank's rows are the queries, and none is its own neighbour.
         per_class: Few-shot: draw a bank of this many rows per class; records hold the means over `tries` draws.
         tries: Draws, 5 if None.
-        seed: Of the draws.
+        seed: Of the draws, each of which has random numbers of its own: two seeds share none.
         metrics: Names of torchmetrics.classification, such as "MulticlassF1Score", with arguments in brackets if
             wanted: "MulticlassF1Score(average=micro)".
         depth: Length of the lists for retrieval metrics; None: the largest k. `r_precision` and `map@r` are given where
@@ -101,6 +111,10 @@ def evaluate(
         target_recall: For approximate indexes, as in `KNNIndex`.
         latency: How many queries to time one at a time.
         device: Where to search; None: where the bank is.
+        storage_dtype: Of the bank's rows in the index, as in `KNNIndex`; the records say what is stored.
+        ignore_index: A class id that means "unlabelled", beside -1.
+        skip_bad_rows: Leave out rows that are not finite or, under cosine, zero, and count them in the records, instead
+            of refusing them.
         keep_neighbors: Keep the neighbours in the report.
         progress: Show a bar; None: if stderr is a terminal.
         done: Records of an earlier run: what they cover is not done again, and they stand in the report.
@@ -120,20 +134,27 @@ def evaluate(
     """
     grid = _grid(k, temperature, weighting, depth)
     variants = list(_variants(_several(index), sweep or {}))
-    options = SearchOptions(distance_metric, device, nprobe, target_recall, latency, progress)
+    latency, seed = _count_from_zero(latency, "latency"), _count_from_zero(seed, "seed")
+    options = SearchOptions(distance_metric, device, nprobe, target_recall, latency, progress, storage_dtype)
     for variant in variants:
         options.index(variant)  # refuses bad options before any work
     draws = _draws(per_class, tries, leave_one_out)
+    wanted = tuple(map(str, _several(metrics)))
     problem = make_problem(
         bank_features, bank_labels, query_features, query_labels,
         num_classes=num_classes, class_names=class_names, leave_one_out=leave_one_out,
+        ignore_index=None if ignore_index is None else _whole(ignore_index, "ignore_index"),
+        multi_label=any(name.startswith("Multilabel") for name in wanted),
     )  # fmt: skip
+    if per_class is not None and problem.multi_hot:
+        raise ValueError("per_class draws rows of each class: it does not go with multi-hot labels")
     for variant in variants:
         options.check(variant, problem.dim)
-    check_values(problem, distance_metric)
-    judges = make_metrics(metrics, problem.num_classes, problem.multi_hot)
-    run = _Run(problem, grid, options, judges, per_class, draws, seed)
-    report = EvalReport(problem.class_names, suspicions(problem, grid.ks))
+    judges = make_metrics(wanted, problem.num_classes, problem.multi_hot)
+    problem = check_values(problem, distance_metric, skip_bad_rows)
+    files = {"bank_file": _file_of(bank_features), "query_file": _file_of(query_features)}
+    run = _Run(problem, grid, options, judges, None if per_class is None else int(per_class), draws, seed, files)
+    report = EvalReport(problem.class_names, suspicions(run.draws[0], grid.ks), class_ids=problem.class_ids)
     earlier = {record_key(record): record for record in done}
     for variant in variants:
         identities = [run.identity(variant, point) for point in grid]
@@ -164,12 +185,17 @@ class _Run:
         per_class: int | None,
         draws: int,
         seed: int,
+        files: Record,
     ) -> None:
         self.grid = grid
         self.options = options
         self.metrics = metrics
-        self.draws = [problem] if per_class is None else [problem.few_shot(per_class, seed + i) for i in range(draws)]
+        self.files = files
+        self.draws = [problem]
+        if per_class is not None:
+            self.draws = [problem.few_shot(per_class, random) for random in np.random.SeedSequence(seed).spawn(draws)]
         self._exact: list[Found] | None = None
+        self._copies: list[Copies] = []
         self._exact_top1: dict[Point, Tensor] = {}
         self._common = {
             "distance_metric": options.distance_metric,
@@ -181,6 +207,7 @@ class _Run:
                 "nprobe": options.nprobe,
                 "target_recall": options.target_recall,
                 "latency": options.latency,
+                "storage_dtype": None if options.storage_dtype is None else _dtype_name(options.storage_dtype),
                 "depth": grid.depth,
                 "metrics": list(metrics),
             },
@@ -189,6 +216,8 @@ class _Run:
             "n_bank": len(self.draws[0].bank.rows),
             "n_queries": len(problem.queries.rows),
             "dim": problem.dim,
+            "skipped_bank": problem.bank.skipped,
+            "skipped_queries": problem.queries.skipped,
         }
 
     def identity(self, variant: Variant, point: Point) -> Record:
@@ -209,8 +238,15 @@ class _Run:
             return [find_neighbors(draw, self.grid.depth, variant, self.options) for draw in self.draws]
         if self._exact is None:
             options = replace(self.options, target_recall=None, nprobe=None)
-            self._exact = [find_neighbors(draw, self.grid.depth, EXACT, options) for draw in self.draws]
+            self._exact = [self._search_exactly(draw, options) for draw in self.draws]
         return self._exact
+
+    def _search_exactly(self, draw: Problem, options: SearchOptions) -> Found:
+        """The exact neighbours of a draw; a second one always, to tell how near a copy is."""
+        depth = self.grid.depth
+        found = find_neighbors(draw, max(depth, 2), EXACT, options)
+        self._copies.append(count_copies(draw, found.distances, found.indices, options.distance_metric))
+        return replace(found, distances=found.distances[:, :depth], indices=found.indices[:, :depth])
 
     def records(self, variant: Variant, found: list[Found]) -> Iterator[tuple[Record, list[float]]]:
         """One index's records with the scores of each class, each as soon as it is there."""
@@ -218,7 +254,7 @@ class _Run:
         judges = [_judge(draw, one) for draw, one in zip(self.draws, found, strict=True)]
         exact_judges = judges if found is exact else [_judge(d, e) for d, e in zip(self.draws, exact, strict=True)]
         fixed = mean_values([one.cost for one in found])
-        fixed["duplicates"] = max(_duplicates(draw, one) for draw, one in zip(self.draws, exact, strict=True))
+        fixed |= self._counted_copies() | self.files
         retrieval = mean_values([_retrieval(d, f, self.grid) for d, f in zip(self.draws, found, strict=True)])
         recall = {k: mean_values([_recall(f, e, d, k) for d, f, e in zip(self.draws, found, exact, strict=True)])
                   for k in self.grid.ks}  # fmt: skip
@@ -230,14 +266,27 @@ class _Run:
             accuracy = _accuracy(hits, self._exact_top1[point], per_class, self.draws[0].multi_hot)
             k = point[0]
             yield (
-                self.identity(variant, point) | accuracy | recall[k] | _at(retrieval, k) | fixed | _surroundings(),
+                self.identity(variant, point)
+                | accuracy
+                | recall[k]
+                | _at(retrieval, k)
+                | fixed
+                | _surroundings()
+                | {"created": datetime.now(UTC).isoformat(timespec="seconds")},
                 per_class.tolist(),
             )
 
+    def _counted_copies(self) -> Record:
+        """Copies in the draw that has the most."""
+        worst = max(self._copies, key=sum)
+        return {"duplicates": worst.equal, "near_duplicates": worst.near}
 
-def _judge(problem: Problem, found: Found) -> ClassJudge | MultiHotJudge:
+
+def _judge(problem: Problem, found: Found) -> ClassJudge | MultiHotJudge | SharesJudge:
     device = found.indices.device
     bank_labels, truth = problem.bank.labels.to(device), problem.queries.labels.to(device)
+    if problem.bank.shares is not None:
+        return SharesJudge(found.distances, found.indices, problem.bank.shares.to(device), truth)
     if problem.multi_hot:
         return MultiHotJudge(found.distances, found.indices, bank_labels, truth)
     return ClassJudge(found.distances, _labels(found.indices, bank_labels), truth, problem.num_classes)
@@ -314,23 +363,6 @@ def _at(retrieval: Record, k: int) -> Record:
     return {f"retrieval_{name.replace('@', '_')}": value for name, value in (at_k | whole).items()}
 
 
-def _duplicates(problem: Problem, exact: Found) -> int:
-    """Queries whose nearest bank row is the query itself, number by number."""
-    count = 0
-    for a, b in spans(len(problem.queries.rows), 4096):
-        nearest = exact.indices[a:b, 0].cpu().numpy()
-        order = np.argsort(nearest, kind="stable")  # files are read in ascending order
-        places, back = np.unique(nearest[order], return_inverse=True)
-        rows = _on_host(read_rows(problem.bank.pick(places).rows))[back]
-        queries = _on_host(read_rows(problem.queries.rows, a, b))[order]
-        count += int((rows == queries).all(1).sum())
-    return count
-
-
-def _on_host(block: np.ndarray | Tensor) -> np.ndarray:
-    return np.asarray(block.float().cpu()) if isinstance(block, Tensor) else block
-
-
 @cache
 def _surroundings() -> Record:
     names = ("faiss-knn", "torch", "numpy", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss")
@@ -345,27 +377,68 @@ def _version(name: str) -> str | None:
 
 
 def _several(given: Any) -> tuple[Any, ...]:
-    return (given,) if isinstance(given, (str, int, float)) else tuple(given)
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
+        return (given,)
+    return tuple(given)
 
 
 def _grid(k: Any, temperature: Any, weighting: Any, depth: int | None) -> Grid:
-    ks, temperatures, weightings = (tuple(dict.fromkeys(_several(given))) for given in (k, temperature, weighting))
-    for name, given in (("k", ks), ("temperature", temperatures), ("weighting", weightings)):
-        if not given:
+    given = [_several(k), _several(temperature), _several(weighting)]
+    for name, values in zip(("k", "temperature", "weighting"), given, strict=True):
+        if not values:
             raise ValueError(f"`{name}` needs at least one value, got none")
-    for one in (*ks, *([] if depth is None else [depth])):
-        if isinstance(one, bool) or not isinstance(one, int) or one < 1:
-            raise ValueError(f"`k` and `depth` must be positive integers, got {one!r}")
-    for one, weigh in product(temperatures, weightings):
+    counts = [_positive(one, "`k` and `depth` must be positive integers") for one in given[0]]
+    deepest = [] if depth is None else [_positive(depth, "`k` and `depth` must be positive integers")]
+    for one, weigh in product(given[1], given[2]):
         check_vote_options(one, weigh)
-    return Grid(ks, tuple(float(t) for t in temperatures), weightings, max(*ks, depth or 1))
+    ks, temperatures = tuple(dict.fromkeys(counts)), tuple(dict.fromkeys(float(one) for one in given[1]))
+    return Grid(ks, temperatures, tuple(dict.fromkeys(given[2])), max(*ks, *deepest, 1))
+
+
+def _positive(value: Any, need: str) -> int:
+    try:
+        return as_count(value, "it")
+    except ValueError:
+        raise ValueError(f"{need}, got {value!r}") from None
+
+
+def _count_from_zero(value: Any, name: str) -> int:
+    if _whole(value, name) < 0:
+        raise ValueError(f"`{name}` must be 0 or a positive integer, got {value!r}")
+    return _whole(value, name)
+
+
+def _whole(value: Any, name: str) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except (TypeError, RuntimeError):  # the last from tensors of several numbers
+        pass
+    raise ValueError(f"`{name}` must be an integer, got {value!r}")
+
+
+def _file_of(features: Any) -> str | None:
+    """The file that a memory-mapped array reads."""
+    return str(features.filename) if isinstance(features, np.memmap) and features.filename else None
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _variants(specs: tuple[str, ...], sweep: Mapping[str, Iterable[int]]) -> Iterator[Variant]:
     """Each spec, or where the sweep has parameters of it each point of the sweep."""
     if not specs:
         raise ValueError("`index` needs at least one spec, got none")
-    for spec in dict.fromkeys(specs):
+    if not isinstance(sweep, Mapping):
+        raise ValueError(f"`sweep` must give values by name, such as {{'nprobe': [1, 4]}}, got {sweep!r}")  # noqa: TRY004
+    points = {name: _several(values) for name, values in sweep.items()}
+    for name, values in points.items():
+        if not values:
+            raise ValueError(f"`sweep` needs at least one value of {name}, got none")
+    sweep = {name: [_positive(v, f"`sweep` must give positive integers for {name}") for v in values]
+             for name, values in points.items()}  # fmt: skip
+    for spec in dict.fromkeys(map(str, specs)):
         names = [name for name in sweep if has_parameter(spec, name)]
         for values in product(*(sweep[name] for name in names)):
             yield Variant(spec, dict(zip(names, values, strict=True)))
@@ -378,8 +451,5 @@ def _draws(per_class: int | None, tries: int | None, leave_one_out: bool) -> int
         return 1
     if leave_one_out:
         raise ValueError("per_class draws a bank for other queries: it does not go with leave_one_out")
-    tries = 5 if tries is None else tries
-    for name, given in (("per_class", per_class), ("tries", tries)):
-        if given < 1:
-            raise ValueError(f"`{name}` must be positive, got {given}")
-    return tries
+    _positive(per_class, "`per_class` must be positive, an integer")
+    return 5 if tries is None else _positive(tries, "`tries` must be positive, an integer")

@@ -16,7 +16,7 @@ from faiss_knn.offline.problem import Problem
 from faiss_knn.offline.rows import Rows, read_rows, spans
 from faiss_knn.search.backend import make_index
 from faiss_knn.search.distance import get_distance
-from faiss_knn.search.index import KNNIndex
+from faiss_knn.search.index import IndexStats, KNNIndex
 from faiss_knn.search.rows import is_memmap
 
 QUERY_BLOCK = 2048
@@ -64,7 +64,10 @@ def has_parameter(spec: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How to search: options of `KNNIndex`, single queries to time (`latency`), and whether to show progress."""
+    """How to search: options of `KNNIndex`, single queries to time (`latency`), and whether to show progress.
+
+    The exact neighbours, with which others are compared, are those of the rows as `storage_dtype` stores them.
+    """
 
     distance_metric: str
     device: torch.device | str | None = None
@@ -72,6 +75,7 @@ class SearchOptions:
     target_recall: float | None = None
     latency: int = 0
     progress: bool | None = False
+    storage_dtype: torch.dtype | None = None
 
     def check(self, variant: Variant, dim: int) -> None:
         """Raise ValueError if FAISS has no such index for rows of this width, before the others are searched."""
@@ -86,6 +90,7 @@ class SearchOptions:
             device=self.device,
             nprobe=variant.settings.get("nprobe", self.nprobe),
             target_recall=self.target_recall if variant.spec != "flat" else None,
+            storage_dtype=self.storage_dtype,
         )
 
 
@@ -174,6 +179,7 @@ def _search_piece(problem: Problem, span: tuple[int, int], k: int, variant: Vari
         "parameters": dict(stats.parameters),
         "backend": stats.backend,
         "device": stats.device,
+        "storage_dtype": _stored_dtype(stats, bank, options),
         "bytes": stats.bytes,
         "build_s": build_s,
         "search_s": search_s,
@@ -182,6 +188,12 @@ def _search_piece(problem: Problem, span: tuple[int, int], k: int, variant: Vari
     return Found(
         torch.cat([distances for distances, *_ in found]), torch.where(indices < 0, indices, indices + span[0]), cost
     )
+
+
+def _stored_dtype(stats: IndexStats, bank: Rows, options: SearchOptions) -> str:
+    """Name the dtype in which the index holds the bank's rows."""
+    asked = getattr(stats, "storage_dtype", None) or options.storage_dtype
+    return str(asked or ("float16" if "16" in str(bank.dtype) else "float32")).removeprefix("torch.")
 
 
 def _searched(

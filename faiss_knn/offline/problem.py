@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import sha256
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from faiss_knn.classify.labels import (
+    Names,
+    as_class_count,
+    is_labelled,
+    is_soft,
+    most_likely,
+    number_classes,
+    one_hot_ids,
+    read_labels,
+    width_of,
+)
 from faiss_knn.offline.rows import Rows, Subset, read_rows, spans
+from faiss_knn.search.rows import check_dense
 
 Ids = npt.NDArray[np.int64]
 ArrayLike = Any
 
 _CHECKED_BYTES = 64 << 20
+_WIDE = 1 << 16  # class ids from which on the classes are numbered anew, if few of the ids below occur
 
 
 @dataclass(frozen=True)
@@ -25,20 +38,26 @@ class Side:
 
     Attributes:
         rows: (n, d), those that have a label.
-        labels: (n,) int64 class ids, or (n, C) int64 multi-hot.
+        labels: (n,) int64 class numbers, or (n, C) int64 multi-hot.
         ids: (n,) row numbers in what the caller gave, ascending.
-        unlabelled: How many rows were left out.
+        unlabelled: How many rows were left out for want of a label.
+        shares: (n, C) shares of the classes, of which `labels` are the largest; None if each row has one class.
+        skipped: How many rows were left out because no distance can be measured from them.
     """
 
     rows: Rows
     labels: Tensor
     ids: Ids
     unlabelled: int
+    shares: Tensor | None = None
+    skipped: int = 0
 
     def pick(self, places: Ids) -> "Side":
         """Some of the rows, by ascending place."""
         chosen = torch.from_numpy(places)
-        return replace(self, rows=Subset(self.rows, places), labels=self.labels[chosen], ids=self.ids[places])
+        shares = None if self.shares is None else self.shares[chosen]
+        rows = Subset(self.rows, places)
+        return replace(self, rows=rows, labels=self.labels[chosen], ids=self.ids[places], shares=shares)
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,15 @@ class Problem:
     """A bank, the queries that it classifies, and the classes.
 
     With `leave_one_out` the queries are the bank's own rows, and none is its own neighbour.
+
+    Attributes:
+        bank: The rows that are searched.
+        queries: The rows that are classified.
+        num_classes: C, how many classes are numbered.
+        class_names: Names by class number, or None.
+        leave_one_out: See above.
+        class_ids: (C,) ids by class number, where these are not the same.
+        fingerprint: Of every number and label, once they were looked at.
     """
 
     bank: Side
@@ -53,6 +81,8 @@ class Problem:
     num_classes: int
     class_names: list[str] | None
     leave_one_out: bool
+    class_ids: list[int] | None = None
+    fingerprint: str = ""
 
     @property
     def multi_hot(self) -> bool:
@@ -71,7 +101,9 @@ class Problem:
 
     def name(self, label: int) -> str:
         """What a class is called."""
-        return self.class_names[label] if self.class_names else str(label)
+        if self.class_names:
+            return self.class_names[label]
+        return str(label if self.class_ids is None else self.class_ids[label])
 
     @cached_property
     def bank_counts(self) -> Tensor:
@@ -88,20 +120,9 @@ class Problem:
         """(Q,) bank rows of the query's class, itself not counted; for single labels."""
         return self.bank_counts[self.queries.labels] - int(self.leave_one_out)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Tells data apart, from the labels and 1,000 rows of each side."""
-        digest = sha256(str((self.bank.rows.shape, self.queries.rows.shape, self.leave_one_out)).encode())
-        for side in (self.bank, self.queries):
-            digest.update(side.labels.numpy().tobytes())
-            places = np.unique(np.linspace(0, len(side.rows) - 1, 1000).astype(np.int64))
-            block = read_rows(side.pick(places).rows)
-            digest.update(np.ascontiguousarray(block.cpu() if isinstance(block, Tensor) else block).tobytes())
-        return digest.hexdigest()[:16]
-
-    def few_shot(self, per_class: int, seed: int) -> "Problem":
+    def few_shot(self, per_class: int, random: np.random.SeedSequence) -> "Problem":
         """The same queries before a bank of `per_class` rows drawn from each class, or all of a smaller class."""
-        order = np.random.default_rng(seed).permutation(len(self.bank.rows))
+        order = np.random.default_rng(random).permutation(len(self.bank.rows))
         labels = self.bank.labels.numpy()[order]
         by_class = np.argsort(labels, kind="stable")
         first = np.searchsorted(labels[by_class], labels[by_class])  # where the class begins in the sorted order
@@ -113,34 +134,46 @@ class Problem:
 
 
 def make_problem(
-    bank_features: Rows,
+    bank_features: Any,
     bank_labels: ArrayLike,
-    query_features: Rows | None,
-    query_labels: ArrayLike | None,
+    query_features: Any,
+    query_labels: ArrayLike,
     *,
     num_classes: int | None,
     class_names: Sequence[str] | None,
     leave_one_out: bool,
+    ignore_index: int | None = None,
+    multi_label: bool = False,
 ) -> Problem:
-    """Check both sides and number the classes. Labels that are names are numbered in their sorted order.
+    """Check both sides and number the classes.
+
+    Labels that are names are numbered in their sorted order, and so are class ids that are few and large. Rows of 0 and
+    1 with one 1 each are class ids, unless `multi_label`.
 
     Raises:
         ValueError: If shapes or kinds do not fit, a label is out of range, or nothing is labelled.
     """
     _check_sides(query_features, query_labels, leave_one_out)
-    if query_features is None or query_labels is None:
+    if leave_one_out:
         query_features, query_labels = bank_features, bank_labels
-    bank_features, query_features = _rows(bank_features), _rows(query_features)
-    _check_rows(bank_features, query_features)
-    found, names = _numbered([_array(bank_labels, "bank_labels"), _array(query_labels, "query_labels")], class_names)
-    bank = _side(bank_features, found[0], "bank")
-    queries = bank if leave_one_out else _side(query_features, found[1], "query")
-    if bank.labels.ndim != queries.labels.ndim:
-        raise ValueError("`bank_labels` and `query_labels` must be of one kind: class ids, or multi-hot")
-    count = _class_count(bank.labels, queries.labels, num_classes, names)
+    bank_rows, query_rows = _as_rows(bank_features, "bank_features"), _as_rows(query_features, "query_features")
+    _check_rows(bank_rows, query_rows)
+    read = [
+        read_labels(labels, f"`{name}`", ignore_index=ignore_index)
+        for labels, name in ((bank_labels, "bank_labels"), (query_labels, "query_labels"))
+    ]
+    names = None if class_names is None else [str(name) for name in class_names]
+    labels, names = _numbered(read, names, ignore_index)
+    sides = [_side(bank_rows, labels[0], "bank"), _side(query_rows, labels[1], "query")]
+    sides, columns = _one_kind(sides, multi_label)
+    count, ids = _class_count(sides, columns, None if num_classes is None else as_class_count(num_classes), names)
+    if ids is not None:
+        _, numbers = number_classes(*(side.labels for side in sides))
+        sides = [replace(side, labels=number) for side, number in zip(sides, numbers, strict=True)]
+    bank = sides[0]
     if leave_one_out and len(bank.rows) < 2:
         raise ValueError("leave_one_out needs a bank of two labelled rows or more, got 1")
-    return Problem(bank, queries, count, names, leave_one_out)
+    return Problem(bank, bank if leave_one_out else sides[1], count, names, leave_one_out, ids)
 
 
 def _check_sides(query_features: Rows | None, query_labels: ArrayLike | None, leave_one_out: bool) -> None:
@@ -151,9 +184,31 @@ def _check_sides(query_features: Rows | None, query_labels: ArrayLike | None, le
         raise ValueError("`query_features` and `query_labels` are needed, or leave_one_out=True to use the bank's rows")
 
 
-def _rows(features: Any) -> Rows:
-    found: Rows = np.asarray(features) if isinstance(features, (list, tuple)) else features
-    return found
+def _as_rows(features: Any, name: str) -> Rows:
+    """Tensors, arrays, lists and DataFrames as rows; what is read in blocks stays as it is."""
+    if hasattr(features, "to_numpy"):  # a DataFrame
+        features = features.to_numpy()
+    if isinstance(features, (list, tuple)):
+        try:
+            features = np.asarray(features)
+        except ValueError as error:
+            raise ValueError(f"`{name}` must be rows of one length: {str(error).splitlines()[0]}") from error
+    if np.ma.is_masked(features):
+        raise ValueError(f"`{name}` must not have masked entries: leave those rows out, or fill them in")
+    if isinstance(features, Tensor):
+        check_dense(features, f"`{name}`")
+        if features.is_complex():
+            raise ValueError(f"`{name}` must be real numbers, got {features.dtype}")
+        return features.detach()
+    if not all(hasattr(features, part) for part in ("shape", "dtype", "__len__", "__getitem__")):
+        raise ValueError(f"`{name}` must be an (N, d) tensor or array, got {type(features).__name__}")
+    if hasattr(features, "toarray"):
+        raise ValueError(f"`{name}` must be a dense array, got a sparse one: take its .toarray()")
+    dtype = features.dtype  # of torch where a Subset of a tensor is given
+    if isinstance(dtype, np.dtype) and (dtype.kind not in "fiub" or dtype.itemsize > 8):
+        raise ValueError(f"`{name}` must be numbers of at most 64 bits, got {dtype}: leave out columns of other kinds")
+    rows: Rows = np.asarray(features) if isinstance(features, np.ma.MaskedArray) else features
+    return rows
 
 
 def _check_rows(bank: Rows, queries: Rows) -> None:
@@ -167,32 +222,24 @@ def _check_rows(bank: Rows, queries: Rows) -> None:
         )
 
 
-def _array(labels: ArrayLike, name: str) -> npt.NDArray[Any]:
-    found = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    if found.ndim not in (1, 2) or found.dtype.kind not in "iubU":
-        raise ValueError(
-            f"`{name}` must be (N,) class ids or names, or (N, C) multi-hot integers, got shape {found.shape}, "
-            f"{found.dtype}"
-        )
-    return found
-
-
 def _numbered(
-    labels: list[npt.NDArray[Any]], class_names: Sequence[str] | None
+    read: list[Tensor | Names], names: list[str] | None, ignore_index: int | None
 ) -> tuple[list[Tensor], list[str] | None]:
-    names = None if class_names is None else [str(name) for name in class_names]
-    words = [array.dtype.kind == "U" for array in labels]
-    if not any(words):
-        return [torch.from_numpy(array.astype(np.int64)) for array in labels], names
-    if not all(words):
+    """Labels as tensors: those that are names by their place in `names`, or in their sorted order."""
+    tensors = [labels.cpu() for labels in read if isinstance(labels, Tensor)]
+    if len(tensors) == len(read):
+        return tensors, names
+    if tensors:
         raise ValueError("`bank_labels` and `query_labels` must both be class ids or both be names")
-    names = names or [str(name) for name in np.unique(np.concatenate(labels))]
+    if ignore_index is not None:
+        raise ValueError(f"`ignore_index` is for class ids, but the labels are names, such as {str(read[0][0])!r}")
+    names = names or [str(name) for name in np.unique(np.concatenate(read))]
     number = {name: i for i, name in enumerate(names)}
-    unknown = next((str(word) for array in labels for word in np.unique(array) if str(word) not in number), None)
+    unknown = next((str(word) for array in read for word in np.unique(array) if str(word) not in number), None)
     if unknown is not None:
         raise ValueError(f"label {unknown!r} is not among the class names, {names[:3]} ({len(names)} of them)")
     return [
-        torch.tensor([number[str(word)] for word in array], dtype=torch.int64, device="cpu") for array in labels
+        torch.tensor([number[str(word)] for word in array], dtype=torch.int64, device="cpu") for array in read
     ], names
 
 
@@ -200,11 +247,11 @@ def _side(rows: Rows, labels: Tensor, name: str) -> Side:
     argument = f"{name}_labels"
     if len(labels) != len(rows):
         raise ValueError(f"`{argument}` must have one entry per row, {len(rows)}, got {len(labels)}")
-    if int(labels.min()) < -1 or (labels.ndim == 2 and int(labels.max()) > 1):
+    if not is_soft(labels) and (int(labels.min()) < -1 or (labels.ndim == 2 and int(labels.max()) > 1)):
         need = "class ids from 0, or -1 for unlabelled rows" if labels.ndim == 1 else "0 and 1, or -1 for unlabelled"
         wrong = int(labels.min()) if int(labels.min()) < -1 else int(labels.max())
         raise ValueError(f"`{argument}` must be {need}, got {wrong}")
-    labelled = labels >= 0 if labels.ndim == 1 else (labels >= 0).all(1)
+    labelled = is_labelled(labels)
     ids = labelled.nonzero()[:, 0].numpy()
     if not len(ids):
         raise ValueError(f"every entry of `{argument}` is -1: at least one labelled row is needed")
@@ -212,40 +259,108 @@ def _side(rows: Rows, labels: Tensor, name: str) -> Side:
     return Side(Subset(rows, ids) if left_out else rows, labels[labelled], ids, left_out)
 
 
-def _class_count(bank: Tensor, queries: Tensor, num_classes: int | None, names: list[str] | None) -> int:
-    if bank.ndim == 2 and bank.shape[1] != queries.shape[1]:
-        raise ValueError(f"`query_labels` must have the bank's {bank.shape[1]} columns, got {queries.shape[1]}")
-    seen = bank.shape[1] if bank.ndim == 2 else int(max(bank.max(), queries.max())) + 1
+def _one_kind(sides: list[Side], multi_label: bool) -> tuple[list[Side], int]:
+    """Both sides with class ids or both with multi-hot labels, and the columns that labels had, 0 without."""
+    widths = {side.labels.shape[1] for side in sides if side.labels.ndim == 2}
+    if len(widths) == 2:
+        bank, queries = (side.labels.shape[1] for side in sides)
+        raise ValueError(f"`query_labels` must have the bank's {bank} columns, got {queries}")
+    any_soft = any(is_soft(side.labels) for side in sides)
+    single = [_as_ids(side.labels) for side in sides]
+    ids = [one for one in single if one is not None]
+    if any_soft and len(ids) < len(sides):
+        raise ValueError("labels that are shares of classes go with class ids, one-hot rows or shares, not multi-hot")
+    if len({side.labels.ndim for side in sides}) == 2 and not any_soft:
+        raise ValueError("`bank_labels` and `query_labels` must be of one kind: class ids, or multi-hot")
+    if len(ids) == len(sides) and (any_soft or not widths or not multi_label):
+        return [_with_ids(side, one) for side, one in zip(sides, ids, strict=True)], max(widths, default=0)
+    return sides, max(widths)
+
+
+def _as_ids(labels: Tensor) -> Tensor | None:
+    """(n,) class ids, by the largest share if rows have several; None for multi-hot labels."""
+    if labels.ndim == 1:
+        return labels
+    return most_likely(labels) if is_soft(labels) else one_hot_ids(labels)
+
+
+def _with_ids(side: Side, ids: Tensor) -> Side:
+    return replace(side, labels=ids, shares=side.labels if is_soft(side.labels) else None)
+
+
+def _class_count(
+    sides: list[Side], columns: int, num_classes: int | None, names: list[str] | None
+) -> tuple[int, list[int] | None]:
+    """How many classes there are, and their ids where they are numbered anew."""
+    labels = [side.labels for side in sides]
+    seen = max(columns, *(width_of(part) for part in labels))
     count = num_classes if num_classes is not None else max(seen, len(names or []))
-    if count < seen or (bank.ndim == 2 and count != seen):
+    fixed = labels[0].ndim == 2 or any(side.shares is not None for side in sides)
+    if count < seen or (fixed and count != columns):
         raise ValueError(f"num_classes={count} does not fit the labels, which need {seen}: give num_classes={seen}")
     if names is not None and len(names) < count:
         raise ValueError(f"`class_names` must name all {count} classes, got {len(names)}")
-    return count
+    if columns or names is not None or count <= _WIDE:
+        return count, None
+    present, _ = number_classes(*labels)
+    return (count, None) if count <= 16 * len(present) else (len(present), present.tolist())
 
 
-def check_values(problem: Problem, distance_metric: str) -> None:
-    """Look at every number once, before an hour of searching.
+def check_values(problem: Problem, distance_metric: str, skip_bad_rows: bool = False) -> Problem:
+    """Look at every number once, before an hour of searching, and take the fingerprint of all of them.
+
+    Returns:
+        The problem with its fingerprint; with `skip_bad_rows` without the rows that are not finite or, under cosine,
+        zero, which are counted.
 
     Raises:
-        ValueError: If a row is not finite, or zero under cosine, naming the row as the caller numbers it.
+        ValueError: If there is such a row, naming it as the caller numbers it, or there is no other one.
     """
-    sides = {"bank_features": problem.bank} | ({} if problem.leave_one_out else {"query_features": problem.queries})
-    for name, side in sides.items():
-        for start, stop in spans(len(side.rows), max(1, _CHECKED_BYTES // (4 * problem.dim))):
-            block = read_rows(side.rows, start, stop)
-            bad = _unfit(block, distance_metric == "cosine")
-            if len(bad):
-                row = int(side.ids[start + bad[0]])
-                need = "finite, and not zero under cosine" if distance_metric == "cosine" else "finite"
-                raise ValueError(f"`{name}` must be {need}: row {row} is not: leave it out (label -1) or mend it")
+    digest = blake2b(str((problem.dim, problem.class_ids)).encode(), digest_size=8)
+    bank = _looked_at(problem.bank, "bank_features", distance_metric, skip_bad_rows, digest)
+    queries = bank
+    if not problem.leave_one_out:
+        queries = _looked_at(problem.queries, "query_features", distance_metric, skip_bad_rows, digest)
+    if problem.leave_one_out and len(bank.rows) < 2:
+        raise ValueError("leave_one_out needs a bank of two rows or more that can be compared, got 1")
+    return replace(problem, bank=bank, queries=queries, fingerprint=digest.hexdigest())
+
+
+def _looked_at(side: Side, name: str, distance_metric: str, skip_bad_rows: bool, digest: Any) -> Side:
+    needs_direction = distance_metric == "cosine"
+    digest.update(str((len(side.rows), side.rows.dtype)).encode())
+    bad = []
+    for start, stop in spans(len(side.rows), max(1, _CHECKED_BYTES // (4 * side.rows.shape[1]))):
+        block = read_rows(side.rows, start, stop)
+        digest.update(_bytes_of(block))
+        bad.append(start + _unfit(block, needs_direction))
+        if len(bad[-1]) and not skip_bad_rows:
+            need = "finite, and not zero under cosine" if needs_direction else "finite"
+            row = int(side.ids[bad[-1][0]])
+            raise ValueError(f"`{name}` must be {need}: row {row} is not: leave it out (label -1) or mend it")
+    for labels in (side.labels, side.shares):
+        digest.update(b"" if labels is None else _bytes_of(labels))
+    places = np.concatenate(bad)
+    if not len(places):
+        return side
+    if len(places) == len(side.rows):
+        raise ValueError(f"every row of `{name}` is zero or not finite: at least one other is needed")
+    kept = np.setdiff1d(np.arange(len(side.rows)), places, assume_unique=True)
+    return replace(side.pick(kept), skipped=len(places))
+
+
+def _bytes_of(block: npt.NDArray[Any] | Tensor) -> Any:
+    if isinstance(block, Tensor):
+        block = block.cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return np.ascontiguousarray(block).data
 
 
 def _unfit(block: npt.NDArray[Any] | Tensor, needs_direction: bool) -> Ids:
     """Places of rows that are not finite, or zero where that matters."""
     if isinstance(block, Tensor):
-        largest = block.abs().amax(1).cpu().numpy()
-        return np.flatnonzero(~np.isfinite(largest) | ((largest == 0) & needs_direction))
+        largest = block.abs().amax(1)
+        is_bad = ~largest.isfinite() | ((largest == 0) & needs_direction)
+        return is_bad.nonzero()[:, 0].cpu().numpy()
     squares = np.einsum("ij,ij->i", block, block)  # one fast pass clears all rows but those and the over- or underflown
     doubtful = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
     largest = np.abs(block[doubtful]).max(1, initial=0)  # NaN and inf stay in a maximum
@@ -259,8 +374,9 @@ def suspicions(problem: Problem, ks: Sequence[int]) -> dict[str, Any]:
     Returns:
         `rows_per_class` (least, median, most, over classes in the bank), `classes_in_bank`, `classes_unseen` (query
         classes without bank rows), `queries_unseen` (queries of those), `majority_baseline` (top-1 of always
-        answering with the bank's commonest class), `unlabelled_bank`, `unlabelled_queries`, `k_above_bank`; with
-        leave-one-out, `lone_queries` (whose class has no other row).
+        answering with the bank's commonest class), `unlabelled_bank`, `unlabelled_queries`, `skipped_bank` and
+        `skipped_queries` (rows that are not finite, or zero under cosine), `k_above_bank`; with leave-one-out,
+        `lone_queries` (whose class has no other row).
     """
     bank, queries = problem.bank_counts, problem.query_counts
     present = bank[bank > 0]
@@ -273,6 +389,8 @@ def suspicions(problem: Problem, ks: Sequence[int]) -> dict[str, Any]:
         "majority_baseline": float(queries[bank.argmax()] / len(problem.queries.rows)),
         "unlabelled_bank": problem.bank.unlabelled,
         "unlabelled_queries": problem.queries.unlabelled,
+        "skipped_bank": problem.bank.skipped,
+        "skipped_queries": problem.queries.skipped,
         "k_above_bank": [k for k in ks if k > problem.reachable],
     }
     if problem.leave_one_out and not problem.multi_hot:

@@ -41,5 +41,6 @@ def _write_classes(report: EvalReport, path: Path) -> None:
         for record in report.records:
             setting = [index_name(record), record["k"], record["temperature"], record["weighting"]]
             for i, score in enumerate(report.per_class.get(record_key(record), [])):
-                name = report.class_names[i] if report.class_names else i
-                writer.writerow([*setting, i, name, "" if score is None or score != score else score])
+                label = report.class_ids[i] if report.class_ids else i
+                name = report.class_names[i] if report.class_names else label
+                writer.writerow([*setting, label, name, "" if score is None or score != score else score])

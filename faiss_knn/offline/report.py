@@ -40,6 +40,7 @@ class EvalReport:
     records: list[Record] = field(default_factory=list)
     per_class: dict[str, list[float]] = field(default_factory=dict)
     neighbors: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = field(default_factory=dict)
+    class_ids: list[int] | None = None
 
     def best(self, by: str = "top1") -> Record:
         """The record with the highest value of a field; of equal ones the first.

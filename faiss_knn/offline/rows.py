@@ -103,8 +103,9 @@ def read_rows(rows: Rows, start: int = 0, stop: int | None = None) -> npt.NDArra
     block: npt.NDArray[Any] | Tensor = rows[start : len(rows) if stop is None else stop]
     if isinstance(block, Tensor):
         return block if block.is_floating_point() else block.float()
-    native = block.dtype.kind == "f" and block.dtype.isnative
-    return block if native else block.astype(np.float32)
+    if block.dtype.kind != "f":
+        return block.astype(np.float32)
+    return block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("="))
 
 
 def spans(length: int, size: int) -> Iterator[tuple[int, int]]:

@@ -131,6 +131,42 @@ class MultiHotJudge:
         return torch.cat(blocks)
 
 
+class SharesJudge:
+    """Judges the votes of neighbours whose labels are shares of classes; holds a block of scores at a time.
+
+    Args:
+        distances: (Q, K) ascending, inf where missing.
+        indices: (Q, K) bank rows, -1 where missing.
+        bank_shares: (N, C) shares of the classes.
+        truth: (Q,) class ids.
+    """
+
+    def __init__(self, distances: Tensor, indices: Tensor, bank_shares: Tensor, truth: Tensor) -> None:
+        self.distances = distances
+        self.indices = indices
+        self.bank_shares = bank_shares
+        self.truth = truth
+
+    def judge(self, k: int, temperature: float, weighting: str, metrics: Mapping[str, Any]) -> Hits:
+        """Judge one vote, and `metrics` (reset first) on the shares of weight."""
+        num_classes = self.bank_shares.shape[1]
+        for metric in metrics.values():
+            metric.reset()
+        first, fifth = [], []
+        for a, b in spans(len(self.indices), max(1, BLOCK // (num_classes * k))):
+            indices, truth = self.indices[a:b, :k], self.truth[a:b]
+            labels = self.bank_shares[indices.clamp(min=0)]
+            scores = class_shares(self.distances[a:b, :k], indices >= 0, labels, num_classes, temperature, weighting)
+            update(metrics, scores, truth)
+            best, order = scores.sort(dim=1, descending=True, stable=True)
+            hits = (order == truth[:, None]) & (best > 0)
+            first.append(hits[:, 0])
+            fifth.append(hits[:, :5].any(1))
+        top1 = torch.cat(first)
+        per_class = mean_by_class(top1, self.truth, num_classes)
+        return Hits(top1, torch.cat(fifth), per_class, values_of(metrics))
+
+
 def update(metrics: Mapping[str, Any], shares: Tensor, truth: Tensor) -> None:
     """Show a block of queries to each metric."""
     with plain_defaults():

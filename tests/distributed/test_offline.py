@@ -14,7 +14,7 @@ from faiss_knn import evaluate
 from tests.distributed.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
-TIMED = ("build_s", "search_s", "qps", "bytes")
+TIMED = ("build_s", "search_s", "qps", "bytes", "created")
 
 
 def data() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

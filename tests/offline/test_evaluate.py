@@ -144,17 +144,33 @@ def test_multi_hot_labels_give_mean_average_precision():
         assert record["retrieval_precision"] is None
 
 
+def few_shot(seed, tries):
+    report = evaluate(*blobs(4, num_queries=997), k=3, per_class=4, tries=tries, seed=seed, keep_neighbors=True)
+    return report.records[0]
+
+
 def test_few_shot_is_the_mean_over_draws():
+    first, both = few_shot(5, 1), few_shot(5, 2)  # more tries go on with the draws of fewer
+    second = 2 * both["top1"] - first["top1"]
+    assert both["n_bank"] == 4 * 5
+    assert first["top1_std"] is None
+    assert both["top1_std"] == pytest.approx(np.std([first["top1"], second], ddof=1))
+    assert both["top1_std"] > 0
+
+
+def test_no_two_seeds_share_a_draw():
+    seconds = [2 * few_shot(seed, 2)["top1"] - few_shot(seed, 1)["top1"] for seed in range(4)]
+    firsts = [few_shot(seed, 1)["top1"] for seed in range(1, 5)]
+    assert not any(np.isclose(seconds, firsts))
+
+
+def test_a_few_shot_draw_has_rows_of_each_class_once():
     bank, bank_labels, queries, query_labels = blobs(4)
-    given = (bank, bank_labels, queries, query_labels)
-    together = evaluate(*given, k=(1, 3), per_class=4, tries=3, seed=5)
-    single = [evaluate(*given, k=(1, 3), per_class=4, tries=1, seed=5 + i) for i in range(3)]
-    for i, record in enumerate(together.records):
-        scores = [one.records[i]["top1"] for one in single]
-        assert record["n_bank"] == 4 * 5
-        assert record["top1"] == pytest.approx(np.mean(scores))
-        assert record["top1_std"] == pytest.approx(np.std(scores, ddof=1))
-    assert len({record["top1"] for one in single for record in one.records}) > 2
+    report = evaluate(bank, bank_labels, queries, query_labels, k=60, per_class=4, tries=1, keep_neighbors=True)
+    drawn = report.neighbors["flat"][1][0]
+    assert np.unique(bank_labels[drawn[drawn >= 0]], return_counts=True)[1].tolist() == [4] * 5
+    assert report.checks["rows_per_class"] == [4, 4, 4]
+    assert report.checks["k_above_bank"] == [60]
 
 
 def test_torchmetrics_metrics_see_the_shares_of_weight():

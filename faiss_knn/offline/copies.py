@@ -1,0 +1,91 @@
+"""Queries that are in the bank: what leaks, also where a copy was rounded or scaled."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from faiss_knn.offline.problem import Problem
+from faiss_knn.offline.rows import read_rows, spans
+
+_ROUNDING = 2.0**-8  # of bfloat16, relative to each number: the coarsest dtype that features are saved in
+_FAR_NEARER = 0.1  # of the distance at which queries have another neighbour
+_OTHERS = 10  # neighbours among which another one is, where the bank holds a row several times
+
+Floats = npt.NDArray[np.floating[Any]]
+
+
+class Copies(NamedTuple):
+    """How many queries are a row of the bank.
+
+    Attributes:
+        equal: Number by number.
+        near: Not so, but as near as a copy that was rounded to half precision or, under cosine, scaled.
+    """
+
+    equal: int
+    near: int
+
+
+def count_copies(problem: Problem, distances: Tensor, indices: Tensor, distance_metric: str) -> Copies:
+    """Compare each query with its nearest bank row.
+
+    It is a near copy if no difference is beyond the rounding of bfloat16 and the row is nearer, by far, than where
+    queries ordinarily have another neighbour: in a bank whose rows all lie that close together, none is.
+
+    Args:
+        problem: Bank and queries.
+        distances: (Q, K) of the exact neighbours, ascending.
+        indices: (Q, K) places in the bank.
+        distance_metric: Of the distances.
+    """
+    bound = _FAR_NEARER * _ordinary(distances, distance_metric)
+    equal = near = 0
+    for a, b in spans(len(problem.queries.rows), 4096):
+        nearest = indices[a:b, 0].cpu().numpy()
+        order = np.argsort(nearest, kind="stable")  # files are read in ascending order
+        places, back = np.unique(nearest[order], return_inverse=True)
+        rows = _on_host(read_rows(problem.bank.pick(places).rows))[back]
+        queries = _on_host(read_rows(problem.queries.rows, a, b))[order]
+        same = (rows == queries).all(1)
+        equal += int(same.sum())
+        near += int((_is_near(rows, queries, bound, distance_metric) & ~same).sum())
+    return Copies(equal, near)
+
+
+def _ordinary(distances: Tensor, distance_metric: str) -> float:
+    """The median distance to the farthest of the first neighbours, as a length; inf if but the nearest is known."""
+    if distances.shape[1] < 2:
+        return float("inf")
+    near = distances[:, :_OTHERS]
+    farthest = near.masked_fill(~near.isfinite(), -1).amax(1).double()
+    median = max(0.0, float(farthest.median()))
+    if distance_metric == "cosine":
+        return float(np.sqrt(2 * median))  # between the ends of two unit vectors
+    return float(np.sqrt(median)) if distance_metric == "squared_euclidean" else median
+
+
+def _is_near(rows: Floats, queries: Floats, bound: float, distance_metric: str) -> npt.NDArray[np.bool_]:
+    rows, queries = (_scaled(block.astype(np.float64), distance_metric) for block in (rows, queries))
+    order = 1 if distance_metric == "manhattan" else 2
+    gaps, lengths = (np.linalg.norm(block, order, axis=1) for block in (rows - queries, rows))
+    near: npt.NDArray[np.bool_] = (gaps <= _ROUNDING * lengths) & (gaps <= bound)
+    return near
+
+
+def _scaled(rows: Floats, distance_metric: str) -> Floats:
+    """Rows whose squares do not overflow; under cosine of length 1."""
+    if distance_metric != "cosine":
+        return rows
+    rows = rows / np.abs(rows).max(1, keepdims=True)
+    unit: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit
+
+
+def _on_host(block: npt.NDArray[Any] | Tensor) -> npt.NDArray[Any]:
+    if not isinstance(block, Tensor):
+        return block
+    block = block.cpu()
+    return np.asarray(block.float() if block.dtype == torch.bfloat16 else block)
