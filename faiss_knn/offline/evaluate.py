@@ -25,7 +25,7 @@ from faiss_knn.offline.rows import spans
 from faiss_knn.offline.scores import ClassJudge, Hits, MultiHotJudge, SharesJudge, recalls
 from faiss_knn.offline.together import find_neighbors
 from faiss_knn.retrieval import retrieval_metrics
-from faiss_knn.search.rows import as_count
+from faiss_knn.search.inputs import as_count
 
 __all__ = ["EvalReport", "evaluate"]
 

@@ -207,7 +207,7 @@ ARGUMENTS = [
     ({"temperature": float("inf")}, "temperature must be between .* got inf"),
     ({"temperature": 1e-46}, "temperature must be between .* got 1e-46"),
     ({"temperature": float("nan")}, "temperature must be positive, got nan"),
-    ({"temperature": "warm"}, "temperature must be positive, got warm"),
+    ({"temperature": "warm"}, "temperature must be a number, got 'warm'"),
     ({"weighting": []}, "`weighting` needs at least one value"),
     ({"weighting": 3}, "`weighting` must be one of"),
     ({"sweep": {"nprobe": []}}, "`sweep` needs at least one value of nprobe"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from faiss_knn import evaluate
-from faiss_knn.offline.report import Ledger, pareto, text_table
+from faiss_knn.offline.report import Ledger, front, index_name, pareto, text_table
 
 NASTY = ['<script>alert("a")</script>', "b|c", "d & e", "f_g*h `i` [j]", "$k$"]
 
@@ -55,7 +55,10 @@ def test_records_are_kept_whole(report, folder):
 def test_the_csv_has_the_same_numbers(report, folder):
     rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
     assert [float(row["top1"]) for row in rows] == [record["top1"] for record in report.records]
-    assert {row["pareto"] for row in rows} == {"True", "False"}
+    # Which indexes are on the front depends on how fast this machine is.
+    assert [row["pareto"] for row in rows] == [
+        str(index_name(record) in front(report.records)) for record in report.records
+    ]
     assert json.loads(rows[0]["versions"])["faiss-knn"]
 
 
