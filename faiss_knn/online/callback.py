@@ -2,6 +2,7 @@
 
 import builtins
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,14 @@ from faiss_knn.online.epoch import (
 from faiss_knn.online.failures import kept, start, tell
 from faiss_knn.online.lookup import find_tensor, was_skipped
 from faiss_knn.online.metrics import MetricTable, class_count, is_multiclass, named_metrics, rehearse
-from faiss_knn.online.queue import OnlineQueue, QueueStorage, RingBuffer, align, find_or_create_queue
+from faiss_knn.online.queue import (
+    OnlineQueue,
+    QueueStorage,
+    RingBuffer,
+    align_all,
+    belong_together,
+    find_or_create_queue,
+)
 from faiss_knn.online.rows import flat_rows, labelled, searchable
 from faiss_knn.online.samples import OncePerId, check_sample_ids, genuine_rows, newest_per_id, sample_ids
 from faiss_knn.online.state import trainer_state
@@ -202,7 +210,7 @@ class OnlineKNN(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         with agreed():
-            self._align(trainer)
+            align_all(trainer)
             self._drop_rows_of_others(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -210,7 +218,7 @@ class OnlineKNN(Callback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         with agreed():
-            self._align(trainer)
+            align_all(trainer)
             self._check_weights(trainer, pl_module)
 
     on_test_start = on_validation_start
@@ -238,19 +246,28 @@ class OnlineKNN(Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Say where weights were swapped between the start of validation and its first batch."""
-        run = self._run(trainer)
-        if run.weights is None or batch_idx or dataloader_idx:
-            return
-        if run.weights != fingerprint(pl_module):
-            self._object(
-                trainer,
-                run,
-                "validation runs with averaged weights (EMA, SWA), and the queue's rows were made by the raw ones: the "
-                "score says little. Fill the bank with the same weights, from a dataloader, with bank_dataloader_idx",
-            )
-        run.weights = None
+        if batch_idx == dataloader_idx == 0:
+            self._check_swapped(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say where weights that were swapped before validation started are put back at its end."""
+        self._check_swapped(trainer, pl_module)
+        self._run(trainer).weights = None
 
     on_test_batch_start = on_validation_batch_start
+    on_test_end = on_validation_end
+
+    def _check_swapped(self, trainer: Any, pl_module: Any) -> None:
+        run = self._run(trainer)
+        if run.weights is None or run.weights == fingerprint(pl_module):
+            return
+        run.weights = None
+        self._object(
+            trainer,
+            run,
+            "validation runs with averaged weights (EMA, SWA), and the queue's rows were made by the raw ones: the "
+            "score says little. Fill the bank with the same weights, from a dataloader, with bank_dataloader_idx",
+        )
 
     def _object(self, trainer: Any, run: Run, what: str) -> None:
         if self.strict:
@@ -273,18 +290,6 @@ class OnlineKNN(Callback):
             )
         remember(trainer, None)
 
-    def _align(self, trainer: Any) -> None:
-        """Let all queues end with the same sample, wherever an earlier run was interrupted."""
-        run = self._run(trainer)
-        if dropped := align([queue.storage(trainer).ring for queue in run.queues.values()]):
-            self._warn_once(
-                trainer,
-                run,
-                "align",
-                f"OnlineKNN[{self.name}]: the last {dropped} rows of some queues have no counterpart in the others "
-                "(a run was interrupted, or they were saved at different times) and are dropped",
-            )
-
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.bank_dataloader_idx is not None or was_skipped(pl_module, outputs):
             return
@@ -300,8 +305,12 @@ class OnlineKNN(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         tell(trainer, exception)
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            remember(trainer, fingerprint(pl_module))
+        align_all(trainer)
+        if run := trainer_state(trainer).get(self):
+            run.epoch = None
+        if trainer.state.fn == TrainerFn.FITTING and remembered(trainer) is None:  # training had begun
+            with suppress(RuntimeError):  # a GPU that failed answers no more; the error itself is what matters
+                remember(trainer, fingerprint(pl_module))
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         with agreed():
@@ -399,6 +408,7 @@ class OnlineKNN(Callback):
         }
         if self.id is not None:
             queues[self.id] = self._queue(trainer, self.id, None, None)
+        belong_together(trainer, list(queues))
         return queues
 
     def _queue(self, trainer: Any, key: str, dim: int | None, dtype: torch.dtype | None) -> OnlineQueue:

@@ -30,7 +30,7 @@ class Run:
         epoch: The validation epoch under way.
         warned: What was warned of.
         tried: Whether the index is known to work for rows of this width.
-        weights: Some of the weights when a validation began, until its first batch has come.
+        weights: Some of the weights when a validation began, until they are found to be swapped.
         width: The most classes that a validation has had.
         validations: How many there were in this fit.
         last: What was logged last.

@@ -1,19 +1,20 @@
 """OnlineQueue: the most recent rows of a training run, one ring buffer per key and trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from loguru import logger
 from torch import Tensor
 
 from faiss_knn.online.failures import kept, settle, settle_first_step, start, tell
 from faiss_knn.online.lookup import find_tensor, was_skipped
-from faiss_knn.online.resume import rows_of_rank
+from faiss_knn.online.resume import rows_of_rank, rows_of_stable_pretraining, total_of_rank
 from faiss_knn.online.state import trainer_state
-from faiss_knn.online.weights import remember
-from faiss_knn.search.inputs import as_key, as_positive
+from faiss_knn.online.weights import AVERAGED, remember
+from faiss_knn.search.inputs import as_integer, as_key, as_positive, shown
 from faiss_knn.search.ranks import agreed, gather_rows, gather_to, share, world
 
 Dim = int | Sequence[int] | None
@@ -53,8 +54,8 @@ class RingBuffer:
     ) -> None:
         self.length = as_positive(length, "`length`")
         self.shape = _row_shape(dim)
-        self.dtype = dtype
-        self.device = None if device is None else torch.device(device)
+        self.dtype = _checked_dtype(dtype)
+        self.device = _checked_device(device)
         self.pin_memory = pin_memory
         self._widens = dtype is None
         self._rows: Tensor | None = None
@@ -71,7 +72,7 @@ class RingBuffer:
 
     @property
     def total(self) -> int:
-        """How many rows were ever appended: the number of the next one."""
+        """How many rows were ever appended: the number of the next one. Rings of one step compare theirs."""
         return self._state[2]
 
     @property
@@ -86,8 +87,10 @@ class RingBuffer:
             rows: (n, *shape); detached, and cast to the buffer's dtype and device by the copy.
 
         Raises:
-            ValueError: If the trailing shape is not the buffer's, or its dtype was given and cannot hold the rows'.
+            ValueError: If they are no dense tensor of rows, their trailing shape is not the buffer's, or its dtype was
+                given and cannot hold theirs.
         """
+        _check_rows(rows)
         if self._rows is None or rows.shape[1:] != self.shape:
             self._allocate_for(rows)
         if rows.dtype != self.dtype:
@@ -107,8 +110,12 @@ class RingBuffer:
             self._copied.record()
         self._state = (start + n) % self.length, min(self.length, filled + n), total + given, 0
 
-    def latest(self, n: int | None = None) -> Tensor:
+    def latest(self, n: int | None = None, *, until: int | None = None) -> Tensor:
         """Copy out the `n` most recent rows, oldest first; all of them for None.
+
+        Args:
+            n: Rows wanted.
+            until: Number of the first row that is too new; None: none is.
 
         Returns:
             (min(n, len), *shape); (0,) as long as nothing told the shape.
@@ -117,8 +124,9 @@ class RingBuffer:
             return torch.empty(0, *(self.shape or ()), dtype=self.dtype, device=self.device)
         if self._copied is not None:
             self._copied.synchronize()
-        n = len(self) if n is None else min(n, len(self))
-        start = (self._state[0] - n) % self.length
+        newer = 0 if until is None else min(max(0, self.total - until), len(self))
+        n = len(self) - newer if n is None else min(as_integer(n, "`n`"), len(self) - newer)
+        start = (self._state[0] - newer - n) % self.length
         if start + n <= self.length:
             return self._rows[start : start + n].clone()
         return torch.cat([self._rows[start:], self._rows[: start + n - self.length]])
@@ -126,7 +134,7 @@ class RingBuffer:
     def resize(self, length: int) -> None:
         """Change the length and keep the most recent rows that fit."""
         if length != self.length:
-            self.replace(self.latest(length), length)
+            self.replace(self.latest(length), length, self.total)
 
     def replace(self, rows: Tensor | None, length: int | None = None, total: int | None = None) -> None:
         """Forget every row, then append `rows`; None leaves it empty.
@@ -139,40 +147,48 @@ class RingBuffer:
         length = length or self.length
         if self._rows is not None and length != self.length:
             self._rows = None
-        self.length, self._state = length, (0, 0, 0, 0)
-        if rows is not None and len(rows):
+        given = 0 if rows is None else len(rows)
+        self.length, self._state = length, (0, 0, 0 if total is None else total - given, 0)
+        if rows is not None and given:
             self.append(rows)
-        if total is not None:
-            self.count_from(total)
 
     def count_from(self, total: int) -> None:
         """Let `total` be so many, and the next row's number with it."""
         start, filled, _, torn = self._state
         self._state = start, filled, total, torn
 
+    @property
+    def is_torn(self) -> bool:
+        """Whether an append was interrupted, which took the oldest rows' places and is not to be read."""
+        return self._state[3] > 0
+
     def drop_newest(self, n: int) -> None:
         """Forget the `n` most recent rows, as if they had not come; at most all."""
-        start, kept, total, _ = self._state[0], len(self), self._state[2], 0
-        n = min(n, kept)
-        self._state = (start - n) % self.length, kept - n, total - n, 0
+        start, kept, total = self._state[0], len(self), self.total
+        forgotten = min(n, kept)
+        self._state = (start - forgotten) % self.length, kept - forgotten, total - n, 0
+
+    def drop_older(self, number: int) -> None:
+        """Forget the rows before row `number`."""
+        self._state = self._state[0], min(len(self), max(0, self.total - number)), self.total, 0
 
     def _hold(self, dtype: torch.dtype) -> None:
         """Make sure that rows of another dtype lose nothing but the precision that was asked for."""
         assert self.dtype is not None
-        wider = torch.promote_types(dtype, self.dtype)
-        if wider == self.dtype or (not self._widens and dtype.is_floating_point and self.dtype.is_floating_point):
+        wider = _common_dtype(dtype, self.dtype)
+        if wider == self.dtype or (not self._widens and self.dtype.is_floating_point and not dtype.is_complex):
             return
         if not self._widens:
             raise ValueError(
                 f"`rows` must fit into the buffer's {self.dtype}, got {dtype}: cast them, or give no dtype"
             )
-        self.dtype = wider
-        if self._rows is not None:
-            self._rows = self._rows.to(wider)
+        rows, self._rows, self.dtype = self._rows, None, wider
+        if rows is not None:
+            widened = self._empty(tuple(rows.shape[1:]))
+            widened.copy_(rows)
+            self._rows = widened
 
     def _allocate_for(self, rows: Tensor) -> None:
-        if rows.ndim == 0:
-            raise ValueError("`rows` must have one row per sample, got a scalar")
         shape = tuple(rows.shape[1:])
         if self.shape is not None and shape != self.shape:
             raise ValueError(f"`rows` must have shape (n, {', '.join(map(str, self.shape))}), got {tuple(rows.shape)}")
@@ -205,24 +221,24 @@ class QueueStorage:
         self._validating = False
         self._local = self._gathered = None
 
-    def snapshot(self, length: int, gathered: bool) -> Tensor:
+    def snapshot(self, length: int, gathered: bool, until: int | None = None) -> Tensor:
         """Copy of the last `length` rows, oldest first; `gathered`: of every rank, rank after rank.
 
-        With several ranks and `gathered`, all must ask together.
+        With several ranks and `gathered`, all must ask together. `until`: as in `RingBuffer.latest`.
         """
         if not gathered or world()[1] == 1:
-            return self._own()[-length:]
+            return self._own(until)[-length:]
         with agreed():
-            return self._of_all_ranks(length)
+            return self._of_all_ranks(length, until)
 
-    def _own(self) -> Tensor:
-        local = self.ring.latest() if self._local is None else self._local
+    def _own(self, until: int | None) -> Tensor:
+        local = self.ring.latest(until=until) if self._local is None else self._local
         if self._validating:
             self._local = local
         return local
 
-    def _of_all_ranks(self, length: int) -> Tensor:
-        rows, counts = self._gathered or gather_rows(self._own())
+    def _of_all_ranks(self, length: int, until: int | None) -> Tensor:
+        rows, counts = self._gathered or gather_rows(self._own(until))
         if self._validating:
             self._gathered = rows, counts
             self._local = torch.split(rows, counts)[world()[0]]  # not a second copy
@@ -237,7 +253,8 @@ class OnlineQueue(Callback):
     At the end of each training batch `outputs[key]`, or else `batch[key]`, is appended to a `RingBuffer` (its own rows
     on every rank). Queues of one key in one trainer share their storage: the first of them in `trainer.callbacks`
     appends, and each reads its own most recent rows. The storage belongs to the trainer and survives its runs, so that
-    `trainer.validate` after `trainer.fit` still has rows. A checkpoint holds it once per key.
+    `trainer.validate` after `trainer.fit` still has rows. A checkpoint holds it once per key. Queues that one
+    `OnlineKNN` reads stay together: a step that an error or interrupt ends leaves all of its rows or none.
 
     Args:
         key: Name of the tensor in the step's outputs or batch.
@@ -269,12 +286,12 @@ class OnlineQueue(Callback):
     ) -> None:
         self.key = as_key(key, "`key`")
         self.queue_length = as_positive(queue_length, "queue_length")
-        self.dim = dim
-        self.dtype = dtype
+        self.dim = _checked_dim(dim)
+        self.dtype = _checked_dtype(dtype)
         self.gather_distributed = gather_distributed
         self.verbose = verbose
         self.persistent = persistent
-        self.device = None if device is None else torch.device(device)
+        self.device = _checked_device(device)
         self._evaluating: Any = None
         self._told_checkpoint_cost = False
 
@@ -304,9 +321,8 @@ class OnlineQueue(Callback):
         Returns:
             (n, *shape), oldest first; (0,) while the shape is unknown.
         """
-        return self.storage(trainer).snapshot(
-            self.queue_length, self.gather_distributed if gathered is None else gathered
-        )
+        storage, until = self.storage(trainer), _common_end(trainer, self.key)
+        return storage.snapshot(self.queue_length, self.gather_distributed if gathered is None else gathered, until)
 
     def storage(self, trainer: Any) -> QueueStorage:
         """The storage of this key in `trainer`, made or grown to `queue_length` as needed."""
@@ -324,6 +340,7 @@ class OnlineQueue(Callback):
         with agreed():
             start(trainer)
             self.storage(trainer)
+            _stand_before_checkpoints(trainer.callbacks, self)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self._is_first(trainer):
@@ -348,6 +365,7 @@ class OnlineQueue(Callback):
         self._evaluating = trainer
         if self._is_first(trainer):
             settle(trainer)
+            align_all(trainer)
             self.storage(trainer).start_validation()
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -374,14 +392,15 @@ class OnlineQueue(Callback):
 
     def _rows_of_all_ranks(self, trainer: Any) -> tuple[list[Tensor] | None, list[int]]:
         """What a checkpoint holds, one tensor per rank, on rank zero, which writes it; and how many there ever were."""
-        ring = self.storage(trainer).ring
+        ring, end = self.storage(trainer).ring, _common_end(trainer, self.key)
+        total = ring.total if end is None else min(ring.total, end)
         if world()[1] > 1 and trainer.interrupted:
             # Not every rank need have failed, and one alone would wait for the others for ever.
             logger.warning(f"OnlineQueue[{self.key}]: saved after an exception, with the rows of one rank only")
-            return [ring.latest().cpu()], [ring.total]
+            return [ring.latest(until=total).cpu()], [total]
         with agreed():
             settle(trainer)
-            return gather_to(ring.latest()), share(ring.total)
+            return gather_to(ring.latest(until=total)), share(total)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         with agreed():
@@ -389,6 +408,7 @@ class OnlineQueue(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         tell(trainer, exception)
+        align_all(trainer)
         self._free(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -401,14 +421,15 @@ class OnlineQueue(Callback):
 
     def _load(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("callbacks", {})
-        if not self._is_first(trainer) or not states.get(self.state_key):
+        state = states.get(self.state_key) or rows_of_stable_pretraining(checkpoint, self.key)
+        if not self._is_first(trainer) or not state:
             return
-        saved, ring = states[self.state_key]["rows"], self.storage(trainer).ring
+        saved, ring = state["rows"], self.storage(trainer).ring
         rank, size = world()
         rows = rows_of_rank(saved, rank, size)
-        remember(trainer, None)
-        totals = states[self.state_key].get("totals")
-        ring.replace(rows if len(rows) else None, total=totals[rank] if totals and len(saved) == size else None)
+        averaged = "averaging_state" in checkpoint and trainer.state.fn != TrainerFn.FITTING
+        remember(trainer, AVERAGED if averaged else None)
+        ring.replace(rows if len(rows) else None, total=total_of_rank(state.get("totals", []), rank, size))
         if len(rows) > ring.length and len(saved) != size and rank == 0:
             logger.warning(
                 f"OnlineQueue[{self.key}]: the checkpoint of {len(saved)} ranks has {len(rows):,} rows for each of "
@@ -471,16 +492,52 @@ def find_or_create_queue(
 find_or_create_queue_callback = find_or_create_queue  # the name that stable-pretraining's has
 
 
+def _stand_before_checkpoints(callbacks: list[Any], queue: OnlineQueue) -> None:
+    place = _before_checkpoints(callbacks)
+    if queue in callbacks[place:]:
+        callbacks.remove(queue)
+        callbacks.insert(place, queue)
+
+
 def _before_checkpoints(callbacks: Sequence[Any]) -> int:
     """Where a queue must stand for a checkpoint at the end of a step to hold that step's rows."""
     saves = ("Checkpoint" in {base.__name__ for base in type(callback).__mro__} for callback in callbacks)
     return next((place for place, saving in enumerate(saves) if saving), len(callbacks))
 
 
+def belong_together(trainer: Any, keys: Sequence[str]) -> None:
+    """Note that the rows of these keys, and of those that one of them shares a step with, are of the same samples."""
+    groups: list[set[str]] = trainer_state(trainer).setdefault("together", [])
+    joined = set(keys).union(*(group for group in groups if group & set(keys)))
+    groups[:] = [group for group in groups if not group & joined] + [joined]
+
+
+def align_all(trainer: Any) -> None:
+    """Let the queues that belong together end with the same sample, wherever a step was interrupted."""
+    for group in trainer_state(trainer).get("together", []):
+        if (dropped := align(_rings(trainer, group))) and world()[0] == 0:
+            logger.warning(
+                f"OnlineQueue: the last {dropped} rows of some of {', '.join(sorted(group))} have no counterpart in "
+                "the others (a step was interrupted, or they were saved at different times) and are dropped"
+            )
+
+
+def _rings(trainer: Any, keys: Iterable[str]) -> list[RingBuffer]:
+    storages = trainer_state(trainer).get("queues", {})
+    return [storages[key].ring for key in keys if key in storages]
+
+
+def _common_end(trainer: Any, key: str) -> int | None:
+    """Tell up to which row all keys that belong to this one have come: in the midst of a step, up to that step."""
+    group = next((group for group in trainer_state(trainer).get("together", []) if key in group), {key})
+    return min((ring.total for ring in _rings(trainer, group) if len(ring)), default=None)
+
+
 def align(rings: Sequence[RingBuffer]) -> int:
     """Let rings that are appended to together end with the same row, also after an interrupt in between.
 
-    A ring without rows begins where the others are.
+    A ring without rows begins where the others are. Rings of one length also begin with the same row, where the
+    interrupted step took the place of others.
 
     Returns:
         How many rows were dropped of the ring that was furthest ahead.
@@ -494,11 +551,15 @@ def align(rings: Sequence[RingBuffer]) -> int:
     """
     end = min((ring.total for ring in rings if len(ring)), default=0)
     ahead = [ring.total - end if len(ring) else 0 for ring in rings]
+    cut = [ring for ring, rows in zip(rings, ahead, strict=True) if rows or ring.is_torn]
     for ring, rows in zip(rings, ahead, strict=True):
         if rows:
             ring.drop_newest(rows)
         elif ring.total != end:
             ring.count_from(end)
+    for ring in rings:
+        if begins := [other.total - len(other) for other in cut if other.length == ring.length]:
+            ring.drop_older(max(begins))
     return max(ahead, default=0)
 
 
@@ -509,13 +570,61 @@ def as_rows(values: Tensor, dim: Dim) -> Tensor:
     return values
 
 
-def _row_shape(dim: Dim) -> tuple[int, ...] | None:
+def _check_rows(rows: Any) -> None:
+    if not isinstance(rows, Tensor) or rows.layout != torch.strided or rows.is_nested or rows.ndim == 0:
+        raise ValueError(f"`rows` must be a dense tensor with one row per sample, got {_described(rows)}")
+
+
+def _described(rows: Any) -> str:
+    return f"a {rows.layout} one" if isinstance(rows, Tensor) and rows.layout != torch.strided else shown(rows)
+
+
+def _checked_dtype(dtype: Any) -> torch.dtype | None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"`dtype` must be a torch dtype, such as torch.float32, or None, got {shown(dtype)}")
+    return dtype
+
+
+def _checked_device(device: Any) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`device` must be a torch device or its name, got {shown(device)}") from error
+
+
+def _checked_dim(dim: Any) -> Dim:
+    shape = _row_shape(dim)
+    return shape if shape is None or isinstance(dim, Sequence) else shape[0]
+
+
+def _row_shape(dim: Any) -> tuple[int, ...] | None:
     if dim is None:
         return None
-    shape = (dim,) if isinstance(dim, int) else tuple(dim)
-    if any(size <= 0 for size in shape):
-        raise ValueError(f"`dim` must be positive, got {dim}")
-    return shape
+    sizes = tuple(dim) if isinstance(dim, Sequence) and not isinstance(dim, str) else (dim,)
+    return tuple(as_positive(size, "`dim`") for size in sizes)
+
+
+def _common_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """Return a dtype that holds every value of both; where none does (int64 beside float32), float64."""
+    wider = [one, other, torch.int16, torch.int32, torch.int64, torch.float32]
+    return next((dtype for dtype in wider if _holds(dtype, one) and _holds(dtype, other)), torch.float64)
+
+
+def _holds(wide: torch.dtype, dtype: torch.dtype) -> bool:
+    """Tell whether each value of `dtype` is one of `wide` too."""
+    if wide == dtype or wide.is_complex or dtype.is_complex:
+        return wide == dtype or (wide.is_complex and torch.promote_types(wide, dtype) == wide)
+    if dtype.is_floating_point:
+        few, many = torch.finfo(dtype), torch.finfo(wide) if wide.is_floating_point else None
+        return many is not None and many.eps <= few.eps and many.max >= few.max and many.tiny <= few.tiny
+    low, high = _range(dtype)
+    if wide.is_floating_point:
+        return high <= 2 / torch.finfo(wide).eps
+    return _range(wide)[0] <= low and high <= _range(wide)[1]
+
+
+def _range(dtype: torch.dtype) -> tuple[int, int]:
+    return (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
 
 
 def _queues(trainer: Any, key: str) -> list[OnlineQueue]:

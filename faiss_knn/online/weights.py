@@ -8,15 +8,17 @@ from torch.nn.parameter import UninitializedParameter
 
 from faiss_knn.online.state import trainer_state
 
+AVERAGED = b"averaged"  # the weights of a checkpoint that are not those its rows were made by
 _VALUES = 8  # of each parameter
 _KEY = "weights"
 
 
 def fingerprint(module: Any) -> bytes:
-    """Return some values of every parameter: equal for equal weights, and after any training step others."""
+    """Return the class and some values of every parameter: equal for equal weights, others after a training step."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}".encode()
     parts = [_some(parameter) for parameter in module.parameters() if not isinstance(parameter, UninitializedParameter)]
     with torch.no_grad():
-        return torch.cat(parts).cpu().numpy().tobytes() if parts else b""  # one wait for a GPU
+        return name + (torch.cat(parts).cpu().numpy().tobytes() if parts else b"")  # one wait for a GPU
 
 
 def _some(parameter: Tensor) -> Tensor:
