@@ -62,7 +62,7 @@ class ExactEngine:
         self.uncertified = self._trial_searched = self._trial_uncertified = 0
         self._lean = lean
         self._lock = threading.RLock()
-        self._spare: Spare | None = None
+        self._spares: dict[int, Spare] = {}
         self._basis: Tensor | None = None
         if distance.norm == 2 and not lean:
             self._twins = Twins.among(rows)
@@ -72,15 +72,17 @@ class ExactEngine:
     @property
     def bytes(self) -> int:
         """Size of the bank and what was made of it."""
-        return self._rows.bytes + self._sketch.bytes
+        with self._lock:
+            return self._rows.bytes + self._sketch.bytes
 
     @property
     def parameters(self) -> dict[str, object]:
         """What the scan computes in."""
-        if not isinstance(self._sketch, ProductSketch):
-            return {}
-        dims = self._rows.dim if self._basis is None else self._basis.shape[1]
-        return {"scan_dtype": str(self._dtype).removeprefix("torch."), "scan_dims": dims}
+        with self._lock:
+            if not isinstance(self._sketch, ProductSketch):
+                return {}
+            dims = self._rows.dim if self._basis is None else self._basis.shape[1]
+            return {"scan_dtype": str(self._dtype).removeprefix("torch."), "scan_dims": dims}
 
     def release(self) -> None:
         """Drop the rows; nothing can be searched after that."""
@@ -95,7 +97,8 @@ class ExactEngine:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        with self._lock:
+            return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -107,12 +110,12 @@ class ExactEngine:
             return self._sketch, self._spare_for(k)
 
     def _spare_for(self, k: int) -> Spare:
-        if self._spare is None or self._spare.k != k:
+        if k not in self._spares:
             scanned = self._sketch.bytes or self._rows.bytes
             candidate = PAIR_SECONDS + self._rows.dim * VALUE_SECONDS
             second_pass = _PASS_SECONDS + scanned * _READ_SECONDS
-            self._spare = Spare(k, candidate, second_pass, len(self._rows) * _COMPARED_SECONDS)
-        return self._spare
+            self._spares[k] = Spare(k, candidate, second_pass, len(self._rows) * _COMPARED_SECONDS)
+        return self._spares[k]
 
     def _room(self) -> int:
         """Return what a copy may take so that, with all else that is kept of it, the bank is held twice at most."""
@@ -160,15 +163,17 @@ class ExactEngine:
         return distances, ids, [reached - k + 1 for reached in counts]
 
     def _learn(self, spare: Spare, needed: list[int], count: int) -> None:
+        uncertified = sum(need > count for need in needed)
         with self._lock:
-            spare.learn(needed, count)
-            self._count(len(needed), sum(need > count for need in needed))
+            self.uncertified += uncertified
+            if spare is self._spares.get(spare.k):  # else the bounds were tightened meanwhile
+                spare.learn(needed, count)
+                self._count(len(needed), uncertified)
 
     def _followed(self, distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return (distances, ids) if self._twins is None else self._twins.expand(distances, ids, k)
 
     def _count(self, searched: int, uncertified: int) -> None:
-        self.uncertified += uncertified
         self._trial_searched += searched
         self._trial_uncertified += uncertified
         if self._trial_searched >= _TRIAL and self._trial_uncertified > _LOOSE * self._trial_searched:
@@ -177,7 +182,7 @@ class ExactEngine:
     def _tighten(self) -> None:
         """Go on with tighter bounds: all coordinates instead of a projection, float32 instead of bfloat16."""
         self._trial_searched = self._trial_uncertified = 0
-        self._spare = None
+        self._spares = {}
         if self._basis is not None:
             self._basis = None
         elif self._dtype == torch.bfloat16:

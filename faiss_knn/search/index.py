@@ -89,7 +89,8 @@ class KNNIndex:
             bank (neither they nor their near-twins count); None: 0.99. With a factory string it has the recall
             measured, and nprobe tuned where the string has inverted lists. `stats.recall` says what was measured.
         storage_dtype: Dtype of the stored rows; None: the features' own, float64 as float32 where that neither merges
-            rows nor moves them by more than a millionth of their spread (`stats.storage_dtype` says which).
+            rows, nor moves them by more than a millionth of their spread, nor changes what is near what
+            (`stats.storage_dtype` says which).
             torch.float16 and torch.bfloat16 take half the memory of float32 and round each coordinate by up to 2⁻¹¹
             and 2⁻⁸ of its size (float16 refuses values above 65,504): distances are exact, but those of the rounded
             rows, so
@@ -205,7 +206,7 @@ class KNNIndex:
         return self
 
     def _index(self, features: Tensor | np.ndarray, device: torch.device | str | None) -> None:
-        rows = Rows(features, storage_dtype=self.storage_dtype, device=device)
+        rows = Rows(features, storage_dtype=self.storage_dtype, device=device, directions=self._distance.unit_rows)
         with full_precision(rows.device):
             rows.check(self._distance)
             self.release()

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from faiss_knn.search.distance import Distance, scaled_lengths, unit
 from faiss_knn.search.inputs import shown
+from faiss_knn.search.storage import float32_holds
 
 _BLOCK_BYTES = 32 << 20
 _NAMED_ROWS = 5
-_SAMPLE = 1024
-_ROUNDED = 2.0**-20
 _CHECKED = 1 << 20  # values of a block checked at once
+
+_Copying = tuple[int, int, Tensor, torch.cuda.Event]  # first and last row, the rows, when they are there
 
 
 class Rows:
@@ -29,6 +30,7 @@ class Rows:
         features: (N, d) tensor, ndarray or memmap of any float dtype.
         storage_dtype: Dtype to store; None: the features' own, float64 as float32 where that holds their differences.
         device: Where to search, and to store what is not streamed; None: where the features are.
+        directions: Whether the rows' directions will be compared.
 
     Raises:
         ValueError: If the shape or dtype does not fit or there are no rows.
@@ -40,11 +42,12 @@ class Rows:
         *,
         storage_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        directions: bool = False,
     ) -> None:
         data = as_matrix(features, "features")
         if len(data) == 0:
             raise ValueError("`features` must hold at least one row, got an empty bank: fill it first")
-        self.dtype = storage_dtype or (torch.float32 if _float32_holds(data) else data.dtype)
+        self.dtype = storage_dtype or _least_dtype(data, directions)
         self.device = data.device if device is None else as_device(device)
         locked = self.device.type == "cuda" and data.device.type == "cpu" and data.is_pinned()
         # Blocks are cast and moved as they are read.
@@ -52,6 +55,9 @@ class Rows:
         self.data = data if self.streamed else data.to(self.device, self.dtype)
         self._ahead = ReadAhead(self.data, self.device) if locked else None
         self._lengths: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_ahead": None}  # blocks are copied as they are asked for
 
     def __len__(self) -> int:
         return len(self.data)
@@ -113,33 +119,9 @@ class Rows:
             refuse_zero(zero, "features")
 
 
-def _float32_holds(data: Tensor) -> bool:
-    """Tell whether float64 rows (N, d) keep their differences and their order of distances in float32.
-
-    They do where rounding moves no coordinate by a millionth of what rows spread, and makes no two rows equal that are
-    not.
-    """
-    if data.dtype != torch.float64:
-        return False
-    step = max(1, _CHECKED // data.shape[1])
-    sample = data[:: max(1, len(data) // _SAMPLE)]
-    centre = sample.nanmedian(0).values
-    spread = (sample - centre).abs().amax(1).nanmedian()  # the largest coordinate, whose square need not be held
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(data.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(data.device) + 0.5
-    keys, rounded_keys = [], []
-    for block in torch.split(data, step):
-        rounded = block.float().double()
-        if not bool(((rounded - block).abs().amax(1) <= _ROUNDED * spread).all()) and bool(block.isfinite().all()):
-            return False
-        keys.append((block * weights).sum(1))
-        rounded_keys.append((rounded * weights).sum(1))
-    return _distinct(torch.cat(keys)) <= _distinct(torch.cat(rounded_keys))
-
-
-def _distinct(keys: Tensor) -> int:
-    ordered = keys.sort().values
-    return 1 + int((ordered[1:] != ordered[:-1]).sum())
+def _least_dtype(data: Tensor, directions: bool) -> torch.dtype:
+    holds = data.dtype == torch.float64 and float32_holds(data, directions=directions)
+    return torch.float32 if holds else data.dtype
 
 
 class ReadAhead:
@@ -154,26 +136,25 @@ class ReadAhead:
         self._data = data
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._next: tuple[int, int, Tensor, torch.cuda.Event] | None = None
+        self._next: _Copying | None = None
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return rows start to stop on the device, and begin to copy as many after them."""
-        if self._next is None or self._next[:2] != (start, stop):
-            self._begin(start, stop)
-        assert self._next is not None
-        _, _, block, copied = self._next
+        begun, self._next = self._next, None  # no other thread's any more
+        if begun is None or begun[:2] != (start, stop):
+            begun = self._begin(start, stop)
+        _, _, block, copied = begun
         here = torch.cuda.current_stream(self._device)
         here.wait_event(copied)
         block.record_stream(here)  # its memory is not given to the next copy before the work here is done
-        self._next = None
         if stop < len(self._data):
-            self._begin(stop, min(2 * stop - start, len(self._data)))
+            self._next = self._begin(stop, min(2 * stop - start, len(self._data)))
         return block
 
-    def _begin(self, start: int, stop: int) -> None:
+    def _begin(self, start: int, stop: int) -> _Copying:
         with torch.cuda.stream(self._stream):
             block = self._data[start:stop].to(self._device, non_blocking=True)
-            self._next = start, stop, block, self._stream.record_event()
+            return start, stop, block, self._stream.record_event()
 
 
 def as_device(device: torch.device | str) -> torch.device:

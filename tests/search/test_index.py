@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 
@@ -194,6 +195,45 @@ def test_float64_rows_are_stored_as_float32_where_that_holds_them():
     assert KNNIndex().build(1e200 * ordinary).stats.storage_dtype == "float64"
 
 
+def clustered(scale, dim=32):
+    centres = bank(2, 50, dim).double()[torch.arange(3000) % 50]
+    return centres + scale * bank(3, 3000, dim).double()
+
+
+def ulp_apart(dim=512):
+    rows = bank(0, 2000, dim).double()
+    rows[1000] = rows[7]
+    rows[1000, 3] *= 1 + 2.0**-50
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "distance"),
+    [
+        (clustered(1e-5), "euclidean"),
+        (clustered(1e-7), "manhattan"),
+        (clustered(1e-7) * (1 + 9 * torch.rand(3000, 1, generator=torch.Generator().manual_seed(0))), "cosine"),
+        (ulp_apart(), "euclidean"),
+        (torch.tensor([[2.0**40], [2.0**40 + 2], [1.0], [2.0]], dtype=torch.float64), "euclidean"),
+    ],
+    ids=["tight clusters", "tighter ones", "tight directions", "one bit apart", "large whole numbers"],
+)
+def test_float64_rows_that_float32_would_merge_or_reorder(rows, distance):
+    index = KNNIndex(distance_metric=distance).build(rows)
+    assert index.stats.storage_dtype == "float64"
+    asked = rows[-40:] if len(rows) != 2000 else rows[995:1005]
+    _, expected = brute_force(asked.numpy(), rows.numpy(), 4, distance)
+    assert torch.equal(index.search(asked, 4).indices, torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine", "manhattan"])
+def test_ordinary_float64_rows_are_stored_as_float32(distance):
+    normal = bank(0, 2000, 16).double() + 1e-9 * bank(1, 2000, 16).double()
+    equal = torch.cat([normal, normal[:500]])
+    for rows in (normal, normal.abs(), normal + 3, 1e-6 * normal, 1e6 * normal, equal, bank(0, 900, 4).double()):
+        assert KNNIndex(distance_metric=distance).build(rows).stats.storage_dtype == "float32"
+
+
 @pytest.mark.parametrize("offset", [1e5, 1e8, 1e12])
 @pytest.mark.parametrize("distance", ["euclidean", "manhattan"])
 def test_float64_rows_far_from_zero_have_float64s_neighbours(distance, offset):
@@ -249,6 +289,15 @@ def test_rows_that_are_multiples_of_each_other_are_ordered_by_index(monkeypatch,
     assert torch.equal(found.indices, torch.from_numpy(expected))
 
 
+def watched(index, done):
+    """Count how often the stats could be read until others are done."""
+    count = 0
+    while not done.wait(1e-3):
+        assert index.stats.exact
+        count += 1
+    return count
+
+
 def test_several_threads_search_one_index(monkeypatch):
     """Bounds are tightened while others search: rows near each other beside a projection that leaves them out."""
     centres = bank(0, 30, 600)
@@ -259,8 +308,12 @@ def test_several_threads_search_one_index(monkeypatch):
         monkeypatch.setattr(exact, "has_fast_bfloat16", lambda device, dtype=dtype: dtype)
         for _ in range(2):
             index = KNNIndex().build(rows)
-            with ThreadPoolExecutor(6) as pool:
+            done = threading.Event()
+            with ThreadPoolExecutor(7) as pool:
+                watch = pool.submit(watched, index, done)
                 found = list(pool.map(index.search, asked * 6, repeat(10)))
+                done.set()
+                assert watch.result() > 0
             assert all(torch.equal(one.indices, expected[i % len(asked)]) for i, one in enumerate(found))
 
 
