@@ -367,6 +367,10 @@ def _device(name: str) -> str | None:
 
 
 def _show(report: "EvalReport", out: Path | None) -> None:
+    from faiss_knn.offline.document import suspicions
+
+    for suspicion in suspicions(report):
+        print(f"faiss-knn: warning: {suspicion}", file=sys.stderr)
     try:
         print(report.table())
         if out is not None:

@@ -82,6 +82,11 @@ def _summary(report: EvalReport) -> Section:
     return Section("Result", (top, how + left_out))
 
 
+def suspicions(report: EvalReport) -> tuple[str, ...]:
+    """What makes the numbers suspect, a sentence each."""
+    return _trust(report).warnings
+
+
 def _trust(report: EvalReport) -> Section:
     """What makes the numbers suspect, or that nothing was found."""
     checks, first = report.checks, report.records[0]
@@ -102,6 +107,11 @@ def _trust(report: EvalReport) -> Section:
             else "queries are in the bank, number by number"
         )
         warnings.append(f"{first['duplicates']:,} {what}: accuracy on them measures nothing.")
+    if first.get("near_duplicates"):
+        warnings.append(
+            f"{first['near_duplicates']:,} queries are copies of bank rows but for rounding or scale: accuracy on them "
+            "measures nothing."
+        )
     if checks["unlabelled_bank"] or checks["unlabelled_queries"]:
         warnings.append(
             f"Left out for want of a label: {checks['unlabelled_bank']:,} bank rows, "

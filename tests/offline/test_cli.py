@@ -265,3 +265,19 @@ def test_a_config_that_is_a_pipe_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["eval", "--config", str(tmp_path / "a.yaml")])
     assert "a.yaml: is no regular file" in capsys.readouterr().err
+
+
+def test_what_makes_a_number_suspect_is_said_on_the_terminal(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((60, 4)).astype(np.float32)
+    labels = np.arange(60) % 3
+    np.savez(tmp_path / "bank.npz", features=rows, labels=labels)
+    np.savez(tmp_path / "other.npz", features=rng.standard_normal((20, 4)).astype(np.float32), labels=np.full(20, 7))
+    np.savez(tmp_path / "signs.npz", features=rows, labels=np.where(labels == 0, -1, 1))
+    bank = str(tmp_path / "bank.npz")
+    assert main(["eval", bank, bank]) == 0
+    assert "60 queries are in the bank" in capsys.readouterr().err
+    assert main(["eval", bank, str(tmp_path / "other.npz")]) == 0
+    assert "1 classes of the queries have no bank row" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "signs.npz"), str(tmp_path / "signs.npz")]) == 0
+    assert "Left out for want of a label: 20 bank rows" in capsys.readouterr().err
