@@ -3,8 +3,10 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,7 +14,7 @@ from faiss_knn import __version__
 
 if TYPE_CHECKING:
     from faiss_knn.offline.features import Features
-    from faiss_knn.offline.report import EvalReport
+    from faiss_knn.offline.report import EvalReport, Ledger, Record
 
 # torch and the readers are imported when there is something to evaluate, so that --help and bad usage answer at once.
 
@@ -25,7 +27,13 @@ unlabelled. Without files, the handwritten digits of scikit-learn are evaluated.
 examples:
   faiss-knn eval bank.npz queries.npz --k 1 5 20 --index flat ivf --sweep nprobe=1,4,16 --out results
   faiss-knn eval features.npy --labels labels.npy --leave-one-out
+
+What makes a number suspect (queries that are in the bank, classes that it lacks, ...) is said on stderr. A folder given
+to --out only grows: a second command adds to it, and what it has of the same data and settings gives way to the new.
 """
+
+
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,6 +75,11 @@ def _add_data(group: Any) -> None:
         help="read what an extraction that was cut off has saved so far",
     )  # fmt: skip
     group.add_argument("--class-names", type=Path, metavar="FILE", help="class names, one a line or JSON")
+    group.add_argument("--ignore-index", type=_whole, metavar="ID", help="a class id that means unlabelled, beside -1")
+    group.add_argument(
+        "--skip-bad-rows", action=argparse.BooleanOptionalAction, default=False,
+        help="leave out and count rows that are not finite, or zero under cosine, instead of refusing them",
+    )  # fmt: skip
     group.add_argument("--num-classes", type=_positive, metavar="C", help="default: what the labels need")
     group.add_argument(
         "--leave-one-out", action=argparse.BooleanOptionalAction, default=False,
@@ -74,12 +87,12 @@ def _add_data(group: Any) -> None:
     )  # fmt: skip
     group.add_argument("--per-class", type=_positive, metavar="N", help="few-shot: banks of N rows per class")
     group.add_argument("--tries", type=_positive, metavar="T", help="few-shot banks to draw (default 5)")
-    group.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    group.add_argument("--seed", type=_count, default=0, help="of the draws, which no two seeds share (default 0)")
 
 
 def _add_vote(group: Any) -> None:
     group.add_argument("--k", type=_positive, nargs="+", default=[1, 5, 10, 20], help="default 1 5 10 20")
-    group.add_argument("--temperature", type=_above_zero, nargs="+", default=[0.07], metavar="T", help="default 0.07")
+    group.add_argument("--temperature", type=_temperature, nargs="+", default=[0.07], metavar="T", help="default 0.07")
     group.add_argument(
         "--weighting", nargs="+", default=["inverse"], choices=["inverse", "softmax", "uniform"], help="default inverse"
     )
@@ -111,15 +124,26 @@ def _add_search(group: Any) -> None:
         help="search parameters to try: nprobe=1,4,16 k_factor=1,5",
     )
     group.add_argument(
+        "--storage-dtype", choices=["float16", "bfloat16", "float32", "float64"],
+        help="dtype of the bank's rows in the index (default: what the features need)",
+    )  # fmt: skip
+    group.add_argument(
         "--latency", type=_count, default=0, metavar="N", help="time N queries one at a time, for p50 and p95"
     )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto (default): cuda if there is one")
 
 
 def _add_output(group: Any) -> None:
-    group.add_argument("--out", type=Path, metavar="DIR", help="write results.jsonl, .csv, report.md, .html and plots")
     group.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=False, help="keep what --out has, do what it lacks"
+        "--out", type=Path, metavar="DIR",
+        help="add to results.jsonl, and write .csv, report.md, .html and plots of all that is in it",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=False,
+        help="leave out what --out has of the same data (its whole content) and settings",
+    )  # fmt: skip
+    group.add_argument(
+        "--overwrite", action=argparse.BooleanOptionalAction, default=False, help="forget what --out has"
     )
     group.add_argument(
         "--save-neighbors", action=argparse.BooleanOptionalAction, default=False, help="write neighbors.npz to --out"
@@ -140,10 +164,19 @@ def _count(text: str) -> int:
     return 0 if text == "0" else _positive(text)
 
 
-def _above_zero(text: str) -> float:
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+def _temperature(text: str) -> float:
     value = _number(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
+    if not _SMALLEST <= value <= _LARGEST:
+        raise argparse.ArgumentTypeError(f"must be from {_SMALLEST:g} to {_LARGEST:g}, as float32 is, got {text!r}")
     return value
 
 
@@ -223,7 +256,9 @@ def _check_combination(parser: argparse.ArgumentParser, given: argparse.Namespac
         parser.error("--per-class does not go with --leave-one-out")
     if given.tries is not None and given.per_class is None:
         parser.error("--tries needs --per-class")
-    for name in ("resume", "save_neighbors"):
+    if given.resume and given.overwrite:
+        parser.error("--resume goes on with what --out has, --overwrite forgets it: leave out one of them")
+    for name in ("resume", "overwrite", "save_neighbors"):
         if getattr(given, name) and given.out is None:
             parser.error(f"--{name.replace('_', '-')} needs --out")
 
@@ -234,16 +269,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 if the data cannot be used, with one line on stderr; bad usage exits with 2.
     """
+    _print_what_can_be_printed()
     given = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         with _ranks():
             return _evaluate(given)
+    except MemoryError as error:
+        return _failed(f"not enough memory: {error}")
     except (ValueError, OSError) as error:
         return _failed(" ".join(str(error).split()))
     except KeyboardInterrupt:
         kept = f": {given.out}/results.jsonl has what was done, --resume goes on" if given.out is not None else ""
         print(f"faiss-knn: stopped{kept}", file=sys.stderr)
         return 130
+
+
+def _print_what_can_be_printed() -> None:
+    """Where a locale has no letter for a character, print a question mark instead of ending."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def _failed(reason: str) -> int:
@@ -272,6 +317,8 @@ def _ranks() -> Iterator[None]:
 
 
 def _evaluate(given: argparse.Namespace) -> int:
+    import torch
+
     from faiss_knn.offline.evaluate import evaluate
     from faiss_knn.offline.features import read_class_names
     from faiss_knn.offline.report import Ledger
@@ -282,7 +329,7 @@ def _evaluate(given: argparse.Namespace) -> int:
         bank, queries = _read(given)
         names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
         if given.out is not None and not given.dry_run and _is_first():
-            ledger = Ledger(given.out, given.resume)
+            ledger = Ledger(given.out, given.resume, overwrite=given.overwrite)
     if given.dry_run:
         if _is_first():
             print(_dry_run(given, bank, queries, names))
@@ -310,17 +357,31 @@ def _evaluate(given: argparse.Namespace) -> int:
         target_recall=given.target_recall,
         latency=given.latency,
         device=_device(given.device),
+        storage_dtype=None if given.storage_dtype is None else getattr(torch, given.storage_dtype),
+        ignore_index=given.ignore_index,
+        skip_bad_rows=given.skip_bad_rows,
         keep_neighbors=given.save_neighbors,
         progress=None if _is_first() else False,
-        done=broadcast_object(ledger.records if ledger is not None else []),
-        on_record=ledger.add if ledger is not None else None,
+        done=broadcast_object(ledger.done if ledger is not None else []),
+        on_record=_noting(given, ledger),
     )
     if ledger is not None:
-        report.per_class = ledger.per_class | report.per_class
         report.save(given.out)
     if _is_first():
-        _show(report, given.out)
+        _show(report, given.out, [] if ledger is None or ledger.warning is None else [ledger.warning])
     return 0
+
+
+def _noting(given: argparse.Namespace, ledger: "Ledger | None") -> "Callable[[Record, list[float]], None]":
+    """Write down each record as soon as it is there, with the files that it is of."""
+
+    def note(record: "Record", per_class: list[float]) -> None:
+        for name, path in (("bank_file", given.bank), ("query_file", given.queries)):
+            record[name] = None if path is None else str(path)
+        if ledger is not None:
+            ledger.add(record, per_class)
+
+    return note
 
 
 def _read(given: argparse.Namespace) -> "tuple[Features, Features | None]":
@@ -353,6 +414,7 @@ def _dry_run(given: argparse.Namespace, bank: "Features", queries: "Features | N
         num_classes=given.num_classes,
         class_names=names,
         leave_one_out=given.leave_one_out,
+        ignore_index=given.ignore_index,
     )
     return estimate(problem, max(*given.k, given.depth or 1), given.index)
 
@@ -366,11 +428,11 @@ def _device(name: str) -> str | None:
     return name
 
 
-def _show(report: "EvalReport", out: Path | None) -> None:
-    from faiss_knn.offline.document import suspicions
-
-    for suspicion in suspicions(report):
-        print(f"faiss-knn: warning: {suspicion}", file=sys.stderr)
+def _show(report: "EvalReport", out: Path | None, notes: list[str]) -> None:
+    if out is not None and find_spec("matplotlib") is None:
+        notes = [*notes, "the report is without plots, which need matplotlib: pip install 'faiss-knn[plot]'"]
+    for note in (*report.warnings, *notes):
+        print(f"faiss-knn: warning: {note}", file=sys.stderr)
     try:
         print(report.table())
         if out is not None:

@@ -1,19 +1,18 @@
 """What a report says, in which order, before it is a page or a text file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from faiss_knn.offline.report import (
-    EvalReport,
+from faiss_knn.offline.listing import lost, rows_of, share, size
+from faiss_knn.offline.results import (
     Record,
+    Results,
+    best_of,
     deepest,
     front,
     index_name,
-    lost,
     record_key,
-    rows_of,
     searches,
-    share,
-    size,
 )
 
 _MANY = 30  # rows of a table by class
@@ -39,18 +38,17 @@ class Section:
     plot: str | None = None
 
 
-def title_of(report: EvalReport) -> str:
+def title_of(report: Results) -> str:
     """The report in one line: the best exact result."""
     record = headline(report)
     score = "mAP" if record["map"] is not None else "top-1 accuracy"
     return f"{share(record['map'] if record['map'] is not None else record['top1'])} % {score}"
 
 
-def headline(report: EvalReport) -> Record:
+def headline(report: Results) -> Record:
     """The best of the exact records, or of all if none is exact."""
     by = "map" if report.records[0]["map"] is not None else "top1"
-    exact = [record for record in report.records if record["exact"]]
-    return EvalReport(report.class_names, {}, exact or report.records).best(by)
+    return best_of([record for record in report.records if record["exact"]] or report.records, by)
 
 
 def setting(record: Record) -> str:
@@ -58,7 +56,7 @@ def setting(record: Record) -> str:
     return f"k = {record['k']}, T = {record['temperature']:g}, {record['weighting']} weights"
 
 
-def sections(report: EvalReport) -> list[Section]:
+def sections(report: Results) -> list[Section]:
     """The report's sections, most important first."""
     found = [_summary(report), _trust(report)]
     if len(searches(report.records)) > 1 or not report.records[0]["exact"]:
@@ -67,7 +65,20 @@ def sections(report: EvalReport) -> list[Section]:
     return found
 
 
-def _summary(report: EvalReport) -> Section:
+def overview(names: Sequence[str], parts: Sequence[Results]) -> Section:
+    """What a folder of several evaluations holds."""
+    rows = []
+    for name, part in zip(names, parts, strict=True):
+        best = headline(part)
+        files = [str(best.get(side) or "–") for side in ("bank_file", "query_file")]
+        score = share(best["map"] if best["map"] is not None else best["top1"])
+        rows.append([name, *files, best["distance_metric"], score, setting(best), index_name(best)])
+    headings = ["evaluation", "bank", "queries", "distance", "best", "with", "index"]
+    text = ("The best exact result of each, top-1 accuracy or mAP in percent. They differ in what the names say.",)
+    return Section("Evaluations in this folder", text, (), Table(headings, rows, 4))
+
+
+def _summary(report: Results) -> Section:
     best = headline(report)
     where = f"{best['n_queries']:,} queries before a bank of {best['n_bank']:,} rows, {best['dim']:,} dimensions"
     drawn = f"; banks of {best['per_class']} rows per class, {best['tries']} draws" if best["per_class"] else ""
@@ -82,71 +93,103 @@ def _summary(report: EvalReport) -> Section:
     return Section("Result", (top, how + left_out))
 
 
-def suspicions(report: EvalReport) -> tuple[str, ...]:
-    """What makes the numbers suspect, a sentence each."""
-    return _trust(report).warnings
-
-
-def _trust(report: EvalReport) -> Section:
+def _trust(report: Results) -> Section:
     """What makes the numbers suspect, or that nothing was found."""
-    checks, first = report.checks, report.records[0]
-    low, middle, high = checks["rows_per_class"]
-    text = [f"Bank rows per class: {low:,} at least, {middle:,.0f} in the middle, {high:,} at most."]
-    text.append(f"Always answering with the bank's commonest class: {share(checks['majority_baseline'])} % top-1.")
-    warnings = []
+    checks, text = report.checks, []
+    if checks:
+        low, middle, high = checks["rows_per_class"]
+        text.append(f"Bank rows per class: {low:,} at least, {middle:,.0f} in the middle, {high:,} at most.")
+        text.append(f"Always answering with the bank's commonest class: {share(checks['majority_baseline'])} % top-1.")
+    else:
+        text.append("The run was cut off: the classes of its bank and queries were not recorded.")
+    return Section("Before you trust it", tuple(text), tuple(warnings_of(report)))
+
+
+def warnings_of(report: Results) -> list[str]:
+    """What makes the numbers suspect, a sentence each."""
+    if not report.records:
+        return []
+    first = report.records[-1]
+    return [*_of_copies(first), *(_of_classes(report, first) if report.checks else []), *_of_rows(first, report.checks)]
+
+
+def _of_copies(first: Record) -> list[str]:
+    rows = "rows have a copy in the bank" if first["leave_one_out"] else "queries are in the bank"
+    found = []
+    if first.get("duplicates"):
+        found.append(f"{first['duplicates']:,} {rows}, number by number: accuracy on them measures nothing.")
+    if first.get("near_duplicates"):
+        scaled = "rounded or scaled" if first["distance_metric"] == "cosine" else "rounded"
+        found.append(
+            f"{first['near_duplicates']:,} {rows} but for a difference as small as a {scaled} copy has: accuracy on "
+            "them may measure nothing."
+        )
+    return found
+
+
+def _of_classes(report: Results, first: Record) -> list[str]:
+    checks, found = report.checks, []
     if checks["classes_unseen"]:
         names = ", ".join(checks["classes_unseen"][:5]) + (", …" if len(checks["classes_unseen"]) > 5 else "")
-        warnings.append(
+        found.append(
             f"{len(checks['classes_unseen'])} classes of the queries have no bank row ({names}): "
             f"their {checks['queries_unseen']:,} queries cannot be right."
         )
-    if first["duplicates"]:
-        what = (
-            "rows have an exact copy in the bank"
-            if first["leave_one_out"]
-            else "queries are in the bank, number by number"
+    if checks["classes_in_bank"] == 1:
+        found.append("The bank holds a single class: whatever the features are, every answer is that class.")
+    elif first["map"] is None and (best := headline(report)["top1"]) <= checks["majority_baseline"]:
+        found.append(
+            f"Always answering with the bank's commonest class gives {share(checks['majority_baseline'])} % top-1, no "
+            f"less than the {share(best)} % found."
         )
-        warnings.append(f"{first['duplicates']:,} {what}: accuracy on them measures nothing.")
-    if first.get("near_duplicates"):
-        warnings.append(
-            f"{first['near_duplicates']:,} queries are copies of bank rows but for rounding or scale: accuracy on them "
-            "measures nothing."
-        )
-    if checks["unlabelled_bank"] or checks["unlabelled_queries"]:
-        warnings.append(
-            f"Left out for want of a label: {checks['unlabelled_bank']:,} bank rows, "
-            f"{checks['unlabelled_queries']:,} queries."
+    elif first["map"] is None and checks["majority_baseline"] > 0.5:
+        found.append(
+            f"{share(checks['majority_baseline'])} % of the queries are of the bank's commonest class: always "
+            "answering with it gives as much."
         )
     if checks.get("lone_queries"):
-        warnings.append(f"{checks['lone_queries']:,} rows are alone in their class: they cannot be right.")
+        found.append(f"{checks['lone_queries']:,} rows are alone in their class: they cannot be right.")
     if checks["k_above_bank"]:
         above = ", ".join(map(str, checks["k_above_bank"]))
-        warnings.append(f"k = {above} is more than the bank has rows: all of them vote.")
-    return Section("Before you trust it", tuple(text), tuple(warnings))
+        found.append(f"k = {above} is more than the bank has rows: all of them vote.")
+    return found
 
 
-def _costs(report: EvalReport) -> Section:
+def _of_rows(first: Record, checks: Record) -> list[str]:
+    found = []
+    if checks.get("unlabelled_bank") or checks.get("unlabelled_queries"):
+        found.append(
+            f"Left out for want of a label (-1 means unlabelled, it is no class): {checks['unlabelled_bank']:,} bank "
+            f"rows, {checks['unlabelled_queries']:,} queries."
+        )
+    if first.get("skipped_bank") or first.get("skipped_queries"):
+        bank, queries = first["skipped_bank"], first["skipped_queries"]
+        found.append(f"Left out as zero or not finite: {bank:,} bank rows, {queries:,} queries.")
+    return found
+
+
+def _costs(report: Results) -> Section:
     best = headline(report)
     at = ("k", "temperature", "weighting")
     on_front = front(report.records)
     deep = deepest(report.records)
     rows = []
     for name, records in searches(report.records).items():
-        r = next(record for record in records if all(record[x] == best[x] for x in at))
+        r = next((record for record in records if all(record[x] == best[x] for x in at)), None)
+        if r is None:
+            continue  # of a command that asked for other settings
         worst = max(records, key=lambda record: float(record["accuracy_loss"]))
         rows.append(
             [
                 name + (" ★" if name in on_front else ""),
                 lost(r), share(r["accuracy_loss_se"]), lost(worst), share(r["top1"]), share(deep[name]["recall"]),
                 share(deep[name]["recall_ids"]), f"{r['qps']:,.0f}", f"{r['build_s']:.3g}", f"{r['search_s']:.3g}",
-                size(r["bytes"]), *_latency(r), built_as(r),
+                size(r["bytes"]), built_as(r),
             ]
         )  # fmt: skip
     depth = max(record["k"] for record in report.records)
     headings = ["index", "top-1 lost", "±", "lost at worst", "top-1", f"recall@{depth}", "by id",
-                "queries/s", "build s", "search s", "size"]  # fmt: skip
-    headings += ["p50 ms", "p95 ms"] if "latency_p50_ms" in report.records[0] else []
-    headings.append("built as")
+                "queries/s", "build s", "search s", "size", "built as"]  # fmt: skip
     text = (
         f"Accuracy lost is top-1 of the exact neighbours less top-1 of this index, in points, on the same queries with "
         f"{setting(best)}; at worst, over all settings here. Recall is the share of the exact neighbours found, where "
@@ -163,25 +206,17 @@ def built_as(record: Record) -> str:
     return " ".join([record["spec_used"], *more])
 
 
-def _latency(record: Record) -> list[str]:
-    return [f"{record[name]:.2f}" for name in ("latency_p50_ms", "latency_p95_ms") if name in record]
+def _all(report: Results) -> Section:
+    text = ("Accuracies in percent, accuracy lost in points.",)
+    return Section("Every setting", text, (), Table(*rows_of(report.records)))
 
 
-def _all(report: EvalReport) -> Section:
-    headings, rows = rows_of(report.records)
-    extra = [name for name in report.records[0] if name[:1].isupper()]  # torchmetrics names
-    rows = [row + [f"{r[name]:.4f}" for name in extra] for row, r in zip(rows, report.records, strict=True)]
-    return Section(
-        "Every setting", ("Accuracies in percent, accuracy lost in points.",), (), Table(headings + extra, rows)
-    )
-
-
-def _over_k(report: EvalReport) -> list[Section]:
+def _over_k(report: Results) -> list[Section]:
     several = len({record["k"] for record in report.records}) > 1
     return [Section("Accuracy over k", plot="k")] if several else []
 
 
-def _retrieval(report: EvalReport) -> list[Section]:
+def _retrieval(report: Results) -> list[Section]:
     names = ("precision", "hit_rate", "recall", "map", "ndcg", "mrr", "r_precision", "map_r")
     by_search = {(index_name(r), r["k"]): r for r in report.records if r["retrieval_precision"] is not None}
     if not by_search:
@@ -196,7 +231,7 @@ def _retrieval(report: EvalReport) -> list[Section]:
     return [Section("Retrieval", tuple(text), (), Table(headings, rows))]
 
 
-def _by_class(report: EvalReport) -> list[Section]:
+def _by_class(report: Results) -> list[Section]:
     best = headline(report)
     scores = class_scores(report, best)
     if not scores:
@@ -208,20 +243,21 @@ def _by_class(report: EvalReport) -> list[Section]:
     return [Section("By class", (text,), (), Table(["class", what], rows), "classes")]
 
 
-def class_scores(report: EvalReport, record: Record) -> list[tuple[str, float]]:
+def class_scores(report: Results, record: Record) -> list[tuple[str, float]]:
     """Name and score of each class that a query has, lowest first."""
     scores = report.per_class.get(record_key(record), [])
-    names = report.class_names or [str(i) for i in range(len(scores))]
-    found = [(names[i], score) for i, score in enumerate(scores) if score is not None and score == score]  # no NaN
+    found = [(report.class_name(i), score) for i, score in enumerate(scores) if score is not None and score == score]
     return sorted(found, key=lambda pair: pair[1])
 
 
-def _measured(report: EvalReport) -> Section:
+def _measured(report: Results) -> Section:
     first = report.records[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     where = ", ".join(sorted({f"{r['backend']} on {r['device']}" for r in report.records}))
+    stored = ", ".join(sorted({r["storage_dtype"] for r in report.records if r.get("storage_dtype")}))
     text = (
         f"Searched with {where}; {versions}; seed {first['seed']}.",
-        "Search seconds are for all queries in blocks of up to 2,048; size is what the index holds.",
+        "Search seconds are for all queries in blocks of up to 2,048; size is what the index holds"
+        + (f"; rows are stored as {stored}." if stored else "."),
     )
     return Section("How it was measured", text)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from faiss_knn.offline.listing import size
 from faiss_knn.offline.problem import Problem
-from faiss_knn.offline.report import size
 
 _OVERHEAD = 1.5  # of an exact search over the bare matrix product: selection, the exact distances of what is kept
 

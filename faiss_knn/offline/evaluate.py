@@ -20,7 +20,8 @@ from faiss_knn.offline.copies import Copies, count_copies
 from faiss_knn.offline.metrics import make_metrics
 from faiss_knn.offline.neighbors import EXACT, Found, SearchOptions, Variant, has_parameter
 from faiss_knn.offline.problem import Problem, check_values, make_problem, suspicions
-from faiss_knn.offline.report import EvalReport, Record, mean_values, record_key
+from faiss_knn.offline.report import EvalReport
+from faiss_knn.offline.results import Record, mean_values, record_key
 from faiss_knn.offline.rows import spans
 from faiss_knn.offline.scores import ClassJudge, Hits, MultiHotJudge, SharesJudge, recalls
 from faiss_knn.offline.together import find_neighbors

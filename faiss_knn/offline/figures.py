@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from faiss_knn.offline.document import class_scores, headline
-from faiss_knn.offline.report import EvalReport, Record, deepest, front, index_name, searches
+from faiss_knn.offline.results import Record, Results, deepest, front, index_name, searches
 
 _LIGHT = {"paper": "#ffffff", "ink": "#1c2430", "soft": "#5b6675", "grid": "#dde3ea"}
 _DARK = {"paper": "#12161c", "ink": "#e4e9f0", "soft": "#9aa7b8", "grid": "#2c3540"}
@@ -21,7 +21,7 @@ _BARS = 30
 Style = dict[str, str]
 
 
-def draw(report: EvalReport) -> dict[str, Callable[[Style], Figure]]:
+def draw(report: Results) -> dict[str, Callable[[Style], Figure]]:
     """The plots that a report has something for, by name."""
     plots: dict[str, Callable[[Style], Figure]] = {}
     if len(searches(report.records)) > 1:
@@ -68,7 +68,7 @@ def _label(axes: Any, style: Style, x: str, y: str) -> None:
     axes.set_ylabel(y, color=style["soft"], fontsize=10)
 
 
-def _over_k(report: EvalReport, style: Style) -> Figure:
+def _over_k(report: Results, style: Style) -> Figure:
     best = headline(report)
     by = "map" if best["map"] is not None else "top1"
     lines: dict[tuple[str, float], list[Record]] = {}
@@ -94,7 +94,7 @@ def _over_k(report: EvalReport, style: Style) -> Figure:
     return figure
 
 
-def _cost(report: EvalReport, style: Style) -> Figure:
+def _cost(report: Results, style: Style) -> Figure:
     best = headline(report)
     at = ("k", "temperature", "weighting")
     lost = {index_name(r): 100 * r["accuracy_loss"] for r in report.records if all(r[x] == best[x] for x in at)}
@@ -140,7 +140,7 @@ def _name_points(figure: Figure, axes: Any, points: list[tuple[str, tuple[float,
             text.remove()
 
 
-def _classes(report: EvalReport, style: Style) -> Figure:
+def _classes(report: Results, style: Style) -> Figure:
     best = headline(report)
     scores = class_scores(report, best)
     shown = scores[:_BARS]

@@ -280,4 +280,30 @@ def test_what_makes_a_number_suspect_is_said_on_the_terminal(tmp_path, capsys):
     assert main(["eval", bank, str(tmp_path / "other.npz")]) == 0
     assert "1 classes of the queries have no bank row" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "signs.npz"), str(tmp_path / "signs.npz")]) == 0
-    assert "Left out for want of a label: 20 bank rows" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Left out for want of a label" in said
+    assert "20 bank rows" in said
+
+
+def test_resume_notices_that_nearly_all_of_the_bank_is_another(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    rows, labels = rng.standard_normal((2000, 8)).astype(np.float32), np.arange(2000) % 4
+    rows[:, :4] += 6 * np.eye(4)[labels]
+    np.savez(tmp_path / "queries.npz", features=rows[:200], labels=labels[:200])
+    np.savez(tmp_path / "bank.npz", features=rows[200:], labels=labels[200:])
+    command = [
+        "eval",
+        str(tmp_path / "bank.npz"),
+        str(tmp_path / "queries.npz"),
+        "--k",
+        "5",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 0
+    other = labels[200:].copy()
+    other[100:] = rng.permutation(other[100:])
+    np.savez(tmp_path / "bank.npz", features=rows[200:], labels=other)
+    assert main([*command, "--resume"]) == 0
+    scores = [json.loads(line)["top1"] for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert scores[0] > 0.9 > scores[1]

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from faiss_knn import evaluate
-from faiss_knn.offline.report import Ledger, front, index_name, pareto, text_table
+from faiss_knn.offline.ledger import Ledger
+from faiss_knn.offline.listing import text_table
+from faiss_knn.offline.results import front, index_name, pareto
 
 NASTY = ['<script>alert("a")</script>', "b|c", "d & e", "f_g*h `i` [j]", "$k$"]
 
@@ -38,7 +40,7 @@ def folder(report, tmp_path_factory):
 
 def test_every_file_is_there(folder):
     assert {path.name for path in folder.iterdir()} == {
-        "results.jsonl", "results.csv", "per_class.csv", "report.md", "report.html", "neighbors.npz",
+        "results.jsonl", "per_class.jsonl", "results.csv", "per_class.csv", "report.md", "report.html", "neighbors.npz",
         "cost.png", "accuracy_over_k.png", "per_class.png",
     }  # fmt: skip
 
@@ -161,14 +163,27 @@ def test_a_ledger_survives_a_cut(report, tmp_path):
     for record in report.records[:3]:
         ledger.add(record, [0.5, float("nan")])
     with open(tmp_path / "results.jsonl", "a") as file:
-        file.write('{"spec": "fl')
+        file.write('null\n[1]\n{"spec": "fl')
     again = Ledger(tmp_path, resume=True)
-    assert again.records == report.records[:3]
-    assert list(again.per_class.values()) == [[0.5, None]] * 3
+    assert again.done == report.records[:3]
+    assert "3 lines are no whole records" in again.warning
     again.add(report.records[3], [])
-    assert Ledger(tmp_path, resume=True).records == report.records[:4]
-    assert Ledger(tmp_path).records == []  # without resume the old records stand aside
-    assert len((tmp_path / "results.previous.jsonl").read_text().splitlines()) == 4
+    assert Ledger(tmp_path, resume=True).done == report.records[:4]
+    assert Ledger(tmp_path).done == []  # without resume all are made again, and none is lost
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_folder_only_grows_until_it_is_told_otherwise(tmp_path):
+    rng = np.random.default_rng(0)
+    bank, queries = rng.standard_normal((90, 8)), rng.standard_normal((30, 8))
+    of = np.arange(90) % 3, np.arange(30) % 3
+    evaluate(bank, of[0], queries, of[1], k=(1, 5)).save(tmp_path)
+    evaluate(bank, of[0], queries, of[1], k=(1, 9), index="IVF4,Flat").save(tmp_path)
+    evaluate(bank[::-1].copy(), of[0], queries, of[1], k=1).save(tmp_path)  # another bank
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(records) == 2 + 2 + 1
+    assert {record["k"] for record in records} == {1, 5, 9}
+    assert len({record["data"] for record in records}) == 2
 
 
 def test_a_ledger_refuses_a_file_that_is_no_ledger(tmp_path):
