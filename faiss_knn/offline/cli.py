@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _print_what_can_be_printed() -> None:
     """Where a locale has no letter for a character, print a question mark instead of ending."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
 
 

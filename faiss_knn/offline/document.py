@@ -237,16 +237,16 @@ def _by_class(report: Results) -> list[Section]:
     if not scores:
         return []
     what = "average precision" if best["map"] is not None else "top-1"
-    rows = [[name, share(score)] for name, score in scores[:_MANY]]
+    rows = [[report.class_name(i), share(score)] for i, score in scores[:_MANY]]
     shown = f"The {_MANY} lowest of {len(scores):,} classes" if len(scores) > _MANY else "All classes"
     text = f"{shown}, {what} with {setting(best)}. per_class.csv has every class and setting."
     return [Section("By class", (text,), (), Table(["class", what], rows), "classes")]
 
 
-def class_scores(report: Results, record: Record) -> list[tuple[str, float]]:
-    """Name and score of each class that a query has, lowest first."""
+def class_scores(report: Results, record: Record) -> list[tuple[int, float]]:
+    """Number and score of each class that a query has, lowest first."""
     scores = report.per_class.get(record_key(record), [])
-    found = [(report.class_name(i), score) for i, score in enumerate(scores) if score is not None and score == score]
+    found = [(i, score) for i, score in enumerate(scores) if score is not None and score == score]  # no NaN
     return sorted(found, key=lambda pair: pair[1])
 
 

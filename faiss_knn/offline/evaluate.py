@@ -1,7 +1,6 @@
 """evaluate(): one search per index, then every number that follows from its neighbours."""
 
 import math
-import operator
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from faiss_knn.offline.rows import spans
 from faiss_knn.offline.scores import ClassJudge, Hits, MultiHotJudge, SharesJudge, recalls
 from faiss_knn.offline.together import find_neighbors
 from faiss_knn.retrieval import retrieval_metrics
-from faiss_knn.search.inputs import as_count
+from faiss_knn.search.inputs import as_count, as_integer, shown
 
 __all__ = ["EvalReport", "evaluate"]
 
@@ -144,7 +143,7 @@ def evaluate(
     problem = make_problem(
         bank_features, bank_labels, query_features, query_labels,
         num_classes=num_classes, class_names=class_names, leave_one_out=leave_one_out,
-        ignore_index=None if ignore_index is None else _whole(ignore_index, "ignore_index"),
+        ignore_index=None if ignore_index is None else as_integer(ignore_index, "`ignore_index`"),
         multi_label=any(name.startswith("Multilabel") for name in wanted),
     )  # fmt: skip
     if per_class is not None and problem.multi_hot:
@@ -400,22 +399,14 @@ def _positive(value: Any, need: str) -> int:
     try:
         return as_count(value, "it")
     except ValueError:
-        raise ValueError(f"{need}, got {value!r}") from None
+        raise ValueError(f"{need}, got {shown(value)}") from None
 
 
 def _count_from_zero(value: Any, name: str) -> int:
-    if _whole(value, name) < 0:
-        raise ValueError(f"`{name}` must be 0 or a positive integer, got {value!r}")
-    return _whole(value, name)
-
-
-def _whole(value: Any, name: str) -> int:
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except (TypeError, RuntimeError):  # the last from tensors of several numbers
-        pass
-    raise ValueError(f"`{name}` must be an integer, got {value!r}")
+    number = as_integer(value, f"`{name}`")
+    if number < 0:
+        raise ValueError(f"`{name}` must be 0 or a positive integer, got {number}")
+    return number
 
 
 def _file_of(features: Any) -> str | None:

@@ -2,10 +2,12 @@
 
 import io
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
@@ -17,6 +19,13 @@ _DARK = {"paper": "#12161c", "ink": "#e4e9f0", "soft": "#9aa7b8", "grid": "#2c35
 _LINES = ("#2f7fd0", "#e07b39", "#3aa57a", "#c2559d", "#9a8cf0", "#b8922c", "#55a9b8", "#d05a5a")
 _MARKS = "osD^vPX*"
 _BARS = 30
+_NUMBERED = "class #"
+# The first comes with matplotlib; the others have the letters of East Asia, where they are installed.
+_FAMILIES = (
+    "DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Noto Sans SC", "Noto Sans KR",
+    "Source Han Sans", "IPAexGothic", "TakaoPGothic", "NanumGothic", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
+    "Droid Sans Fallback", "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Arial Unicode MS", "Unifont",
+)  # fmt: skip
 
 Style = dict[str, str]
 
@@ -147,11 +156,28 @@ def _classes(report: Results, style: Style) -> Figure:
     which = f"the {_BARS} lowest of {len(scores):,} classes" if len(scores) > _BARS else "by class"
     what = "Average precision" if best["map"] is not None else "Top-1"
     figure, axes = _axes(style, f"{what}, {which}", max(2.2, 0.9 + 0.2 * len(shown)))
-    names = [name if len(name) <= 24 else name[:23] + "…" for name, _ in shown]
+    names = [_written(report, i) for i, _ in shown]
     axes.barh(range(len(shown)), [100 * score for _, score in shown], color=_LINES[0], height=0.7)
-    axes.set_yticks(range(len(shown)), names, parse_math=False)
+    axes.set_yticks(range(len(shown)), names, parse_math=False, fontfamily=_fonts()[0])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlim(0, 100)
-    _label(axes, style, "percent", "")
+    by_number = any(name.startswith(_NUMBERED) for name in names)
+    _label(axes, style, f"percent ({_NUMBERED}: no font here has its name's letters)" if by_number else "percent", "")
     return figure
+
+
+def _written(report: Results, number: int) -> str:
+    """A class's name, or its number where no font of this machine has the letters."""
+    name = " ".join(report.class_name(number).split())
+    if not all(ord(letter) in _fonts()[1] for letter in name):
+        return f"{_NUMBERED}{report.class_ids[number] if report.class_ids else number}"
+    return name if len(name) <= 24 else name[:23] + "…"
+
+
+@cache
+def _fonts() -> tuple[list[str], frozenset[int]]:
+    """The families to write names with, and the code points that one of them has."""
+    here = {font.name for font in fontManager.ttflist}
+    families = [name for name in _FAMILIES if name in here]
+    return families, frozenset(code for name in families for code in get_font(findfont(name)).get_charmap())

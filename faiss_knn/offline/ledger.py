@@ -22,6 +22,10 @@ _NUMBERS = (
     "dim", "num_classes",
 )  # fmt: skip
 _NESTED = ("settings", "options", "parameters", "versions")
+_PRESENT = (
+    "exact", "leave_one_out", "per_class", "tries", "seed", "top1_se", "top1_std", "top5", "macro_top1", "map",
+    "recall_ids", "accuracy_loss_se", "nprobe", "retrieval_precision", "retrieval_r_precision",
+)  # fmt: skip
 
 
 class Ledger:
@@ -161,7 +165,7 @@ def _records(path: Path) -> tuple[dict[str, Record], list[str]]:
 
 
 def _is_record(one: Any) -> bool:
-    if not isinstance(one, dict):
+    if not isinstance(one, dict) or not one.keys() >= set(_PRESENT):
         return False
     is_number = all(isinstance(one.get(name), (int, float)) for name in _NUMBERS)
     is_word = all(isinstance(one.get(name), str) for name in _WORDS)

@@ -9,6 +9,7 @@ from typing import Any
 
 from faiss_knn.offline.results import Record, front, index_name, newest_of_each, searches, task_key
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets take the beginning of a formula for
 _LATENCY = {"latency_p50_ms": "p50 ms", "latency_p95_ms": "p95 ms"}
 
 
@@ -127,4 +128,14 @@ def csv_lines(rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _harmless(cell: Any) -> Any:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+    if not isinstance(cell, str):
+        return cell
+    is_formula = cell.startswith(_FORMULA)
+    cell = cell.replace("\r\n", "\n").replace("\r", "\n")  # csv leaves a bare \r unquoted, where it begins a row
+    if not is_formula:
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell

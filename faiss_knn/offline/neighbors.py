@@ -16,7 +16,7 @@ from faiss_knn.offline.problem import Problem
 from faiss_knn.offline.rows import Rows, read_rows, spans
 from faiss_knn.search.backend import make_index
 from faiss_knn.search.distance import get_distance
-from faiss_knn.search.index import IndexStats, KNNIndex
+from faiss_knn.search.index import KNNIndex
 from faiss_knn.search.rows import is_memmap
 
 QUERY_BLOCK = 2048
@@ -179,7 +179,7 @@ def _search_piece(problem: Problem, span: tuple[int, int], k: int, variant: Vari
         "parameters": dict(stats.parameters),
         "backend": stats.backend,
         "device": stats.device,
-        "storage_dtype": _stored_dtype(stats, bank, options),
+        "storage_dtype": stats.storage_dtype,
         "bytes": stats.bytes,
         "build_s": build_s,
         "search_s": search_s,
@@ -188,12 +188,6 @@ def _search_piece(problem: Problem, span: tuple[int, int], k: int, variant: Vari
     return Found(
         torch.cat([distances for distances, *_ in found]), torch.where(indices < 0, indices, indices + span[0]), cost
     )
-
-
-def _stored_dtype(stats: IndexStats, bank: Rows, options: SearchOptions) -> str:
-    """Name the dtype in which the index holds the bank's rows."""
-    asked = getattr(stats, "storage_dtype", None) or options.storage_dtype
-    return str(asked or ("float16" if "16" in str(bank.dtype) else "float32")).removeprefix("torch.")
 
 
 def _searched(
@@ -246,7 +240,13 @@ def _merged(first: Found, second: Found, k: int) -> Found:
         if name in cost:
             cost[name] += first.cost[name]
     cost["qps"] = len(indices) / cost["search_s"]
+    cost["storage_dtype"] = widest([one.cost["storage_dtype"] for one in (first, second)])
     return Found(distances, indices, cost)
+
+
+def widest(dtypes: list[str]) -> str:
+    """The widest of the dtypes in which pieces of a bank are stored: each piece decides for itself."""
+    return max(dtypes, key=lambda name: int(name.lstrip("bfloat")))
 
 
 def merge_nearest(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:

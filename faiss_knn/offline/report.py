@@ -10,9 +10,9 @@ from faiss_knn.offline.html import html_table
 from faiss_knn.offline.ledger import Ledger, read_folder
 from faiss_knn.offline.listing import rows_of, text_table
 from faiss_knn.offline.publish import publish
-from faiss_knn.offline.results import Record, Results, best_of, mean_values, pareto, record_key
+from faiss_knn.offline.results import Record, Results, best_of, front, index_name, pareto
 
-__all__ = ["EvalReport", "Ledger", "Record", "mean_values", "pareto", "record_key", "text_table"]
+__all__ = ["EvalReport", "Ledger", "Record", "front", "index_name", "pareto", "text_table"]
 
 
 @dataclass

@@ -114,11 +114,10 @@ def _mean(values: list[Any]) -> Any:
 
 def index_name(record: Record) -> str:
     """A record's index with its point of a sweep and what else was asked of it, as tables and plots call it."""
-    asked = {
-        name: value
-        for name in ("nprobe", "target_recall")
-        if record["spec"] != "flat" and (value := (record.get("options") or {}).get(name)) is not None
-    }
+    options = record.get("options") or {}
+    asked = {"nprobe": options.get("nprobe")} if record.get("nprobe") is not None else {}
+    asked |= {"target_recall": options.get("target_recall")} if record["spec"] in ("ivf", "fast", "auto") else {}
+    asked = {name: value for name, value in asked.items() if value is not None}
     return " ".join([record["spec"], *(f"{name}={value}" for name, value in (asked | record["settings"]).items())])
 
 

@@ -18,6 +18,7 @@ from faiss_knn.offline.neighbors import (
     merge_nearest,
     pad_lists,
     search_bank,
+    widest,
 )
 from faiss_knn.offline.problem import Problem
 from faiss_knn.offline.rows import spans
@@ -92,4 +93,5 @@ def _total(costs: Sequence[dict[str, Any]], queries: int, by_bank: bool) -> dict
         if isinstance(first, float) or name == "bytes":
             values = [cost[name] for cost in costs]  # the slowest rank's times, and the bytes of all parts of a bank
             total[name] = sum(values) if by_bank and name == "bytes" else max(values)
-    return total | {"qps": queries / total["search_s"]}
+    stored = widest([cost["storage_dtype"] for cost in costs])
+    return total | {"storage_dtype": stored, "qps": queries / total["search_s"]}

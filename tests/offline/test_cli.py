@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,6 +167,16 @@ BAD_USAGE = {
     "too many": (["eval", "a", "b", "--leave-one-out"], "takes BANK alone"),
     "k of zero": (["eval", "--k", "0"], "must be a positive whole number, got '0'"),
     "temperature of nothing": (["eval", "--temperature", "0"], "must be above 0, got '0'"),
+    "no number": (["eval", "--temperature", "nan"], "must be above 0, got 'nan'"),
+    "temperature without end": (["eval", "--temperature", "inf"], "as float32 is, got 'inf'"),
+    "temperature that vanishes": (["eval", "--temperature", "1e-46"], "as float32 is, got '1e-46'"),
+    "seed below 0": (["eval", "--seed", "-1"], "must be a positive whole number, got '-1'"),
+    "latency below 0": (["eval", "--latency", "-1"], "must be a positive whole number, got '-1'"),
+    "sweep over nothing": (["eval", "--sweep", "nprobe="], "must be nprobe=1,4,16"),
+    "storage of no kind": (["eval", "--storage-dtype", "int8"], "invalid choice: 'int8'"),
+    "a label that is no number": (["eval", "--ignore-index", "x"], "must be a whole number, got 'x'"),
+    "both ways": (["eval", "--out", "x", "--resume", "--overwrite"], "leave out one of them"),
+    "overwrite what": (["eval", "--overwrite"], "--overwrite needs --out"),
     "a word for a number": (["eval", "--temperature", "warm"], "must be a number, got 'warm'"),
     "unknown weighting": (["eval", "--weighting", "loud"], "invalid choice: 'loud'"),
     "unknown option": (["eval", "--colour", "red"], "unrecognized arguments"),
@@ -220,6 +231,120 @@ def test_what_was_done_before_a_cut_is_kept_and_not_done_again(files, tmp_path, 
     assert len((out / "per_class.csv").read_text().splitlines()) == 1 + 4 * 4
     monkeypatch.setattr(KNNIndex, "build", None)  # a third run has nothing to search
     assert main([*arguments, "--out", str(out), "--resume"]) == 0
+
+
+SUSPECT = {  # bank and queries of rows x, labels y, and what is said
+    "classes -1 and +1": lambda x, y: (
+        (x, y % 2 * 2 - 1),
+        (x + 9, y % 2 * 2 - 1),
+        "no class): 20 bank",
+        "single class",
+    ),
+    "the bank asks itself": lambda x, y: ((x, y), (x, y), "40 queries are in the bank, number by number"),
+    "in half precision": lambda x, y: ((x, y), (x.astype(np.float16), y), "40 queries are in the bank but for"),
+    "scaled": lambda x, y: ((x, y), (3 * x, y), "a rounded or scaled copy has"),
+    "classes that the bank lacks": lambda x, y: (
+        (x, y),
+        (x + 9, y + 4),
+        "4 classes of the queries have no bank row",
+    ),
+    "no better than the commonest class": lambda x, y: ((x, y // 3 % 2), (x + 9, 0 * y), "no less than the"),
+    "one class": lambda x, y: ((x, 0 * y), (x + 9, y), "The bank holds a single class"),
+    "fewer rows than k": lambda x, y: ((x[:4], y[:4]), (x + 9, y % 2), "k = 5 is more than the bank has rows"),
+}
+
+
+@pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize("case", SUSPECT)
+def test_what_makes_a_number_suspect_is_said_on_stderr(tmp_path, capsys, case, out):
+    rng = np.random.default_rng(3)
+    bank, queries, *said = SUSPECT[case](rng.standard_normal((40, 8)), np.arange(40) % 4)
+    for name, (features, labels) in (("bank", bank), ("queries", queries)):
+        np.savez(tmp_path / f"{name}.npz", features=features, labels=labels)
+    arguments = ["eval", str(tmp_path / "bank.npz"), str(tmp_path / "queries.npz"), "--k", "1", "5"]
+    assert main([*arguments, *(["--out", str(tmp_path / "out")] if out else [])]) == 0
+    err = capsys.readouterr().err
+    for words in said:
+        assert words in err
+        assert not out or words in (tmp_path / "out" / "report.html").read_text()
+    assert all(line.startswith("faiss-knn: warning: ") for line in err.splitlines())
+
+
+def test_few_shot_warns_of_the_banks_that_were_drawn(files, capsys):
+    assert main(["eval", *files, "--k", "20", "--per-class", "2", "--tries", "2"]) == 0
+    assert "k = 20 is more than the bank has rows" in capsys.readouterr().err
+
+
+def test_metrics_and_latency_are_in_the_table(files, capsys):
+    assert main(["eval", *files, "--k", "1", "5", "--metric", "MulticlassF1Score", "--latency", "3"]) == 0
+    heading, first, _ = capsys.readouterr().out.splitlines()
+    assert heading.split()[-5:] == ["MulticlassF1Score", "p50", "ms", "p95", "ms"]
+    assert all(float(cell) > 0 for cell in first.split()[-3:])
+
+
+def test_options_for_odd_data_reach_the_evaluation(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    rows, labels = rng.standard_normal((50, 4)), np.arange(50) % 3
+    labels[:5], rows[7] = 255, np.nan
+    np.savez(tmp_path / "bank.npz", features=rows, labels=labels)
+    arguments = ["eval", str(tmp_path / "bank.npz"), "--leave-one-out", "--k", "3", "--ignore-index", "255"]
+    assert main(arguments) == 1
+    arguments += ["--skip-bad-rows", "--storage-dtype", "float64", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    err = capsys.readouterr().err
+    assert "Left out as zero or not finite: 1 bank rows" in err
+    assert "is no class): 5 bank rows" in err
+    (record,) = records(tmp_path / "out")
+    assert (record["n_bank"], record["num_classes"], record["storage_dtype"]) == (44, 3, "float64")
+    assert (record["skipped_bank"], record["bank_file"]) == (1, str(tmp_path / "bank.npz"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["created"])
+
+
+def test_labels_of_a_name_in_a_file_of_their_own(files, tmp_path, capsys):
+    both = dict(np.load(files[0]))
+    np.save(tmp_path / "rows.npy", both["features"])
+    np.savez(tmp_path / "labels.npz", fine=both["labels"], coarse=both["labels"] // 2)
+    arguments = ["eval", str(tmp_path / "rows.npy"), "--leave-one-out", "--k", "3", "--labels"]
+    shown = []
+    for key in ("fine", "coarse"):
+        assert main([*arguments, str(tmp_path / "labels.npz"), "--labels-key", key]) == 0
+        shown.append(capsys.readouterr().out.splitlines()[1].split()[4])
+    assert main(["eval", files[0], "--leave-one-out", "--k", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[4] == shown[0] != shown[1]
+
+
+@pytest.mark.parametrize("way", ["a file", "a file's child", "results.jsonl is a folder"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_search(files, tmp_path, monkeypatch, capsys, way):
+    from faiss_knn.search.index import KNNIndex
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / "results.jsonl").mkdir(parents=True)
+    out = {"a file": "file", "a file's child": "file/out", "results.jsonl is a folder": "folder"}[way]
+    monkeypatch.setattr(KNNIndex, "build", None)
+    assert main(["eval", *files, "--out", str(tmp_path / out)]) == 1
+    err = capsys.readouterr().err
+    assert f"{tmp_path / out}: cannot be written" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+                                    {"PYTHONIOENCODING": "ascii"}])  # fmt: skip
+def test_names_and_signs_survive_any_locale(tmp_path, locale):
+    rng = np.random.default_rng(0)
+    names = ["猫", "犬", "café"]
+    np.savez(tmp_path / "bank.npz", features=rng.standard_normal((30, 4)), labels=np.array(names)[np.arange(30) % 3])
+    (tmp_path / "eval.yaml").write_text("# für\nclass-names: names.txt\n", encoding="utf-8")
+    (tmp_path / "names.txt").write_text("\n".join(sorted(names)), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-X", "warn_default_encoding", "-m", "faiss_knn", "eval", "bank.npz", "--leave-one-out", "--k",
+         "3", "--config", "eval.yaml", "--out", "out"],
+        capture_output=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)} | locale,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"faiss_knn/offline" not in done.stderr  # no EncodingWarning of ours
+    for name in ("report.html", "report.md", "per_class.csv"):
+        assert all(word in (tmp_path / "out" / name).read_text(encoding="utf-8") for word in names)
+    assert json.loads((tmp_path / "out" / "results.jsonl").read_text())["top1"] >= 0
 
 
 def test_ctrl_c_ends_with_one_line(tmp_path):
