@@ -1,8 +1,8 @@
 """OnlineKNN: a k-NN vote over the queue at every validation, logged as torchmetrics."""
 
-import builtins
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from faiss_knn.classify.bank import FeatureBank
-from faiss_knn.classify.labels import as_labels, is_soft, most_likely, one_hot_ids
+from faiss_knn.classify.labels import as_class_count, as_labels, is_soft, most_likely, one_hot_ids
 from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.classify.vote import check_vote_options, neighbor_weights, normalize_scores
 from faiss_knn.online.asked import Asked, choose
@@ -39,6 +39,7 @@ from faiss_knn.online.queue import (
     belong_together,
     find_or_create_queue,
 )
+from faiss_knn.online.ring import as_device_or_none
 from faiss_knn.online.rows import flat_rows, labelled, searchable
 from faiss_knn.online.samples import OncePerId, check_sample_ids, genuine_rows, newest_per_id, sample_ids
 from faiss_knn.online.state import trainer_state
@@ -51,6 +52,7 @@ from faiss_knn.search.ranks import agree, agreed, broadcast_object, gather_rows,
 from faiss_knn.search.sharded import ShardedIndex
 from faiss_knn.search.tuning import recall_by_query
 
+_OURS = "_faiss_knn_predictions"  # marks predictions: a batch that is handed out again still holds them
 _EXPECTED_BATCHES = 8  # over which queries are drawn where their number is not known
 _TUNED_RECALL, _PLAIN_RECALL, _RECALL_LEEWAY = 0.99, 0.9, 0.02  # below which a recall is warned of
 
@@ -141,13 +143,14 @@ class OnlineKNN(Callback):
         ignore_index: int | None = None,
         strict: bool = False,
     ) -> None:
+        k = _listed(k)
         self.ks = _checked_ks(k)
         check_vote_options(temperature, weighting)
         chunk_size = as_integer(chunk_size, "chunk_size")
         if chunk_size == 0 or chunk_size < -1:
             raise ValueError(f"chunk_size must be positive or -1, got {chunk_size}")
         if isinstance(input_dim, Sequence):
-            input_dim = int(np.prod([as_positive(size, "input_dim") for size in input_dim]))
+            input_dim = int(np.prod([as_positive(size, "input_dim") for size in input_dim or [0]]))
         if recall_queries != 0:
             recall_queries = as_positive(recall_queries, "recall_queries")
         if gather not in ("replicate", "shard"):
@@ -160,19 +163,19 @@ class OnlineKNN(Callback):
         self.metrics = named_metrics(metrics)
         self.input_dim = None if input_dim is None else as_positive(input_dim, "input_dim")
         self.target_dim = None if target_dim is None else as_positive(target_dim, "target_dim")
-        self.num_classes = None if num_classes is None else as_positive(num_classes, "num_classes")
+        self.num_classes = None if num_classes is None else as_class_count(as_positive(num_classes, "num_classes"))
         self.k = k
         self.temperature = temperature
         self.chunk_size = chunk_size
         self.distance_metric = distance_metric
-        self.verbose = verbose
+        self.verbose = None if verbose is None else as_switch(verbose, "verbose")
         self.index = index
         self.nprobe = nprobe
         self.target_recall = target_recall
         self.weighting = weighting
         self.gather = gather
         self.bank_dtype = bank_dtype
-        self.bank_device = bank_device
+        self.bank_device = as_device_or_none(bank_device, "bank_device")
         self.bank_dataloader_idx = (
             None if bank_dataloader_idx is None else as_integer(bank_dataloader_idx, "bank_dataloader_idx")
         )
@@ -185,7 +188,7 @@ class OnlineKNN(Callback):
         self._warned_inferred_num_classes = False
         self._metrics_class_count = class_count(self.metrics)
         self._multiclass = is_multiclass(self.metrics)
-        rehearse(self.metrics)
+        rehearse(self.metrics, self.num_classes)
         self._new_index()  # a bad index option is an error here, not at the first validation
 
     @property
@@ -361,7 +364,7 @@ class OnlineKNN(Callback):
                 self._draw(epoch, asked.queries)
             found = self._search(epoch, asked)
             if asked is not None and found is not None and epoch.error is None:
-                self._score(run, epoch, asked, *found)
+                self._score(epoch, asked, *found)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         with agreed():
@@ -723,7 +726,7 @@ class OnlineKNN(Callback):
     ) -> Asked:
         assert epoch.bank is not None
         place = _first_mapping(batch, outputs)
-        if place is not None and f"{self.name}_preds" in place and not run.wrote(place[f"{self.name}_preds"]):
+        if place is not None and f"{self.name}_preds" in place and not _is_ours(place[f"{self.name}_preds"]):
             raise ValueError(f"Key '{self.name}_preds' already exists in batch")
         rows = {key: find_tensor(key, outputs, batch, self.name) for key in self._keys()}
         self._check_aligned(rows)
@@ -767,7 +770,7 @@ class OnlineKNN(Callback):
         while epoch.searches < epoch.most_searches:
             self._search(epoch, None)
 
-    def _score(self, run: Run, epoch: Epoch, asked: Asked, found: Neighbors, labels: Tensor | None) -> None:
+    def _score(self, epoch: Epoch, asked: Asked, found: Neighbors, labels: Tensor | None) -> None:
         """Update the loader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance."""
         assert epoch.bank is not None
         options: dict[str, Any] = {"temperature": self.temperature, "weighting": self.weighting}
@@ -793,7 +796,7 @@ class OnlineKNN(Callback):
             epoch.once[asked.loader].add(asked.ids, lambda new: count(asked.counted_of(new)))
         if asked.place is not None:
             asked.place[f"{self.name}_preds"] = predictions
-            run.predictions[builtins.id(predictions)] = predictions
+            vars(predictions)[_OURS] = True
 
     def _about_the_search(self, trainer: Any, run: Run, epoch: Epoch, prefix: str) -> dict[str, Tensor]:
         """What approximation the index makes, and how many rows were left out, over all ranks."""
@@ -854,9 +857,14 @@ def _choice(index: KNNIndex) -> tuple[str, int | None]:
     return index.stats.spec, index.stats.nprobe
 
 
+def _listed(k: Any) -> Any:
+    """Return an array or tensor of several numbers as a list, and all else as it is."""
+    return k.tolist() if isinstance(k, np.ndarray | Tensor) and k.ndim == 1 else k
+
+
 def _checked_ks(k: Any) -> tuple[int, ...]:
     ks = (k,) if isinstance(k, str) or not isinstance(k, Sequence) else tuple(k)
-    if not ks or len(set(ks)) < len(ks):
+    if not ks or any(one == other for one, other in combinations(ks, 2)):
         raise ValueError(f"k must be one number or several different ones, got {k}")
     for one in ks:
         if isinstance(one, str | float):
@@ -867,6 +875,11 @@ def _checked_ks(k: Any) -> tuple[int, ...]:
 def _widened(scores: Tensor, width: int) -> Tensor:
     """Add classes without a vote to scores (B, C), up to `width`."""
     return pad(scores, (0, width - scores.shape[1])) if width > scores.shape[1] else scores
+
+
+def _is_ours(value: object) -> bool:
+    """Tell whether what a batch holds are predictions of an earlier run, also of another trainer's."""
+    return isinstance(value, Tensor) and _OURS in vars(value)
 
 
 def _first_mapping(*places: Any) -> MutableMapping[str, Any] | None:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
@@ -34,7 +33,6 @@ class Run:
         width: The most classes that a validation has had.
         validations: How many there were in this fit.
         last: What was logged last.
-        predictions: Those that some batch still holds.
     """
 
     queues: dict[str, OnlineQueue]
@@ -46,11 +44,6 @@ class Run:
     width: int = 0
     validations: int = 0
     last: dict[str, Tensor] = field(default_factory=dict)
-    predictions: WeakValueDictionary[int, Tensor] = field(default_factory=WeakValueDictionary)
-
-    def wrote(self, value: object) -> bool:
-        """Tell whether what a batch holds are predictions of ours, from when it was scored before."""
-        return value is not None and self.predictions.get(id(value)) is value
 
 
 @dataclass

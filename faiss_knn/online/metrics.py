@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 from torchmetrics import Metric, MetricCollection
 
 from faiss_knn.classify.ranking import scores_for
+from faiss_knn.search.inputs import shown
 from faiss_knn.search.ranks import gather_rows, share
 
 
@@ -72,22 +73,27 @@ def _parts(metric: Metric) -> list[Metric]:
     return [part for part in metric.modules() if isinstance(part, Metric)]
 
 
-def rehearse(metrics: Mapping[str, Metric]) -> None:
+def rehearse(metrics: Mapping[str, Metric], num_classes: int | None = None) -> None:
     """Update and compute a clone of each metric, before hours of training are spent.
+
+    Args:
+        metrics: Name to metric.
+        num_classes: Width of the scores; None: what each metric was made for.
 
     Raises:
         ValueError: Naming the metric that can judge neither class ids nor 0/1 labels, with its own reason.
     """
     for name, metric in metrics.items():
-        width = class_count({name: metric})
-        ids = torch.arange(2 * (width or 2), device="cpu") % (width or 2)
-        error = _failure(metric, width or 2, ids)
+        known = class_count({name: metric})
+        width = num_classes or known or 2
+        ids = torch.arange(2 * width, device="cpu") % min(width, known or width)
+        error = _failure(metric, width, ids)
         # A metric that does not say its width may have good reasons not to like this one.
-        if error is None or not (width or isinstance(error, TypeError)):
+        if error is None or not (known or isinstance(error, TypeError)):
             continue
-        if _failure(metric, width or 2, one_hot(ids, width or 2)) is not None:
+        if is_multiclass({name: metric}) or _failure(metric, width, one_hot(ids, width)) is not None:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ValueError(f"metric {name} cannot judge scores of {width or 2} classes: {reason}")
+            raise ValueError(f"metric {name} cannot judge scores of {width} classes: {reason}")
 
 
 def _failure(metric: Metric, width: int, labels: Tensor) -> Exception | None:
@@ -238,5 +244,5 @@ def _by_class(metrics: list[Metric]) -> dict[str, Metric]:
 
 def _checked(metric: Any, where: str) -> Metric:
     if not isinstance(metric, Metric):
-        raise ValueError(f"metric {where} is no a torchmetric, got {metric!r}: give a torchmetrics.Metric")  # noqa: TRY004
+        raise ValueError(f"metric {where} is no a torchmetric, got {shown(metric)}: give a torchmetrics.Metric")  # noqa: TRY004
     return metric

@@ -285,12 +285,12 @@ def as_dtype(dtype: Any) -> torch.dtype | None:
     return dtype
 
 
-def as_device_or_none(device: Any) -> torch.device | None:
+def as_device_or_none(device: Any, argument: str = "`device`") -> torch.device | None:
     """Return a torch device from itself or its name, or None, and refuse all else with a ValueError."""
     try:
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"`device` must be a torch device or its name, got {shown(device)}") from error
+        raise ValueError(f"{argument} must be a torch device or its name, got {shown(device)}") from error
 
 
 def row_shape(dim: Any) -> tuple[int, ...] | None:

@@ -19,6 +19,7 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
     MultilabelAccuracy,
 )
+from torchmetrics.wrappers import MetricTracker
 
 from faiss_knn import OnlineKNN, OnlineQueue
 from tests.online.parts import Echo, clusters, loader, trainer
@@ -562,11 +563,28 @@ def test_approximate_indexes_score_too(index):
         ({"temperature": math.nan}, "temperature must be positive"),
         ({"bank_dtype": torch.int8}, "`storage_dtype` must be"),
         ({"metrics": 3}, "metrics can only be"),
+        ({"k": {1, 5}}, "k must be an integer, got set"),
+        ({"k": np.array([5, 5])}, "k must be one number or several different ones"),
+        ({"k": np.array([[1, 5]])}, "k must be an integer, got ndarray of shape"),
+        ({"queue_length": math.nan}, "queue_length must be an integer, got nan"),
+        ({"every_n_epochs": math.nan}, "every_n_epochs must be an integer, got nan"),
+        ({"name": 3}, "name must be a name, got 3"),
+        ({"num_classes": 2**40}, "num_classes must be at most"),
+        ({"verbose": "yes"}, "verbose must be True or False, got 'yes'"),
+        ({"bank_device": "gpu"}, "bank_device must be a torch device or its name, got 'gpu'"),
+        ({"bank_device": 3.5}, "bank_device must be a torch device or its name, got 3.5"),
+        ({"input_dim": ()}, "input_dim must be positive, got 0"),
+        ({"metrics": {"t": MetricTracker(MulticlassAccuracy(4))}}, "is no a torchmetric, got MetricTracker: give"),
     ],
 )
 def test_bad_arguments_are_named_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         knn(**options)
+
+
+@pytest.mark.parametrize("k", [np.array([1, 5]), torch.tensor([1, 5]), (np.int64(1), np.int32(5)), range(1, 6, 4)])
+def test_several_k_come_in_any_sequence(k):
+    assert knn(k=k).ks == (1, 5)
 
 
 def test_the_first_bad_argument_is_named():

@@ -16,7 +16,7 @@ from torchmetrics.classification import (
     MultilabelAccuracy,
 )
 from torchmetrics.retrieval import RetrievalMAP
-from torchmetrics.wrappers import BootStrapper
+from torchmetrics.wrappers import BootStrapper, MultioutputWrapper
 
 from faiss_knn import OnlineKNN
 from faiss_knn.online.queue import RingBuffer, align, find_or_create_queue, find_or_create_queue_callback
@@ -148,6 +148,11 @@ class TestMetrics:
     def test_a_metric_that_cannot_work_is_refused_at_once(self):
         with pytest.raises(ValueError, match="metric m cannot judge scores of 2 classes: TypeError"):
             knn(metrics={"m": RetrievalMAP()})
+        with pytest.raises(ValueError, match="metric acc cannot judge scores of 20 classes: ValueError"):
+            knn(num_classes=20)
+        with pytest.raises(ValueError, match="metric m cannot judge scores of 4 classes: IndexError"):
+            knn(metrics={"m": MultioutputWrapper(MulticlassAccuracy(4), 1)})
+        assert knn(num_classes=10, metrics={"m": BinaryAccuracy()}).num_classes == 10  # class 1 among others
 
     def test_metrics_may_be_left_out(self):
         run = trainer(OnlineKNN("knn", "embedding", "label", 64), **QUIET)
@@ -167,10 +172,19 @@ class TestLoaders:
             def __len__(self):
                 return len(self.batches)
 
+        class AsTheyAre(Echo):
+            def transfer_batch_to_device(self, batch, device, dataloader_idx):
+                return batch
+
         val = Cached(list(loader(**clusters(48, seed=1))))
-        run = trainer(knn(), max_epochs=3, **QUIET)
-        run.fit(Echo(), loader(**clusters(64)), val)
-        assert run.callback_metrics["eval/knn_acc"] == 1.0
+        for run in (trainer(knn(), max_epochs=3, **QUIET), trainer(knn(), max_epochs=3, **QUIET)):
+            run.fit(AsTheyAre(), loader(**clusters(64)), val)
+            assert run.callback_metrics["eval/knn_acc"] == 1.0
+            run.validate(AsTheyAre(), val, verbose=False)
+            assert run.callback_metrics["eval/knn_acc"] == 1.0
+        val.batches[0]["knn_preds"] = val.batches[0]["knn_preds"].clone()  # the user's own now
+        with pytest.raises(ValueError, match="'knn_preds' already exists in batch"):
+            run.validate(AsTheyAre(), val, verbose=False)
 
     @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
     def test_loaders_that_are_read_at_once_are_one(self, mode):
