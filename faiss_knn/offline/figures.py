@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from faiss_knn.offline.document import class_scores, headline
-from faiss_knn.offline.results import Record, Results, deepest, front, index_name, searches
+from faiss_knn.offline.results import Record, Results, deepest, index_name, pareto, searches
 
 _LIGHT = {"paper": "#ffffff", "ink": "#1c2430", "soft": "#5b6675", "grid": "#dde3ea"}
 _DARK = {"paper": "#12161c", "ink": "#e4e9f0", "soft": "#9aa7b8", "grid": "#2c3540"}
@@ -110,7 +110,8 @@ def _cost(report: Results, style: Style) -> Figure:
     deep = deepest(report.records)
     points = {name: (deep[name]["recall"], deep[name]["qps"]) for name in lost}
     figure, axes = _axes(style, "Recall against speed, and the accuracy lost", 3.5)
-    line = sorted(points[name] for name in front(report.records))
+    best_drawn = pareto(points)  # an index that was asked for with other settings has no loss here, and no dot
+    line = sorted(points[name] for name in best_drawn)
     axes.plot(*zip(*line, strict=True), color=style["soft"], linewidth=1, zorder=1)
     losses = list(lost.values())
     dots = axes.scatter(
@@ -127,7 +128,7 @@ def _cost(report: Results, style: Style) -> Figure:
     bar.ax.tick_params(colors=style["soft"], labelsize=9)
     bar.outline.set_edgecolor(style["grid"])
     _label(axes, style, f"recall at k = {max(r['k'] for r in deep.values())}", "queries per second")
-    _name_points(figure, axes, sorted(points.items(), key=lambda p: p[0] not in front(report.records)), style)
+    _name_points(figure, axes, sorted(points.items(), key=lambda p: p[0] not in best_drawn), style)
     return figure
 
 

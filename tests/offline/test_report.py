@@ -178,7 +178,10 @@ def test_a_folder_only_grows_until_it_is_told_otherwise(tmp_path):
     bank, queries = rng.standard_normal((90, 8)), rng.standard_normal((30, 8))
     of = np.arange(90) % 3, np.arange(30) % 3
     evaluate(bank, of[0], queries, of[1], k=(1, 5)).save(tmp_path)
-    evaluate(bank, of[0], queries, of[1], k=(1, 9), index="IVF4,Flat").save(tmp_path)
+    further = evaluate(bank, of[0], queries, of[1], k=(1, 9), index="IVF4,Flat")
+    for record in further.records:
+        record["qps"] = 1e12  # on the front, and perhaps at none of the settings that the plots show
+    further.save(tmp_path)
     evaluate(bank[::-1].copy(), of[0], queries, of[1], k=1).save(tmp_path)  # another bank
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(records) == 2 + 2 + 1
