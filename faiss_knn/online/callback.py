@@ -217,7 +217,8 @@ class OnlineKNN(Callback):
             self._drop_rows_of_others(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        remember(trainer, fingerprint(pl_module))
+        with agreed():
+            remember(trainer, fingerprint(pl_module))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         with agreed():
@@ -249,13 +250,16 @@ class OnlineKNN(Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Say where weights were swapped between the start of validation and its first batch."""
-        if batch_idx == dataloader_idx == 0:
-            self._check_swapped(trainer, pl_module)
+        if batch_idx == dataloader_idx == 0:  # not on a rank without batches: the ranks cannot meet here
+            epoch = self._run(trainer).epoch
+            with kept(trainer) if epoch is None else held_back(epoch):
+                self._check_swapped(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Say where weights that were swapped before validation started are put back at its end."""
-        self._check_swapped(trainer, pl_module)
-        self._run(trainer).weights = None
+        with agreed():
+            self._check_swapped(trainer, pl_module)
+            self._run(trainer).weights = None
 
     on_test_batch_start = on_validation_batch_start
     on_test_end = on_validation_end

@@ -16,7 +16,7 @@ from faiss_knn.online.metrics import MetricTable
 from faiss_knn.online.queue import OnlineQueue, QueueStorage
 from faiss_knn.online.samples import OncePerId
 from faiss_knn.search.index import KNNIndex
-from faiss_knn.search.ranks import is_agreed, world
+from faiss_knn.search.ranks import is_final, world
 
 
 @dataclass
@@ -92,12 +92,12 @@ def held_back(epoch: Epoch) -> Iterator[None]:
     """Keep an error of one of several ranks for the end of the epoch, where all ranks raise it.
 
     Raised at once it would leave the others waiting in their next collective. Until then this rank goes along. What
-    all ranks have heard of already, in a search that they make together, ends the epoch at once.
+    all ranks have heard of already, in a search that they make together, or what parted them, ends the epoch at once.
     """
     try:
         yield
     except Exception as error:
-        if world()[1] == 1 or is_agreed(error):
+        if world()[1] == 1 or is_final(error):
             raise
         logger.error(f"rank {world()[0]} stops scoring, and all ranks stop when they meet next: {error}")
         epoch.error = epoch.error or error

@@ -7,7 +7,9 @@ timeout has passed; the first leaves word in the group's store, where the others
 """
 
 import json
+import signal
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,16 +78,18 @@ def tell(trainer: Any, error: BaseException) -> None:
     said = trainer_state(trainer).pop("words", None)
     if said is None or is_agreed(error):
         return
-    rank, lost = world()[0], _lost_contact(error)
+    rank, signalled = world()[0], _signal_behind(error)
+    lost = signalled is None and _lost_contact(error)
+    what = f"{type(error).__name__}: {error}" if signalled is None else signalled
     try:
         store = _store()
-        _leave_word(store, rank, error, lost)
+        _leave_word(store, {"rank": rank, "error": what, "lost": lost})
         reason = _reason(store, said) if lost else "the other ranks stop in their next collective"
     except Exception as unreachable:  # the store ends with the process of rank 0
         reason = f"the process group's store does not answer ({unreachable}): rank 0 may have stopped first"
     if lost:
         error.add_note(reason)
-    logger.error(f"rank {rank} stopped with {type(error).__name__}: {error}: {reason}")
+    logger.error(f"rank {rank} stopped with {what}: {reason}")
 
 
 def _store() -> Any:
@@ -97,9 +101,17 @@ def _count(store: Any) -> int:
     return count
 
 
-def _leave_word(store: Any, rank: int, error: BaseException, lost: bool) -> None:
-    word = {"rank": rank, "error": f"{type(error).__name__}: {error}", "lost": lost}
+def _leave_word(store: Any, word: dict[str, Any]) -> None:
     store.set(f"{_KEY}/{store.add(_KEY, 1)}", json.dumps(word))
+
+
+def _signal_behind(error: BaseException) -> str | None:
+    """Name the signal in whose handler an error arose: Lightning's one for SIGTERM waits for the other ranks."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        number = frame.f_locals.get("signum")
+        if isinstance(number, int):
+            return signal.Signals(number).name
+    return None
 
 
 def _lost_contact(error: BaseException) -> bool:
@@ -120,7 +132,7 @@ def _reason(store: Any, before: int) -> str:
         if not silent:
             return "every rank lost contact with another, and none had failed before: look at the network"
         if time.monotonic() > deadline:
-            return f"nothing is heard from rank {', '.join(map(str, silent))}: killed, or it hangs"
+            return f"nothing is heard from rank {', '.join(map(str, silent))}: killed, hanging or still waiting itself"
         time.sleep(0.05)
 
 

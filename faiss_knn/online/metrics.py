@@ -1,8 +1,9 @@
 """The torchmetrics that a callback was given: their names, their clones, their values."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torchmetrics import Metric, MetricCollection
 
 from faiss_knn.classify.ranking import scores_for
 from faiss_knn.search.inputs import shown
-from faiss_knn.search.ranks import gather_rows, share
+from faiss_knn.search.ranks import agree, gather_rows, share
 
 
 def named_metrics(metrics: Any) -> dict[str, Metric]:
@@ -99,6 +100,9 @@ def rehearse(metrics: Mapping[str, Metric], num_classes: int | None = None) -> N
 def _failure(metric: Metric, width: int, labels: Tensor) -> Exception | None:
     clone = metric.clone().to("cpu")
     clone.reset()
+    for part in clone.modules():
+        if isinstance(part, Metric):
+            part.distributed_available_fn = _on_this_rank_alone
     shares = one_hot(torch.arange(2 * width, device="cpu") % width, width).float()
     try:
         with warnings.catch_warnings(), torch.no_grad(), _same_random_state():
@@ -108,6 +112,11 @@ def _failure(metric: Metric, width: int, labels: Tensor) -> Exception | None:
     except Exception as error:  # whatever it is, it would come after an epoch otherwise
         return error
     return None
+
+
+def _on_this_rank_alone() -> bool:
+    """Tell a metric that there are no other ranks: none need be where this one is."""
+    return False
 
 
 @contextmanager
@@ -212,9 +221,16 @@ def _own_clone(metric: Metric, device: Any) -> Metric:
     clone = metric.clone().to(device)
     clone.reset()
     for part in clone.modules():
-        if isinstance(part, Metric) and part.dist_sync_fn is None:
-            part.dist_sync_fn = _gather_states
+        if isinstance(part, Metric):
+            part.dist_sync_fn = partial(_gather_after_meeting, part.dist_sync_fn or _gather_states)
     return clone
+
+
+def _gather_after_meeting(gather: Callable[..., Any], state: Tensor, group: Any = None) -> Any:
+    """Gather as a metric does, or raise on all ranks where one failed on its way here."""
+    if group is not None or gather is not _gather_states:  # which would meet by itself
+        agree(None)
+    return gather(state, group)
 
 
 def _gather_states(state: Tensor, group: Any = None) -> list[Tensor]:

@@ -148,9 +148,10 @@ class OnlineQueue(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluating = trainer
         if self._is_first(trainer):
-            settle(trainer)
-            align_all(trainer)
-            self.storage(trainer).start_validation()
+            with agreed():
+                settle(trainer)
+                align_all(trainer)
+                self.storage(trainer).start_validation()
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluating = trainer
@@ -176,15 +177,21 @@ class OnlineQueue(Callback):
 
     def _rows_of_all_ranks(self, trainer: Any) -> tuple[list[Tensor] | None, list[int]]:
         """What a checkpoint holds, one tensor per rank, on rank zero, which writes it; and how many there ever were."""
-        ring, end = self.storage(trainer).ring, _common_end(trainer, self.key)
-        total = ring.total if end is None else min(ring.total, end)
         if world()[1] > 1 and trainer.interrupted:
             # Not every rank need have failed, and one alone would wait for the others for ever.
             logger.warning(f"OnlineQueue[{self.key}]: saved after an exception, with the rows of one rank only")
-            return [ring.latest(until=total).cpu()], [total]
+            rows, total = self._own_rows(trainer)
+            return [rows.cpu()], [total]
         with agreed():
             settle(trainer)
-            return gather_to(ring.latest(until=total)), share(total)
+            rows, total = self._own_rows(trainer)
+            return gather_to(rows), share(total)
+
+    def _own_rows(self, trainer: Any) -> tuple[Tensor, int]:
+        """This rank's rows up to the last whole step, and how many there ever were."""
+        ring, end = self.storage(trainer).ring, _common_end(trainer, self.key)
+        total = ring.total if end is None else min(ring.total, end)
+        return ring.latest(until=total), total
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         with agreed():

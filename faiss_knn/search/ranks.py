@@ -70,7 +70,7 @@ def agree(error: BaseException | None, group: Group = None) -> None:
     try:
         _meet(b"", error, group)
     except BaseException as raised:
-        if is_agreed(raised) or _has_parted(raised):
+        if is_final(raised):
             raise
         _meet(b"", error or raised, group)  # it failed on the way there, and the others still wait
 
@@ -84,7 +84,7 @@ def agreed(group: Group = None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # whatever it is, the other ranks are waiting for this one
-        if not (is_agreed(error) or _has_parted(error)):
+        if not is_final(error):
             agree(error, group)
         raise
     agree(None, group)
@@ -93,6 +93,11 @@ def agreed(group: Group = None) -> Iterator[None]:
 def is_agreed(error: BaseException) -> bool:
     """Whether an error was raised on all ranks (`agree`): none is left to be told."""
     return getattr(error, "_faiss_knn_agreed", False)
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether nothing is left to agree on: all ranks know of an error, or it broke what they were sending."""
+    return is_agreed(error) or getattr(error, "_faiss_knn_parted", False)
 
 
 def share(obj: T, group: Group = None) -> list[T]:
@@ -321,10 +326,6 @@ def _transfer() -> Iterator[None]:
     except BaseException as error:
         error._faiss_knn_parted = True  # type: ignore[attr-defined]
         raise
-
-
-def _has_parted(error: BaseException) -> bool:
-    return getattr(error, "_faiss_knn_parted", False)
 
 
 def _is_input(error: BaseException) -> bool:

@@ -30,12 +30,23 @@ class Ranks:
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, ranks: int = 2, timeout: float = 60.0) -> list[Any]:
-        """Run `function(*args)` (importable by name) on `ranks` ranks; its return values in rank order."""
+    def run(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        ranks: int = 2,
+        timeout: float = 60.0,
+        group_timeout: float | None = None,
+    ) -> list[Any]:
+        """Run `function(*args)` (importable by name) on `ranks` ranks; its return values in rank order.
+
+        `group_timeout`: seconds after which a collective fails; None: as long as the job may take.
+        """
         self._start()
         workers = self._workers[:ranks]
         with tempfile.TemporaryDirectory() as folder:
-            job = {"store": str(Path(folder) / "store"), "ranks": ranks, "timeout": timeout, "port": _free_port()}
+            job = {"store": str(Path(folder) / "store"), "ranks": ranks, "port": _free_port()}
+            job["timeout"] = group_timeout or timeout
             for rank, (_, pipe) in enumerate(workers):
                 pipe.send((function, args, {**job, "rank": rank}))
             results = self._collect([pipe for _, pipe in workers], timeout)

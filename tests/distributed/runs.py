@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -242,6 +243,63 @@ def _fail_in_hook(gather: str, failing: int, who: str, hook: str, n: int, folder
     except BaseException as error:
         return reached, f"{type(error).__name__}: {error}"
     return reached, "nothing"
+
+
+def fit_with_a_failing_rank(how: str, failing: int, options: dict[str, Any]) -> None:
+    """Four steps and a validation of the user's own, in the third of which, or in the second batch, one rank fails."""
+
+    class Fails(Echo):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            outputs = self.step(batch)
+            if batch_idx == 2 and world()[0] == failing:
+                end_by(how)
+                if how == "misaligned":
+                    outputs["embedding"] = outputs["embedding"][:-1]
+                if how == "missing":
+                    outputs.pop("embedding")
+            return outputs
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 1 and world()[0] == failing:
+                end_by(how.removeprefix("validation "))
+            return self.step(batch)
+
+    run = ddp(knn(**options), use_distributed_sampler=False)
+    run.fit(Fails(), datamodule=Batches(uneven_batches([[6] * 4] * world()[1])))
+
+
+def end_by(how: str) -> None:
+    if how == "error":
+        raise LookupError("a broken image")
+    if how == "hang":
+        time.sleep(60)
+    if how in ("SIGINT", "SIGTERM", "SIGKILL"):
+        os.kill(os.getpid(), getattr(signal, how))
+
+
+class Wilful(MulticlassAccuracy):
+    """Fails on one rank when the value of many rows is asked for (of few, to see whether it works, it gives one)."""
+
+    def compute(self) -> Tensor:
+        if world()[0] == 1 and (self.tp + self.fn).sum() > 20:
+            raise ArithmeticError("no value")
+        return super().compute()
+
+
+def gather_plainly(state: Tensor, group: Any = None) -> list[Tensor]:
+    states = [torch.empty_like(state) for _ in range(world()[1])]
+    dist.all_gather(states, state, group=group)
+    return states
+
+
+def fit_with_a_failing_metric(own_gather: bool) -> str:
+    options = {"dist_sync_fn": gather_plainly} if own_gather else {}
+    metrics = {"bad": Wilful(CLASSES, **options), "good": MulticlassAccuracy(CLASSES, **options)}
+    try:
+        fit({"metrics": metrics})
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def fit_with_own_validation(

@@ -1,5 +1,6 @@
 """One rank fails: all raise, wherever it was, and stand together again afterwards."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from faiss_knn.search.ranks import agreed, broadcast_object, gather_rows, gather
 from faiss_knn.search.sharded import ShardedRows
 from tests.distributed import runs
 from tests.distributed.failures import failed_everywhere, in_step
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import RankFailed, Ranks
 
 
 def build_bank() -> ShardedBank:
@@ -133,3 +134,62 @@ def test_whatever_hook_fails_on_one_rank_stops_all(
         expected = [(where, told.format(failing, rank)) for rank in range(size)]
         expected[failing] = (where, "MemoryError: no room")
         assert on_ranks == expected
+
+
+def construct_on_one_rank() -> None:
+    if world()[0] == 0:
+        runs.knn()
+
+
+def test_a_constructor_waits_for_no_other_rank(ranks: Ranks) -> None:
+    ranks.run(construct_on_one_rank, timeout=20)
+
+
+@pytest.mark.parametrize("own_gather", [False, True])
+def test_a_metric_that_fails_on_one_rank_stops_all(ranks: Ranks, own_gather: bool) -> None:
+    first, second = ranks.run(runs.fit_with_a_failing_metric, own_gather)
+    assert second == "ArithmeticError: no value"
+    assert first == f"RuntimeError: rank 1 failed, so rank 0 stops too: {second}"
+
+
+@pytest.mark.parametrize("how", ["misaligned", "missing"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_rows_that_do_not_fit_in_a_later_step_of_one_rank_stop_all(ranks: Ranks, how: str, size: int) -> None:
+    for rank, message in enumerate(ranks.run(stopped_by, how, 1, ranks=size)):
+        assert {"misaligned": "as many features as labels", "missing": "Key 'embedding' not found"}[how] in message
+        assert ("rank 1 failed" in message) == (rank != 1)
+
+
+def stopped_by(how: str, failing: int) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        runs.fit_with_a_failing_rank(how, failing, {})
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "size", "said"),
+    [
+        ("error", 2, "rank 1 failed before, with LookupError: a broken image"),
+        ("error", 3, "rank 1 failed before, with LookupError: a broken image"),
+        ("validation error", 3, "rank 1 failed before, with LookupError: a broken image"),
+        ("SIGINT", 2, "rank 1 failed before, with KeyboardInterrupt"),
+        ("SIGTERM", 2, "rank 1 failed before, with SIGTERM"),
+        ("SIGKILL", 2, "nothing is heard from rank 1"),
+        ("validation SIGKILL", 3, "nothing is heard from rank 1"),
+        ("hang", 2, "nothing is heard from rank 1"),
+    ],
+)
+def test_what_ends_one_rank_from_elsewhere_ends_the_others_and_they_say_which(how: str, size: int, said: str) -> None:
+    pool = Ranks(size)  # of its own: its processes may be lost
+    try:
+        pool.run(at_home, ranks=size)
+        with pytest.raises(RankFailed) as failed:
+            pool.run(runs.fit_with_a_failing_rank, how, 1, {"gather": "shard"}, ranks=size, timeout=25, group_timeout=4)
+    finally:
+        pool.close()
+    of_rank_zero = re.split(r"^rank \d: ", str(failed.value), flags=re.MULTILINE)[1]
+    assert said in of_rank_zero
+
+
+def at_home() -> None:
+    """The processes are there, and have imported what they need."""
