@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from faiss_knn.classify.bank import FeatureBank
     from faiss_knn.classify.vote import vote
+    from faiss_knn.measures.retrieval import retrieval_metrics
     from faiss_knn.offline.evaluate import EvalReport, evaluate
     from faiss_knn.offline.extract import extract
     from faiss_knn.offline.features import read_features
     from faiss_knn.online.callback import OnlineKNN
     from faiss_knn.online.queue import OnlineQueue, find_or_create_queue
-    from faiss_knn.retrieval import retrieval_metrics
     from faiss_knn.search.index import KNNIndex, Neighbors
 
 _HOMES = {
@@ -28,7 +28,7 @@ _HOMES = {
     "extract": "faiss_knn.offline.extract",
     "find_or_create_queue": "faiss_knn.online.queue",
     "read_features": "faiss_knn.offline.features",
-    "retrieval_metrics": "faiss_knn.retrieval",
+    "retrieval_metrics": "faiss_knn.measures.retrieval",
     "vote": "faiss_knn.classify.vote",
 }
 

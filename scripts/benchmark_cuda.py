@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from faiss_knn import KNNIndex
-from faiss_knn.search import exact as exact_search
-from faiss_knn.search.backend import faiss
+from faiss_knn.search.engines import exact as exact_search
+from faiss_knn.search.engines.backend import faiss
 
 Record = dict[str, Any]
 KINDS = ("clusters", "embeddings", "rank 100")

@@ -19,8 +19,7 @@ from faiss_knn.classify.labels import (
 )
 from faiss_knn.classify.vote import Votes, check_vote_options, count_votes
 from faiss_knn.search.index import KNNIndex, Neighbors
-from faiss_knn.search.inputs import as_switch
-from faiss_knn.search.rows import as_matrix
+from faiss_knn.search.inputs import as_matrix, as_switch
 
 _MULTI_HOT_BLOCK = 1 << 24  # labels gathered at once for a multi-hot vote
 _SCORES_BLOCK = 1 << 24  # scores made at once

@@ -14,8 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from faiss_knn.search.inputs import as_count, as_integer, shown
-from faiss_knn.search.rows import check_dense
+from faiss_knn.search.inputs import as_count, as_integer, check_dense, shown
 
 Names = npt.NDArray[np.str_]
 

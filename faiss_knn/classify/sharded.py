@@ -4,8 +4,8 @@ from torch import Tensor
 
 from faiss_knn.classify.labels import as_class_count, as_labels, check_labels, is_labelled, width_of
 from faiss_knn.classify.vote import Votes, check_vote_options, count_votes
+from faiss_knn.distributed import all_or_none
 from faiss_knn.search.index import KNNIndex, Neighbors
-from faiss_knn.search.ranks import agreed
 from faiss_knn.search.sharded import ShardedIndex, ShardedRows
 
 
@@ -35,7 +35,7 @@ class ShardedBank:
     def __init__(
         self, features: Tensor, labels: Tensor, *, num_classes: int, index: KNNIndex, expected_k: int | None = None
     ) -> None:
-        with agreed():
+        with all_or_none():
             self.num_classes = as_class_count(num_classes)
             labels = _checked(features, labels, self.num_classes)
             self._index = ShardedIndex(index).build(features, expected_k=expected_k)
@@ -59,7 +59,7 @@ class ShardedBank:
         Raises:
             Exception: On every rank, if it fails on one: its own error there, one that names it elsewhere.
         """
-        with agreed():
+        with all_or_none():
             found = self._index.search(queries, k)
             return found, self._labels.take(found.indices)
 

@@ -14,7 +14,7 @@ from faiss_knn import __version__
 
 if TYPE_CHECKING:
     from faiss_knn.offline.features import Features
-    from faiss_knn.offline.report import EvalReport, Ledger, Record
+    from faiss_knn.offline.report.report import EvalReport, Ledger, Record
 
 # torch and the readers are imported when there is something to evaluate, so that --help and bad usage answer at once.
 
@@ -319,13 +319,13 @@ def _ranks() -> Iterator[None]:
 def _evaluate(given: argparse.Namespace) -> int:
     import torch
 
+    from faiss_knn.distributed import all_or_none, broadcast_object
     from faiss_knn.offline.evaluate import evaluate
     from faiss_knn.offline.features import read_class_names
-    from faiss_knn.offline.report import Ledger
-    from faiss_knn.search.ranks import agreed, broadcast_object
+    from faiss_knn.offline.report.report import Ledger
 
     ledger = None
-    with agreed():
+    with all_or_none():
         bank, queries = _read(given)
         names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
         if given.out is not None and not given.dry_run and _is_first():
@@ -404,9 +404,9 @@ def _read(given: argparse.Namespace) -> "tuple[Features, Features | None]":
 
 def _dry_run(given: argparse.Namespace, bank: "Features", queries: "Features | None", names: list[str] | None) -> str:
     from faiss_knn.offline.estimate import estimate
-    from faiss_knn.offline.problem import make_problem
+    from faiss_knn.offline.task import make_task
 
-    problem = make_problem(
+    problem = make_task(
         bank.rows,
         bank.labels,
         None if queries is None else queries.rows,

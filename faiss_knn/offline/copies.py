@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from faiss_knn.offline.problem import Problem
-from faiss_knn.offline.rows import read_rows, spans
+from faiss_knn.offline.lazy_rows import read_rows, spans
+from faiss_knn.offline.task import EvalTask
 
 _ROUNDING = 2.0**-8  # of bfloat16, relative to each number: the coarsest dtype that features are saved in
 _FAR_NEARER = 0.1  # of the distance at which queries have another neighbour
@@ -29,7 +29,7 @@ class Copies(NamedTuple):
     near: int
 
 
-def count_copies(problem: Problem, distances: Tensor, indices: Tensor, distance_metric: str) -> Copies:
+def count_copies(problem: EvalTask, distances: Tensor, indices: Tensor, distance_metric: str) -> Copies:
     """Compare each query with its nearest bank row.
 
     It is a near copy if no difference is beyond the rounding of bfloat16 and the row is nearer, by far, than where

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import torch
 
-from faiss_knn.offline.listing import size
-from faiss_knn.offline.problem import Problem
+from faiss_knn.offline.report.tables import format_bytes
+from faiss_knn.offline.task import EvalTask
 
 _OVERHEAD = 1.5  # of an exact search over the bare matrix product: selection, the exact distances of what is kept
 
 
-def estimate(problem: Problem, depth: int, indexes: Sequence[str]) -> str:
+def estimate(problem: EvalTask, depth: int, indexes: Sequence[str]) -> str:
     """Describe sizes, memory and the time of the exact search, from the speed of a short matrix product here.
 
     Args:
@@ -25,15 +25,17 @@ def estimate(problem: Problem, depth: int, indexes: Sequence[str]) -> str:
     exact_s = _OVERHEAD * 2 * len(bank.rows) * len(queries.rows) * problem.dim / _flops(problem.dim)
     others = [spec for spec in indexes if spec != "flat"]
     lines = [
-        f"bank     {len(bank.rows):>12,} x {problem.dim:,} {bank.rows.dtype}, {size(held)} as float32",
+        f"bank     {len(bank.rows):>12,} x {problem.dim:,} {bank.rows.dtype}, {format_bytes(held)} as float32",
         f"queries  {len(queries.rows):>12,} x {problem.dim:,} {queries.rows.dtype}",
         f"classes  {problem.num_classes:>12,}" + (" (multi-hot)" if problem.multi_hot else ""),
-        f"memory   {size(neighbors):>12} per index for {depth} neighbours per query, and the rows that are not on disk",
+        f"memory   {format_bytes(neighbors):>12} per index for {depth} neighbours per query, "
+        "and the rows that are not on disk",
         f"time     {_seconds(exact_s):>12} for the exact search on the CPU, roughly",
     ]
     if others:
         lines.append(
-            f"further  {len(others)} indexes to build and search ({', '.join(others)}), each up to {size(held)} more"
+            f"further  {len(others)} indexes to build and search ({', '.join(others)}), "
+            f"each up to {format_bytes(held)} more"
         )
     return "\n".join(lines)
 

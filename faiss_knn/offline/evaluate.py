@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from faiss_knn.classify.vote import check_vote_options
+from faiss_knn.measures.retrieval import retrieval_metrics
 from faiss_knn.offline.copies import Copies, count_copies
-from faiss_knn.offline.metrics import make_metrics
-from faiss_knn.offline.neighbors import EXACT, Found, SearchOptions, Variant, has_parameter
-from faiss_knn.offline.problem import Problem, check_values, make_problem, suspicions
-from faiss_knn.offline.report import EvalReport
-from faiss_knn.offline.results import Record, mean_values, record_key
-from faiss_knn.offline.rows import spans
+from faiss_knn.offline.lazy_rows import spans
+from faiss_knn.offline.metric_names import make_metrics
+from faiss_knn.offline.neighbors import EXACT, SearchOptions, SearchResult, Variant, has_parameter
+from faiss_knn.offline.report.report import EvalReport
+from faiss_knn.offline.report.results import Record, mean_values, record_key
 from faiss_knn.offline.scores import ClassJudge, Hits, MultiHotJudge, SharesJudge, recalls
+from faiss_knn.offline.task import EvalTask, check_values, make_task, warning_facts
 from faiss_knn.offline.together import find_neighbors
-from faiss_knn.retrieval import retrieval_metrics
 from faiss_knn.search.inputs import as_count, as_integer, shown
 
 __all__ = ["EvalReport", "evaluate"]
@@ -140,7 +140,7 @@ def evaluate(
         options.index(variant)  # refuses bad options before any work
     draws = _draws(per_class, tries, leave_one_out)
     wanted = tuple(map(str, _several(metrics)))
-    problem = make_problem(
+    problem = make_task(
         bank_features, bank_labels, query_features, query_labels,
         num_classes=num_classes, class_names=class_names, leave_one_out=leave_one_out,
         ignore_index=None if ignore_index is None else as_integer(ignore_index, "`ignore_index`"),
@@ -154,7 +154,7 @@ def evaluate(
     problem = check_values(problem, distance_metric, skip_bad_rows)
     files = {"bank_file": _file_of(bank_features), "query_file": _file_of(query_features)}
     run = _Run(problem, grid, options, judges, None if per_class is None else int(per_class), draws, seed, files)
-    report = EvalReport(problem.class_names, suspicions(run.draws[0], grid.ks), class_ids=problem.class_ids)
+    report = EvalReport(problem.class_names, warning_facts(run.draws[0], grid.ks), class_ids=problem.class_ids)
     earlier = {record_key(record): record for record in done}
     for variant in variants:
         identities = [run.identity(variant, point) for point in grid]
@@ -178,7 +178,7 @@ class _Run:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: EvalTask,
         grid: Grid,
         options: SearchOptions,
         metrics: Mapping[str, Any],
@@ -194,7 +194,7 @@ class _Run:
         self.draws = [problem]
         if per_class is not None:
             self.draws = [problem.few_shot(per_class, random) for random in np.random.SeedSequence(seed).spawn(draws)]
-        self._exact: list[Found] | None = None
+        self._exact: list[SearchResult] | None = None
         self._copies: list[Copies] = []
         self._exact_top1: dict[Point, Tensor] = {}
         self._common = {
@@ -232,7 +232,7 @@ class _Run:
             **self._common,
         }
 
-    def search(self, variant: Variant) -> list[Found]:
+    def search(self, variant: Variant) -> list[SearchResult]:
         """The neighbours in each draw."""
         if variant != EXACT:
             return [find_neighbors(draw, self.grid.depth, variant, self.options) for draw in self.draws]
@@ -241,14 +241,14 @@ class _Run:
             self._exact = [self._search_exactly(draw, options) for draw in self.draws]
         return self._exact
 
-    def _search_exactly(self, draw: Problem, options: SearchOptions) -> Found:
+    def _search_exactly(self, draw: EvalTask, options: SearchOptions) -> SearchResult:
         """The exact neighbours of a draw; a second one always, to tell how near a copy is."""
         depth = self.grid.depth
         found = find_neighbors(draw, max(depth, 2), EXACT, options)
         self._copies.append(count_copies(draw, found.distances, found.indices, options.distance_metric))
         return replace(found, distances=found.distances[:, :depth], indices=found.indices[:, :depth])
 
-    def records(self, variant: Variant, found: list[Found]) -> Iterator[tuple[Record, list[float]]]:
+    def records(self, variant: Variant, found: list[SearchResult]) -> Iterator[tuple[Record, list[float]]]:
         """One index's records with the scores of each class, each as soon as it is there."""
         exact = self.search(EXACT)
         judges = [_judge(draw, one) for draw, one in zip(self.draws, found, strict=True)]
@@ -282,7 +282,7 @@ class _Run:
         return {"duplicates": worst.equal, "near_duplicates": worst.near}
 
 
-def _judge(problem: Problem, found: Found) -> ClassJudge | MultiHotJudge | SharesJudge:
+def _judge(problem: EvalTask, found: SearchResult) -> ClassJudge | MultiHotJudge | SharesJudge:
     device = found.indices.device
     bank_labels, truth = problem.bank.labels.to(device), problem.queries.labels.to(device)
     if problem.bank.shares is not None:
@@ -292,7 +292,7 @@ def _judge(problem: Problem, found: Found) -> ClassJudge | MultiHotJudge | Share
     return ClassJudge(found.distances, _labels(found.indices, bank_labels), truth, problem.num_classes)
 
 
-def _given_ids(problem: Problem, found: Found) -> tuple[np.ndarray, np.ndarray]:
+def _given_ids(problem: EvalTask, found: SearchResult) -> tuple[np.ndarray, np.ndarray]:
     """Distances and indices that count the bank's rows as they were given."""
     indices = found.indices.cpu().numpy()
     return found.distances.cpu().numpy(), np.where(indices < 0, -1, problem.bank.ids[indices.clip(min=0)])
@@ -325,7 +325,7 @@ def _accuracy(hits: list[Hits], exact: Tensor, per_class: Tensor, multi_hot: boo
     }
 
 
-def _recall(found: Found, exact: Found, problem: Problem, k: int) -> Record:
+def _recall(found: SearchResult, exact: SearchResult, problem: EvalTask, k: int) -> Record:
     k = min(k, problem.reachable)
     by_distance, by_id = recalls(
         found.distances[:, :k], found.indices[:, :k], exact.distances[:, :k], exact.indices[:, :k]
@@ -333,7 +333,7 @@ def _recall(found: Found, exact: Found, problem: Problem, k: int) -> Record:
     return {"recall": by_distance, "recall_ids": by_id}
 
 
-def _retrieval(problem: Problem, found: Found, grid: Grid) -> Record:
+def _retrieval(problem: EvalTask, found: SearchResult, grid: Grid) -> Record:
     """Retrieval metrics of all queries, in blocks; `r_precision` and `map@r` where the lists reach every R."""
     if problem.multi_hot:
         return {}

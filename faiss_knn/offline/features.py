@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from faiss_knn.classify.labels import read_labels as parse_labels
+from faiss_knn.offline.column_files import LABEL_NAMES, UNKNOWN, Member
 from faiss_knn.offline.extract import extract
 from faiss_knn.offline.folders import SIDES, Folder, Role, open_folder
 from faiss_knn.offline.formats import Arrays, DataError, check_memory, open_arrays, read_array, readable
+from faiss_knn.offline.lazy_rows import RowSource, Shards, Subset
 from faiss_knn.offline.manifest import MANIFEST
-from faiss_knn.offline.rows import Rows, Shards, Subset
-from faiss_knn.offline.tables import LABEL_NAMES, UNKNOWN, Member
 
 __all__ = ["Features", "digits", "extract", "read_class_names", "read_features"]
 
@@ -39,7 +39,7 @@ class Features:
         source: Where they came from, for messages.
     """
 
-    rows: Rows
+    rows: RowSource
     labels: npt.NDArray[Any] | None
     class_names: list[str] | None
     source: str
@@ -184,7 +184,7 @@ def _described_names(files: Folder, labels_key: str | None) -> list[str] | None:
     return next((files.class_labels[name] for name in names if name in files.class_labels), None)
 
 
-def _joined(path: Path, parts: list[Rows]) -> Rows:
+def _joined(path: Path, parts: list[RowSource]) -> RowSource:
     if len(parts) == 1:
         return parts[0]
     dims = sorted({part.shape[1] for part in parts})
@@ -274,12 +274,12 @@ def _only_vectors(path: Path, arrays: Arrays) -> str:
     return found[0]
 
 
-def _columns(path: Path, arrays: Arrays, names: list[str]) -> Rows:
+def _columns(path: Path, arrays: Arrays, names: list[str]) -> RowSource:
     """Columns that the user named one by one."""
     columns = [np.asarray(read_array(path, _named(path, arrays, name, "features")[1])) for name in names]
     if any(column.ndim != 1 or column.dtype.kind not in "fiu" for column in columns):
         raise DataError(f"{path}: {', '.join(names)} are not all columns of numbers")
-    rows: Rows = np.stack(columns, axis=1)
+    rows: RowSource = np.stack(columns, axis=1)
     return rows
 
 
@@ -300,7 +300,7 @@ def _shown(shape: tuple[int, ...]) -> str:
     return f"({', '.join(lengths)}{',' if len(shape) == 1 else ''})"
 
 
-def _as_rows(path: Path, member: Member, was_named: bool) -> Rows:
+def _as_rows(path: Path, member: Member, was_named: bool) -> RowSource:
     rows = read_array(path, member)
     if rows.dtype.kind not in "fiu":
         raise DataError(f"{path}: features must be numbers, got {rows.dtype}")
@@ -311,7 +311,7 @@ def _as_rows(path: Path, member: Member, was_named: bool) -> Rows:
     reason = member.doubt(rows) if member.doubt is not None and not was_named else None
     if reason is not None:
         raise DataError(f"{path}: {reason}: say which columns are the features with --features-key")
-    found: Rows = rows
+    found: RowSource = rows
     return found
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from loguru import logger
 
+from faiss_knn.offline.column_files import class_labels
 from faiss_knn.offline.formats import OPENERS, DataError, readable
 from faiss_knn.offline.manifest import MANIFEST, read_manifest
-from faiss_knn.offline.tables import class_labels
 
 Role = Literal["bank", "queries"]
 

@@ -15,15 +15,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 import numpy as np
 import numpy.typing as npt
 
-from faiss_knn.offline.tables import (
-    UNKNOWN,
-    Member,
-    open_arrow,
-    open_csv,
-    open_json_lines,
-    open_parquet,
-    parsed,
-)
+from faiss_knn.offline.column_files import UNKNOWN, Member, open_arrow, open_csv, open_json_lines, open_parquet, parsed
 
 _SAFE_TORCH = "2.10"
 _MOST_EXPANDED = {ZIP_STORED: 1, ZIP_DEFLATED: 1032}  # bytes that one byte of an archive can become

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from faiss_knn.offline.problem import Problem
-from faiss_knn.offline.rows import Rows, read_rows, spans
-from faiss_knn.search.backend import make_index
+from faiss_knn.offline.lazy_rows import RowSource, read_rows, spans
+from faiss_knn.offline.task import EvalTask
 from faiss_knn.search.distance import get_distance
+from faiss_knn.search.engines.backend import make_index
 from faiss_knn.search.index import KNNIndex
-from faiss_knn.search.rows import is_memmap
+from faiss_knn.search.inputs import is_memmap
 
 QUERY_BLOCK = 2048
 BANK_BLOCK_BYTES = 256 << 20  # rows of a bank in pieces that are indexed at once
@@ -95,7 +95,7 @@ class SearchOptions:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Neighbours of all queries.
 
     Attributes:
@@ -110,7 +110,9 @@ class Found:
     cost: dict[str, Any]
 
 
-def search_bank(problem: Problem, span: tuple[int, int], k: int, variant: Variant, options: SearchOptions) -> Found:
+def search_bank(
+    problem: EvalTask, span: tuple[int, int], k: int, variant: Variant, options: SearchOptions
+) -> SearchResult:
     """Search rows [start, stop) of the bank for all queries: float64 distances, min(k, stop - start) neighbours.
 
     Raises:
@@ -119,7 +121,7 @@ def search_bank(problem: Problem, span: tuple[int, int], k: int, variant: Varian
     bank = problem.bank.rows
     whole = variant.spec != "flat" or (_is_plain(bank) and not is_memmap(bank))  # pieces are read from disk once
     size = span[1] - span[0] if whole else _block_rows(bank)
-    found: Found | None = None
+    found: SearchResult | None = None
     for start, stop in spans(span[1] - span[0], size):
         piece = _search_piece(problem, (span[0] + start, span[0] + stop), k, variant, options)
         found = piece if found is None else _merged(found, piece, k)
@@ -127,7 +129,7 @@ def search_bank(problem: Problem, span: tuple[int, int], k: int, variant: Varian
     return found
 
 
-def finish(found: Found, problem: Problem, k: int) -> Found:
+def finish(found: SearchResult, problem: EvalTask, k: int) -> SearchResult:
     """Make the lists of a whole bank those that are scored: without the query itself, k long, float32."""
     if problem.leave_one_out:
         found = _without_self(found)
@@ -135,25 +137,27 @@ def finish(found: Found, problem: Problem, k: int) -> Found:
     return replace(found, distances=found.distances.float())
 
 
-def _is_plain(rows: Rows) -> bool:
+def _is_plain(rows: RowSource) -> bool:
     """Whether `KNNIndex` can take the rows as they are."""
     return isinstance(rows, Tensor) or (
         isinstance(rows, np.ndarray) and rows.dtype.kind == "f" and bool(rows.dtype.isnative)
     )
 
 
-def _piece(bank: Rows, span: tuple[int, int]) -> Any:
+def _piece(bank: RowSource, span: tuple[int, int]) -> Any:
     if _is_plain(bank) and (span == (0, len(bank)) or not is_memmap(bank)):
         return bank[span[0] : span[1]]
     block = read_rows(bank, *span)
     return np.array(block) if is_memmap(block) else block
 
 
-def _block_rows(bank: Rows) -> int:
+def _block_rows(bank: RowSource) -> int:
     return max(1, BANK_BLOCK_BYTES // (4 * bank.shape[1]))
 
 
-def _search_piece(problem: Problem, span: tuple[int, int], k: int, variant: Variant, options: SearchOptions) -> Found:
+def _search_piece(
+    problem: EvalTask, span: tuple[int, int], k: int, variant: Variant, options: SearchOptions
+) -> SearchResult:
     index = options.index(variant)
     start = time.perf_counter()
     bank = problem.bank.rows
@@ -185,13 +189,13 @@ def _search_piece(problem: Problem, span: tuple[int, int], k: int, variant: Vari
         "search_s": search_s,
         "qps": len(indices) / search_s,
     } | _latencies(index, problem.queries.rows, k, variant, options.latency)
-    return Found(
+    return SearchResult(
         torch.cat([distances for distances, *_ in found]), torch.where(indices < 0, indices, indices + span[0]), cost
     )
 
 
 def _searched(
-    index: KNNIndex, queries: Rows, k: int, variant: Variant, options: SearchOptions
+    index: KNNIndex, queries: RowSource, k: int, variant: Variant, options: SearchOptions
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """Distances, indices and seconds, block by block."""
     disabled = None if options.progress is None else not options.progress
@@ -218,7 +222,7 @@ def _wait(result: Tensor) -> None:
         torch.cuda.synchronize(result.device)
 
 
-def _latencies(index: KNNIndex, queries: Rows, k: int, variant: Variant, count: int) -> dict[str, float]:
+def _latencies(index: KNNIndex, queries: RowSource, k: int, variant: Variant, count: int) -> dict[str, float]:
     if not count:
         return {}
     seconds = []
@@ -231,7 +235,7 @@ def _latencies(index: KNNIndex, queries: Rows, k: int, variant: Variant, count: 
     return {"latency_p50_ms": 1e3 * float(p50), "latency_p95_ms": 1e3 * float(p95)}
 
 
-def _merged(first: Found, second: Found, k: int) -> Found:
+def _merged(first: SearchResult, second: SearchResult, k: int) -> SearchResult:
     """Join the lists of two pieces of the bank, `first` the one of lower places, so that equal distances keep order."""
     distances = torch.cat([first.distances, second.distances], 1)
     distances, indices = merge_nearest(distances, torch.cat([first.indices, second.indices], 1), k)
@@ -241,7 +245,7 @@ def _merged(first: Found, second: Found, k: int) -> Found:
             cost[name] += first.cost[name]
     cost["qps"] = len(indices) / cost["search_s"]
     cost["storage_dtype"] = widest([one.cost["storage_dtype"] for one in (first, second)])
-    return Found(distances, indices, cost)
+    return SearchResult(distances, indices, cost)
 
 
 def widest(dtypes: list[str]) -> str:
@@ -255,7 +259,7 @@ def merge_nearest(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, T
     return distances[:, :k], indices.gather(1, order[:, :k])
 
 
-def _without_self(found: Found) -> Found:
+def _without_self(found: SearchResult) -> SearchResult:
     """Drop each query's own row by its id, or the last neighbour where the index did not find it."""
     is_self = found.indices == torch.arange(len(found.indices), device=found.indices.device)[:, None]
     is_self[:, -1] |= ~is_self.any(1)
@@ -263,7 +267,7 @@ def _without_self(found: Found) -> Found:
     return replace(found, distances=found.distances.gather(1, kept), indices=found.indices.gather(1, kept))
 
 
-def pad_lists(found: Found, k: int) -> Found:
+def pad_lists(found: SearchResult, k: int) -> SearchResult:
     """Lengthen lists to k with missing neighbours, (inf, -1)."""
     missing = k - found.indices.shape[1]
     if missing <= 0:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from faiss_knn.classify.ranking import scores_for
 from faiss_knn.classify.vote import count_votes, number_rows
-from faiss_knn.offline.metrics import plain_defaults
-from faiss_knn.offline.rows import spans
+from faiss_knn.offline.lazy_rows import spans
+from faiss_knn.offline.metric_names import plain_defaults
 
 BLOCK = 1 << 23  # numbers that a block of scores may hold
 

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from faiss_knn.distributed import all_gather_object, all_or_none, gather_rows, rank_and_size
+from faiss_knn.offline.lazy_rows import spans
 from faiss_knn.offline.neighbors import (
     EXACT,
     QUERY_BLOCK,
-    Found,
     SearchOptions,
+    SearchResult,
     Variant,
     finish,
     merge_nearest,
@@ -20,12 +22,10 @@ from faiss_knn.offline.neighbors import (
     search_bank,
     widest,
 )
-from faiss_knn.offline.problem import Problem
-from faiss_knn.offline.rows import spans
-from faiss_knn.search.ranks import agreed, gather_rows, share, world
+from faiss_knn.offline.task import EvalTask
 
 
-def find_neighbors(problem: Problem, k: int, variant: Variant, options: SearchOptions) -> Found:
+def find_neighbors(problem: EvalTask, k: int, variant: Variant, options: SearchOptions) -> SearchResult:
     """Search once, for the largest k that anything is scored at; all ranks call it and get the same neighbours.
 
     The exact search splits the bank: each rank searches its rows for all queries, and the lists are merged. An
@@ -41,43 +41,43 @@ def find_neighbors(problem: Problem, k: int, variant: Variant, options: SearchOp
         ValueError: On every rank, if the index refuses the features or its parameters.
     """
     wanted, bank, queries = k + problem.leave_one_out, len(problem.bank.rows), len(problem.queries.rows)
-    if world()[1] == 1:
+    if rank_and_size()[1] == 1:
         return finish(search_bank(problem, (0, bank), wanted, variant, options), problem, k)
-    found: Found | None = None
+    found: SearchResult | None = None
     by_bank = variant == EXACT
     start, stop = _part(bank if by_bank else queries)
-    with agreed():
+    with all_or_none():
         if start < stop and by_bank:
             found = search_bank(problem, (start, stop), wanted, variant, options)
         elif start < stop:
             part = replace(problem, queries=problem.queries.pick(np.arange(start, stop)))
             found = search_bank(part, (0, bank), wanted, variant, options)
-    costs = [cost for cost in share(None if found is None else found.cost) if cost is not None]
+    costs = [cost for cost in all_gather_object(None if found is None else found.cost) if cost is not None]
     cost = _total(costs, queries, by_bank)
     if by_bank:
         lists = _merge_parts(found, queries, min(wanted, bank))
     else:
         lists = _gather(found, "distances"), _gather(found, "indices")
-    return finish(Found(*lists, cost), problem, k)
+    return finish(SearchResult(*lists, cost), problem, k)
 
 
 def _part(length: int) -> tuple[int, int]:
     """[start, stop) of this rank."""
-    rank, size = world()
+    rank, size = rank_and_size()
     return length * rank // size, length * (rank + 1) // size
 
 
-def _gather(found: Found | None, name: str) -> Tensor:
+def _gather(found: SearchResult | None, name: str) -> Tensor:
     return gather_rows(None if found is None else getattr(found, name))[0]
 
 
-def _merge_parts(found: Found | None, queries: int, k: int) -> tuple[Tensor, Tensor]:
+def _merge_parts(found: SearchResult | None, queries: int, k: int) -> tuple[Tensor, Tensor]:
     """Join the lists of all ranks' parts of the bank, some queries at a time."""
     if found is None:
         nothing = torch.empty(queries, 0, dtype=torch.float32, device="cpu")
-        found = Found(nothing.double(), nothing.long(), {})
+        found = SearchResult(nothing.double(), nothing.long(), {})
     found = pad_lists(found, k)
-    _, size = world()
+    _, size = rank_and_size()
     merged = []
     for a, b in spans(queries, QUERY_BLOCK):
         parts = [gather_rows(values[a:b])[0] for values in (found.distances, found.indices)]

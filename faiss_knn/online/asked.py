@@ -28,18 +28,18 @@ class Chosen(NamedTuple):
     counted: Tensor | slice
 
 
-def choose(queries: Tensor, labels: Tensor, own: int, *, directions: bool) -> Chosen:
+def choose(queries: Tensor, labels: Tensor, own: int, *, normalized: bool) -> Chosen:
     """Look through a batch, and wait for a GPU once.
 
     Args:
         queries: (B, d).
         labels: (B,) or (B, C).
         own: How many leading rows are samples of their own, not a sampler's padding.
-        directions: Whether rows are compared by direction.
+        normalized: Whether rows are compared by direction.
     """
     if len(labels) == 0:
         return Chosen(-1, 0, slice(None), slice(0))
-    searched = searchable(queries, directions)
+    searched = searchable(queries, normalized)
     counted = searched & labelled(labels)
     highest = labels.amax() if labels.ndim == 1 else torch.full((), labels.shape[1] - 1, device=labels.device)
     most, found, kept = torch.stack([highest, searched.sum(), counted[:own].sum()]).tolist()

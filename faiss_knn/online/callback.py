@@ -17,6 +17,14 @@ from faiss_knn.classify.bank import FeatureBank
 from faiss_knn.classify.labels import as_class_count, as_labels, is_soft, most_likely, one_hot_ids
 from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.classify.vote import check_vote_options, neighbor_weights, normalize_scores
+from faiss_knn.distributed import (
+    all_gather_object,
+    all_or_none,
+    broadcast_object,
+    gather_rows,
+    raise_together,
+    rank_and_size,
+)
 from faiss_knn.online.asked import Asked, choose
 from faiss_knn.online.epoch import (
     Epoch,
@@ -41,16 +49,15 @@ from faiss_knn.online.queue import (
 )
 from faiss_knn.online.ring import as_device_or_none
 from faiss_knn.online.rows import flat_rows, labelled, searchable
-from faiss_knn.online.samples import OncePerId, check_sample_ids, genuine_rows, newest_per_id, sample_ids
 from faiss_knn.online.state import trainer_state
+from faiss_knn.online.unique_samples import UniqueSamples, check_sample_ids, newest_per_id, sample_ids, unpadded_rows
 from faiss_knn.online.weights import fingerprint, remember, remembered
-from faiss_knn.search.approximate import TooFewRowsError
 from faiss_knn.search.distance import get_distance
+from faiss_knn.search.engines.faiss_engine import TooFewRowsError
+from faiss_knn.search.engines.tuning import recall_by_query
 from faiss_knn.search.index import KNNIndex, Neighbors
 from faiss_knn.search.inputs import as_integer, as_key, as_positive, as_switch
-from faiss_knn.search.ranks import agree, agreed, broadcast_object, gather_rows, share, world
 from faiss_knn.search.sharded import ShardedIndex
-from faiss_knn.search.tuning import recall_by_query
 
 _OURS = "_faiss_knn_predictions"  # marks predictions: a batch that is handed out again still holds them
 _EXPECTED_BATCHES = 8  # over which queries are drawn where their number is not known
@@ -197,7 +204,7 @@ class OnlineKNN(Callback):
         return f"OnlineKNN[name={self.name}]"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        with agreed():
+        with all_or_none():
             self._set_up(trainer)
 
     def _set_up(self, trainer: Any) -> None:
@@ -212,16 +219,16 @@ class OnlineKNN(Callback):
         trainer_state(trainer)[self] = run
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        with agreed():
+        with all_or_none():
             align_all(trainer)
             self._drop_rows_of_others(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        with agreed():
+        with all_or_none():
             remember(trainer, fingerprint(pl_module))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        with agreed():
+        with all_or_none():
             align_all(trainer)
             self._check_weights(trainer, pl_module)
 
@@ -257,7 +264,7 @@ class OnlineKNN(Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Say where weights that were swapped before validation started are put back at its end."""
-        with agreed():
+        with all_or_none():
             self._check_swapped(trainer, pl_module)
             self._run(trainer).weights = None
 
@@ -320,7 +327,7 @@ class OnlineKNN(Callback):
                 remember(trainer, fingerprint(pl_module))
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        with agreed():
+        with all_or_none():
             self._start_epoch(trainer, pl_module)
 
     def _start_epoch(self, trainer: Any, pl_module: Any) -> None:
@@ -340,7 +347,7 @@ class OnlineKNN(Callback):
             self._most_searches({i: batches[i] for i in scored}),
             query_count([loaders[i] for i in scored], [batches[i] for i in scored]),
             {key: QueueStorage(self._ring(key, pl_module.device)) for key in self._keys()},
-            {i: OncePerId() for i in scored},
+            {i: UniqueSamples() for i in scored},
         )
         if self.bank_dataloader_idx is None:
             self._build_bank(trainer, run, run.epoch)
@@ -371,7 +378,7 @@ class OnlineKNN(Callback):
                 self._score(epoch, asked, *found)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        with agreed():
+        with all_or_none():
             values = self._end_epoch(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._run(trainer).last = values
@@ -389,7 +396,7 @@ class OnlineKNN(Callback):
         if epoch.bank is None:
             return {}
         self._serve(epoch)
-        agree(epoch.error)
+        raise_together(epoch.error)
         for once in epoch.once.values() if self.id is not None else ():
             once.finish()
         stage = "test" if trainer.state.stage == RunningStage.TESTING else "eval"
@@ -506,13 +513,13 @@ class OnlineKNN(Callback):
         run.warned.add(what)
 
     def _shards(self) -> bool:
-        return self.gather == "shard" and world()[1] > 1
+        return self.gather == "shard" and rank_and_size()[1] > 1
 
     def _most_searches(self, batches: Mapping[int, float]) -> int:
         """How many batches the rank with the most of them scores: sharded ranks all search as often as that."""
         if not self._shards():
             return 0
-        most = max(share(sum(batches.values())))
+        most = max(all_gather_object(sum(batches.values())))
         if most == float("inf"):
             raise ValueError(
                 f"OnlineKNN[{self.name}]: gather='shard' needs validation dataloaders with a length, got "
@@ -527,7 +534,7 @@ class OnlineKNN(Callback):
         self._check_aligned(rows)
         assert self.bank_dataloader_idx is not None
         loader = epoch.loaders[self.bank_dataloader_idx]
-        own = genuine_rows(loader, batch_idx, len(rows[self.input]))
+        own = unpadded_rows(loader, batch_idx, len(rows[self.input]))
         if len(epoch.rows[self.input].ring) + own > self.queue_length:
             self._warn_once(
                 trainer,
@@ -542,13 +549,13 @@ class OnlineKNN(Callback):
     def _build_bank(self, trainer: Any, run: Run, epoch: Epoch) -> None:
         """Make the bank of this epoch from every rank's rows; every rank must call it at the same point."""
         epoch.built = True
-        with agreed():
-            agree(epoch.error)
+        with all_or_none():
+            raise_together(epoch.error)
             self._index_rows(trainer, run, epoch)
 
     def _index_rows(self, trainer: Any, run: Run, epoch: Epoch) -> None:
         features, labels = self._bank_rows(trainer, run, epoch)
-        rows = sum(share(len(labels))) if self._shards() else len(labels)
+        rows = sum(all_gather_object(len(labels))) if self._shards() else len(labels)
         if rows == 0:
             if not trainer.sanity_checking:
                 self._warn_once(trainer, run, "empty", f"! {self.name}: queue data is empty, skipping KNN computation")
@@ -566,7 +573,7 @@ class OnlineKNN(Callback):
     def _bank(self, trainer: Any, run: Run, epoch: Epoch, labels: Tensor, options: dict[str, Any]) -> FeatureBank:
         """Index the rows of all ranks, as rank zero chooses to."""
         assert epoch.features is not None
-        with agreed():
+        with all_or_none():
             try:
                 bank = FeatureBank(epoch.features, labels, **options)
             except TooFewRowsError as error:
@@ -574,7 +581,7 @@ class OnlineKNN(Callback):
                 bank = FeatureBank(epoch.features, labels, **options | {"index": epoch.index})
         choice = _choice(epoch.index)
         of_rank_zero = broadcast_object(choice)
-        with agreed():
+        with all_or_none():
             if of_rank_zero != choice:
                 run.index = epoch.index = self._new_index(*of_rank_zero)
                 bank = FeatureBank(epoch.features, labels, **options | {"index": run.index})
@@ -586,13 +593,13 @@ class OnlineKNN(Callback):
         """Index this rank's rows; exactly on all ranks, where one of them has too few for the index asked for."""
         assert epoch.features is not None
         failure: TooFewRowsError | None = None
-        with agreed():
+        with all_or_none():
             try:
                 if len(epoch.features):
                     run.index.build(epoch.features, expected_k=options["expected_k"])
             except TooFewRowsError as error:
                 failure = error
-        if any(share(failure is not None)):
+        if any(all_gather_object(failure is not None)):
             epoch.index = self._exact_for_now(trainer, run, failure)
         return ShardedBank(epoch.features, labels, **options | {"index": epoch.index})
 
@@ -614,7 +621,7 @@ class OnlineKNN(Callback):
         newest = None if self.id is None else self._newest(trainer, run, epoch, lengths)
         if newest is not None and gathered:
             newest = gather_rows(newest)[0]
-        with agreed():
+        with all_or_none():
             features, labels, usable = self._usable(rows)
             self._count_skipped(trainer, run, epoch, len(usable) - int(usable.sum()), len(usable), "bank")
             chosen = usable if newest is None else usable & newest.to(usable.device)
@@ -624,11 +631,11 @@ class OnlineKNN(Callback):
         """Return features (n, d), labels (n,) or (n, C), and (n,) bool: which of them can be searched and vote."""
         self._check_aligned({key: rows[key] for key in self._keys() if key in rows})
         features, labels = flat_rows(rows[self.input]), self._labels(rows[self.target])
-        return features, labels, searchable(features, self._directions) & labelled(labels)
+        return features, labels, searchable(features, self._normalized) & labelled(labels)
 
     def _newest(self, trainer: Any, run: Run, epoch: Epoch, lengths: list[list[int]]) -> Tensor:
         """Tell which of this rank's rows are the newest usable ones of their sample over all ranks."""
-        with agreed():
+        with all_or_none():
             rows = {key: self._snapshot(trainer, run, epoch, key, lengths, gathered=False) for key in self._keys()}
             usable = self._usable(rows)[2].cpu()
             ids = sample_ids(rows[str(self.id)], f"'{self.id}'")
@@ -642,7 +649,7 @@ class OnlineKNN(Callback):
             rings = [epoch.rows[key].ring for key in self._keys()]
         else:
             rings = [run.queues[key].storage(trainer).ring for key in self._keys()]
-        lengths = share([min(len(ring), self.queue_length) for ring in rings])
+        lengths = all_gather_object([min(len(ring), self.queue_length) for ring in rings])
         if any(len(set(own)) > 1 for own in lengths):
             self._warn_once(
                 trainer,
@@ -661,7 +668,7 @@ class OnlineKNN(Callback):
             rows = run.queues[key].snapshot(trainer, gathered)
         else:
             rows = epoch.rows[key].snapshot(self.queue_length, gathered)
-        ranks = lengths if gathered else [lengths[world()[0]]]
+        ranks = lengths if gathered else [lengths[rank_and_size()[0]]]
         counts = [own[self._keys().index(key)] for own in ranks]
         together = [min(own) for own in ranks]
         if counts == together:
@@ -683,12 +690,14 @@ class OnlineKNN(Callback):
         return labels if ids is None else ids
 
     @property
-    def _directions(self) -> bool:
+    def _normalized(self) -> bool:
         return self.distance_metric == "cosine"
 
     def _count_skipped(self, trainer: Any, run: Run, epoch: Epoch, skipped: int, rows: int, where: str) -> None:
         """Count the rows that are left out, and warn of them once per run."""
-        if where == "query" or self._shards() or world()[0] == 0:  # of a gathered bank, one rank counts the rows
+        if (
+            where == "query" or self._shards() or rank_and_size()[0] == 0
+        ):  # of a gathered bank, one rank counts the rows
             epoch.skipped += skipped
         if skipped:
             self._warn_once(
@@ -703,7 +712,7 @@ class OnlineKNN(Callback):
     def _class_count(self, trainer: Any, run: Run, labels: Tensor) -> int:
         seen = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1 if len(labels) else 0
         if self._shards():
-            seen = max(share(seen))
+            seen = max(all_gather_object(seen))
         classes = self.num_classes or self._metrics_class_count
         if classes is None:
             if not self._warned_inferred_num_classes and trainer.is_global_zero:
@@ -737,8 +746,8 @@ class OnlineKNN(Callback):
         queries, labels = flat_rows(rows[self.input]), self._labels(rows[self.target])
         if is_soft(labels):
             labels = most_likely(labels)  # what a metric can judge; neighbours vote by their shares
-        own = len(labels) if self.id is not None else genuine_rows(epoch.loaders[loader], batch_idx, len(labels))
-        chosen = choose(queries, labels, own, directions=self._directions)
+        own = len(labels) if self.id is not None else unpadded_rows(epoch.loaders[loader], batch_idx, len(labels))
+        chosen = choose(queries, labels, own, normalized=self._normalized)
         self._check_label(chosen.highest)
         epoch.width = max(epoch.width, epoch.bank.num_classes, chosen.highest + 1)
         self._count_skipped(trainer, run, epoch, chosen.skipped, own, "query")
@@ -750,7 +759,7 @@ class OnlineKNN(Callback):
         queries = None if asked is None or epoch.error is not None else asked.queries
         if isinstance(epoch.bank, ShardedBank):
             if epoch.error is not None:
-                agree(epoch.error)  # here the other ranks meet for their search
+                raise_together(epoch.error)  # here the other ranks meet for their search
             epoch.searches += 1
             return epoch.bank.neighbors(queries, max(self.ks))
         if queries is None or epoch.bank is None:
@@ -759,7 +768,7 @@ class OnlineKNN(Callback):
 
     def _draw(self, epoch: Epoch, queries: Tensor) -> None:
         """Keep every so many of the queries, spread over the epoch where its length is known."""
-        wanted = -(-self.recall_queries // world()[1])
+        wanted = -(-self.recall_queries // rank_and_size()[1])
         if wanted == 0 or len(epoch.index) == 0 or epoch.index.stats.exact:
             return
         step = max(1, (epoch.queries or wanted * _EXPECTED_BATCHES) // wanted)
@@ -809,7 +818,7 @@ class OnlineKNN(Callback):
         if recall is not None:
             values[f"{prefix}_index_recall"] = torch.tensor(recall, dtype=torch.float32, device="cpu")
             self._warn_of_recall(trainer, run, recall)
-        if skipped := sum(share(epoch.skipped)):
+        if skipped := sum(all_gather_object(epoch.skipped)):
             values[f"{prefix}_skipped"] = torch.tensor(float(skipped))
         return values
 
@@ -817,23 +826,23 @@ class OnlineKNN(Callback):
         """Return the recall that ranks measured when they built their index, over all ranks."""
         stats = epoch.index.stats if len(epoch.index) else None
         recall = None if stats is None or stats.exact else stats.recall
-        return _weighted_mean(share((len(epoch.index), recall)))
+        return _weighted_mean(all_gather_object((len(epoch.index), recall)))
 
     def _recall_of_queries(self, epoch: Epoch) -> float | None:
         """Return the recall of a sample of the epoch's own queries over all ranks; None for an exact index."""
         exact = epoch.index.stats.exact if len(epoch.index) else True
-        if all(share(exact)):
+        if all(all_gather_object(exact)):
             return None
         asked = torch.cat(epoch.sample) if epoch.sample else None
         if not self._shards():
-            with agreed():
+            with all_or_none():
                 recall = None if asked is None else epoch.index.measure_recall(asked, max(self.ks))
-            return _weighted_mean(share((0 if asked is None else len(asked), recall)))
+            return _weighted_mean(all_gather_object((0 if asked is None else len(asked), recall)))
         assert isinstance(epoch.bank, ShardedBank)
         found = epoch.bank.neighbors(asked, max(self.ks))[0].indices
         truth = ShardedIndex(self._new_index("flat")).build(epoch.features).search(asked, max(self.ks)).indices
         shares = recall_by_query(found, truth)
-        return _weighted_mean(share((len(shares), float(shares.mean()) if len(shares) else None)))
+        return _weighted_mean(all_gather_object((len(shares), float(shares.mean()) if len(shares) else None)))
 
     def _warn_of_recall(self, trainer: Any, run: Run, recall: float) -> None:
         tuned = self.target_recall is not None or self.index in ("fast", "ivf", "auto")

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from faiss_knn.classify.bank import FeatureBank
 from faiss_knn.classify.sharded import ShardedBank
+from faiss_knn.distributed import is_final, rank_and_size
 from faiss_knn.online.metrics import MetricTable
 from faiss_knn.online.queue import OnlineQueue, QueueStorage
-from faiss_knn.online.samples import OncePerId
+from faiss_knn.online.unique_samples import UniqueSamples
 from faiss_knn.search.index import KNNIndex
-from faiss_knn.search.ranks import is_final, world
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Epoch:
     most_searches: int
     queries: int | None
     rows: dict[str, QueueStorage]
-    once: dict[int, OncePerId]
+    once: dict[int, UniqueSamples]
     bank: FeatureBank | ShardedBank | None = None
     built: bool = False
     searches: int = 0
@@ -97,9 +97,9 @@ def held_back(epoch: Epoch) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if world()[1] == 1 or is_final(error):
+        if rank_and_size()[1] == 1 or is_final(error):
             raise
-        logger.error(f"rank {world()[0]} stops scoring, and all ranks stop when they meet next: {error}")
+        logger.error(f"rank {rank_and_size()[0]} stops scoring, and all ranks stop when they meet next: {error}")
         epoch.error = epoch.error or error
 
 

@@ -1,6 +1,6 @@
 """What becomes of an error on one rank that the others do not share: raised on all, or at least told to all.
 
-Errors between two meetings of a validation are agreed on (`faiss_knn.search.ranks`). A training step has no meeting,
+Errors between two meetings of a validation are agreed on (`faiss_knn.distributed`). A training step has no meeting,
 for it is to cost nothing: what goes wrong there is kept until the ranks meet anyway. What comes from elsewhere (the
 user's own step, a signal) ends one rank alone, and the others when their collective breaks or the process group's
 timeout has passed; the first leaves word in the group's store, where the others read why.
@@ -17,8 +17,8 @@ from typing import Any
 import torch.distributed as dist
 from loguru import logger
 
+from faiss_knn.distributed import is_raised_together, raise_together, rank_and_size
 from faiss_knn.online.state import trainer_state
-from faiss_knn.search.ranks import agree, is_agreed, world
 
 _KEY = "faiss_knn/stopped"
 _PATIENCE = 3.0  # seconds in which ranks that lost the others wait for each other's word
@@ -33,14 +33,14 @@ def kept(trainer: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if world()[1] == 1:
+        if rank_and_size()[1] == 1:
             raise
         state = trainer_state(trainer)
         if "failure" not in state:
             state["failure"] = error
             logger.error(
-                f"rank {world()[0]} takes in no more rows, and all ranks stop where they meet next (the end of the "
-                f"epoch, a validation or a checkpoint): {type(error).__name__}: {error}"
+                f"rank {rank_and_size()[0]} takes in no more rows, and all ranks stop where they meet next (the end of "
+                f"the epoch, a validation or a checkpoint): {type(error).__name__}: {error}"
             )
 
 
@@ -48,9 +48,9 @@ def settle(trainer: Any) -> None:
     """Raise on all ranks what one of them kept; all must call it.
 
     Raises:
-        Exception: As `agree`.
+        Exception: As `raise_together`.
     """
-    agree(trainer_state(trainer).pop("failure", None))
+    raise_together(trainer_state(trainer).pop("failure", None))
 
 
 def settle_first_step(trainer: Any, callback: Any) -> None:
@@ -66,7 +66,7 @@ def start(trainer: Any) -> None:
     state = trainer_state(trainer)
     state.pop("failure", None)
     state.pop("met", None)
-    if world()[1] > 1 and "words" not in state:
+    if rank_and_size()[1] > 1 and "words" not in state:
         state["words"] = _count(_store())
 
 
@@ -76,9 +76,9 @@ def tell(trainer: Any, error: BaseException) -> None:
     Several callbacks may be told of one error, of which the first does it.
     """
     said = trainer_state(trainer).pop("words", None)
-    if said is None or is_agreed(error):
+    if said is None or is_raised_together(error):
         return
-    rank, signalled = world()[0], _signal_behind(error)
+    rank, signalled = rank_and_size()[0], _signal_behind(error)
     lost = signalled is None and _lost_contact(error)
     what = f"{type(error).__name__}: {error}" if signalled is None else signalled
     try:
@@ -121,7 +121,7 @@ def _lost_contact(error: BaseException) -> bool:
 
 def _reason(store: Any, before: int) -> str:
     """What the other ranks said since they had said `before` words; those that can still speak are waited for."""
-    _, size = world()
+    _, size = rank_and_size()
     deadline = time.monotonic() + _PATIENCE
     while True:
         words = _words(store, before)

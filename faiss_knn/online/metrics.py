@@ -13,8 +13,8 @@ from torch.nn.functional import one_hot
 from torchmetrics import Metric, MetricCollection
 
 from faiss_knn.classify.ranking import scores_for
+from faiss_knn.distributed import all_gather_object, gather_rows, raise_together
 from faiss_knn.search.inputs import shown
-from faiss_knn.search.ranks import agree, gather_rows, share
 
 
 def named_metrics(metrics: Any) -> dict[str, Metric]:
@@ -203,7 +203,7 @@ class MetricTable:
         """
         values: dict[str, Tensor] = {}
         others: dict[str, Any] = {}
-        on_ranks = share(self._rows)
+        on_ranks = all_gather_object(self._rows)
         for loader, clones in self._clones.items():
             if not any(rows[loader] for rows in on_ranks):
                 continue
@@ -229,7 +229,7 @@ def _own_clone(metric: Metric, device: Any) -> Metric:
 def _gather_after_meeting(gather: Callable[..., Any], state: Tensor, group: Any = None) -> Any:
     """Gather as a metric does, or raise on all ranks where one failed on its way here."""
     if group is not None or gather is not _gather_states:  # which would meet by itself
-        agree(None)
+        raise_together(None)
     return gather(state, group)
 
 

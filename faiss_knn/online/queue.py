@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from loguru import logger
 from torch import Tensor
 
+from faiss_knn.distributed import all_gather_object, all_or_none, gather_to, rank_and_size
 from faiss_knn.online.failures import kept, settle, settle_first_step, start, tell
 from faiss_knn.online.lookup import find_tensor, was_skipped
 from faiss_knn.online.resume import rows_of_rank, rows_of_stable_pretraining, total_of_rank
@@ -16,7 +17,6 @@ from faiss_knn.online.ring import Dim, QueueStorage, RingBuffer, align, as_devic
 from faiss_knn.online.state import trainer_state
 from faiss_knn.online.weights import AVERAGED, remember
 from faiss_knn.search.inputs import as_key, as_positive
-from faiss_knn.search.ranks import agreed, gather_to, share, world
 
 __all__ = [
     "OnlineQueue",
@@ -121,7 +121,7 @@ class OnlineQueue(Callback):
         return storage
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        with agreed():
+        with all_or_none():
             start(trainer)
             self.storage(trainer)
             _stand_before_checkpoints(trainer.callbacks, self)
@@ -148,7 +148,7 @@ class OnlineQueue(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluating = trainer
         if self._is_first(trainer):
-            with agreed():
+            with all_or_none():
                 settle(trainer)
                 align_all(trainer)
                 self.storage(trainer).start_validation()
@@ -177,15 +177,15 @@ class OnlineQueue(Callback):
 
     def _rows_of_all_ranks(self, trainer: Any) -> tuple[list[Tensor] | None, list[int]]:
         """What a checkpoint holds, one tensor per rank, on rank zero, which writes it; and how many there ever were."""
-        if world()[1] > 1 and trainer.interrupted:
+        if rank_and_size()[1] > 1 and trainer.interrupted:
             # Not every rank need have failed, and one alone would wait for the others for ever.
             logger.warning(f"OnlineQueue[{self.key}]: saved after an exception, with the rows of one rank only")
             rows, total = self._own_rows(trainer)
             return [rows.cpu()], [total]
-        with agreed():
+        with all_or_none():
             settle(trainer)
             rows, total = self._own_rows(trainer)
-            return gather_to(rows), share(total)
+            return gather_to(rows), all_gather_object(total)
 
     def _own_rows(self, trainer: Any) -> tuple[Tensor, int]:
         """This rank's rows up to the last whole step, and how many there ever were."""
@@ -194,7 +194,7 @@ class OnlineQueue(Callback):
         return ring.latest(until=total), total
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        with agreed():
+        with all_or_none():
             self._load(trainer, checkpoint)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -216,7 +216,7 @@ class OnlineQueue(Callback):
         if not self._is_first(trainer) or not state:
             return
         saved, ring = state["rows"], self.storage(trainer).ring
-        rank, size = world()
+        rank, size = rank_and_size()
         rows = rows_of_rank(saved, rank, size)
         averaged = "averaging_state" in checkpoint and trainer.state.fn != TrainerFn.FITTING
         remember(trainer, AVERAGED if averaged else None)
@@ -306,7 +306,7 @@ def belong_together(trainer: Any, keys: Sequence[str]) -> None:
 def align_all(trainer: Any) -> None:
     """Let the queues that belong together end with the same sample, wherever a step was interrupted."""
     for group in trainer_state(trainer).get("together", []):
-        if (dropped := align(_rings(trainer, group))) and world()[0] == 0:
+        if (dropped := align(_rings(trainer, group))) and rank_and_size()[0] == 0:
             logger.warning(
                 f"OnlineQueue: the last {dropped} rows of some of {', '.join(sorted(group))} have no counterpart in "
                 "the others (a step was interrupted, or they were saved at different times) and are dropped"

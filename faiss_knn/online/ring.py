@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from faiss_knn.distributed import all_or_none, gather_rows, rank_and_size
 from faiss_knn.search.inputs import as_integer, as_positive, shown
-from faiss_knn.search.ranks import agreed, gather_rows, world
 
 Dim = int | Sequence[int] | None
 
@@ -218,9 +218,9 @@ class QueueStorage:
 
         With several ranks and `gathered`, all must ask together. `until`: as in `RingBuffer.latest`.
         """
-        if not gathered or world()[1] == 1:
+        if not gathered or rank_and_size()[1] == 1:
             return self._own(until)[-length:]
-        with agreed():
+        with all_or_none():
             return self._of_all_ranks(length, until)
 
     def _own(self, until: int | None) -> Tensor:
@@ -233,7 +233,7 @@ class QueueStorage:
         rows, counts = self._gathered or gather_rows(self._own(until))
         if self._validating:
             self._gathered = rows, counts
-            self._local = torch.split(rows, counts)[world()[0]]  # not a second copy
+            self._local = torch.split(rows, counts)[rank_and_size()[0]]  # not a second copy
         if max(counts) <= length:
             return rows
         return torch.cat([part[-length:] for part in torch.split(rows, counts)])

@@ -17,19 +17,19 @@ def flat_rows(values: Tensor) -> Tensor:
     return values.unsqueeze(1) if values.ndim == 1 else values.flatten(1)
 
 
-def searchable(rows: Tensor, directions: bool) -> Tensor:
+def searchable(rows: Tensor, normalized: bool) -> Tensor:
     """Tell which rows have a distance to others.
 
     Args:
         rows: (n, d) of any float dtype.
-        directions: Whether rows are compared by direction, which a zero row does not have.
+        normalized: Whether rows are compared by direction, which a zero row does not have.
 
     Returns:
         (n,) bool: False for rows with a value that float32 does not hold as a finite number, and for such zero rows.
     """
     parts = torch.split(rows, max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1])))
     finite = torch.cat([part.float().isfinite().all(dim=1) for part in parts])
-    return finite & torch.cat([part.float().any(dim=1) for part in parts]) if directions else finite
+    return finite & torch.cat([part.float().any(dim=1) for part in parts]) if normalized else finite
 
 
 def class_labels(values: Tensor, what: str) -> Tensor:

@@ -30,7 +30,7 @@ class Distance:
 
     name: str
     faiss_metric: str
-    unit_rows: bool
+    normalized: bool
     norm: float
     from_norm: Callable[[Tensor], Tensor]
     to_norm: Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ def get_distance(name: str) -> Distance:
         ValueError: If there is none of that name.
 
     Example:
-        >>> get_distance("cosine").unit_rows
+        >>> get_distance("cosine").normalized
         True
     """
     return _DISTANCES[as_choice(name, DISTANCES, "`distance_metric`")]
@@ -63,20 +63,20 @@ def _root_of_double(distance: Tensor) -> Tensor:
 
 
 _DISTANCES = {
-    "euclidean": Distance("euclidean", "METRIC_L2", unit_rows=False, norm=2.0, from_norm=_same, to_norm=_same),
+    "euclidean": Distance("euclidean", "METRIC_L2", normalized=False, norm=2.0, from_norm=_same, to_norm=_same),
     "squared_euclidean": Distance(
-        "squared_euclidean", "METRIC_L2", unit_rows=False, norm=2.0, from_norm=torch.square, to_norm=torch.sqrt
+        "squared_euclidean", "METRIC_L2", normalized=False, norm=2.0, from_norm=torch.square, to_norm=torch.sqrt
     ),
     # For unit vectors |a - b|^2 = 2 - 2 cos: no cancellation where the angle is small, unlike 1 - a.b.
     "cosine": Distance(
         "cosine",
         "METRIC_L2",
-        unit_rows=True,
+        normalized=True,
         norm=2.0,
         from_norm=_half_square,
         to_norm=_root_of_double,
     ),
-    "manhattan": Distance("manhattan", "METRIC_L1", unit_rows=False, norm=1.0, from_norm=_same, to_norm=_same),
+    "manhattan": Distance("manhattan", "METRIC_L1", normalized=False, norm=1.0, from_norm=_same, to_norm=_same),
 }
 
 
@@ -99,7 +99,7 @@ def scaled_lengths(rows: Tensor) -> Tensor:
     return _per_pair(torch.zeros_like(scaled[:1]), scaled[None], 2.0)[0]
 
 
-def unit(rows: Tensor, known: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+def normalize(rows: Tensor, known: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return rows, none zero, as vectors of length 1.
 
     Rows that are exact multiples of each other come out equal bit for bit: divided by their largest coordinate they

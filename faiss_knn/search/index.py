@@ -11,18 +11,18 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from faiss_knn.search import gpu
-from faiss_knn.search.approximate import FaissEngine, ivf_spec
-from faiss_knn.search.arithmetic import full_precision
 from faiss_knn.search.distance import get_distance
-from faiss_knn.search.exact import ExactEngine
-from faiss_knn.search.fast import FastEngine
+from faiss_knn.search.engines import faiss_gpu
+from faiss_knn.search.engines.exact import ExactEngine
+from faiss_knn.search.engines.faiss_engine import FaissEngine, ivf_spec
+from faiss_knn.search.engines.fast import FastEngine
+from faiss_knn.search.engines.products import has_fast_bfloat16
+from faiss_knn.search.engines.rerank import Neighbors
+from faiss_knn.search.engines.specs import check_alive, check_numbers
+from faiss_knn.search.engines.tuning import asked_before, prefers_fast
 from faiss_knn.search.inputs import as_count, as_integer, as_k, as_number, shown
-from faiss_knn.search.rerank import Neighbors
-from faiss_knn.search.rows import Rows, as_queries
-from faiss_knn.search.sketch import has_fast_bfloat16
-from faiss_knn.search.specs import check_alive, check_numbers
-from faiss_knn.search.tuning import asked_before, prefers_fast
+from faiss_knn.search.precision import full_precision
+from faiss_knn.search.stored_rows import StoredRows, as_queries
 
 __all__ = ["IndexStats", "KNNIndex", "Neighbors"]
 
@@ -141,7 +141,7 @@ class KNNIndex:
         self._distance = get_distance(distance_metric)
         self._engine: Engine | None = None
         self._released: Engine | None = None
-        self._rows: Rows | None = None
+        self._rows: StoredRows | None = None
         self._build_seconds = 0.0
         self._step = _CHUNK
         self._shortage = ""
@@ -206,7 +206,9 @@ class KNNIndex:
         return self
 
     def _index(self, features: Tensor | np.ndarray, device: torch.device | str | None) -> None:
-        rows = Rows(features, storage_dtype=self.storage_dtype, device=device, directions=self._distance.unit_rows)
+        rows = StoredRows(
+            features, storage_dtype=self.storage_dtype, device=device, normalized=self._distance.normalized
+        )
         with full_precision(rows.device):
             rows.check(self._distance)
             self.release()
@@ -228,7 +230,7 @@ class KNNIndex:
             self._engine, self._released = None, self._engine
         self._rows = None
 
-    def _make_engine(self, rows: Rows, before: Engine | None) -> Engine:
+    def _make_engine(self, rows: StoredRows, before: Engine | None) -> Engine:
         spec = self._chosen(rows, before)
         if spec == "flat":
             return ExactEngine(rows, self._distance)
@@ -238,8 +240,8 @@ class KNNIndex:
             fast = FastEngine(rows, self._distance, k, self._target, tuned, self._asked_of(rows))
             unmet = self.spec == "auto" and fast.recall < self._target - _UNMET
             return ExactEngine(rows, self._distance) if unmet else fast
-        if gpu.lacks_faiss(rows.device):
-            gpu.warn_without_faiss_gpu(spec)
+        if faiss_gpu.lacks_faiss(rows.device):
+            faiss_gpu.warn_without_faiss_gpu(spec)
             return ExactEngine(rows, self._distance)
         measured = self.spec == "ivf" or self.target_recall is not None
         spec = ivf_spec(len(rows)) if spec == "ivf" else spec
@@ -251,7 +253,7 @@ class KNNIndex:
             engine.tune(k, self._target, self.nprobe, self._asked_of(rows))
         return engine
 
-    def _asked_of(self, rows: Rows) -> Tensor | None:
+    def _asked_of(self, rows: StoredRows) -> Tensor | None:
         """Return queries asked before that were found wanting, if rows are as wide as they."""
         if self._asked is None or self._asked.shape[1] != rows.dim:
             return None
@@ -261,7 +263,7 @@ class KNNIndex:
     def _target(self) -> float:
         return _TARGET_RECALL if self.target_recall is None else self.target_recall
 
-    def _chosen(self, rows: Rows, before: Engine | None) -> str:
+    def _chosen(self, rows: StoredRows, before: Engine | None) -> str:
         """Resolve "auto", and "fast" where there is nothing faster than the exact search."""
         if self.spec not in ("fast", "auto"):
             return self.spec
@@ -400,7 +402,7 @@ class KNNIndex:
             parameters=engine.parameters,
         )
 
-    def _built(self) -> tuple[Rows, Engine]:
+    def _built(self) -> tuple[StoredRows, Engine]:
         if self._rows is None or self._engine is None:
             raise RuntimeError("the index is empty: call build(features) first")
         return self._rows, self._engine

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import warnings
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -127,3 +128,102 @@ def as_switch(value: Any, argument: str) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{argument} must be True or False, got {shown(value)}")  # noqa: TRY004
     return bool(value)
+
+
+_NAMED_ROWS = 5
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """Return the device, a CUDA one with its number: which GPU "cuda" is depends on when one asks.
+
+    Raises:
+        ValueError: If this machine or this build of PyTorch has no such device.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # AssertionError: a build without CUDA
+        raise ValueError(
+            f"`device` must be one that PyTorch can use here, got {shown(device)}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def is_memmap(features: object) -> bool:
+    """Tell whether an array reads from a mapped file, also as a view of one."""
+    while isinstance(features, np.ndarray):
+        if isinstance(features, np.memmap):
+            return True
+        features = features.base
+    return False
+
+
+def as_matrix(features: Any, argument: str) -> Tensor:
+    """Return (n, d) float data as a tensor that shares its memory, without gradient.
+
+    Raises:
+        ValueError: If it is neither tensor nor array, not dense, not two-dimensional, not float, masked, or d is 0.
+    """
+    if not isinstance(features, (Tensor, np.ndarray)) and hasattr(features, "to_numpy"):  # a DataFrame
+        features = features.to_numpy()
+    if isinstance(features, np.ndarray):
+        features = _from_numpy(features, argument)
+    if not isinstance(features, Tensor):  # a ValueError like every other unfit input
+        raise ValueError(f"`{argument}` must be a tensor or ndarray of shape (n, d), got {shown(features)}")  # noqa: TRY004
+    check_dense(features, f"`{argument}`")
+    if features.dim() != 2 or features.shape[1] == 0:
+        raise ValueError(f"`{argument}` must have shape (n, d) with d > 0, got {tuple(features.shape)}")
+    if features.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"`{argument}` must be float16, bfloat16, float32 or float64, got {features.dtype}: convert it first"
+        )
+    return features.detach()
+
+
+def check_dense(values: Tensor, argument: str) -> None:
+    """Check that a tensor holds its values, one beside the other.
+
+    Raises:
+        ValueError: If it is sparse, nested, quantized or on the meta device.
+    """
+    kinds = {"nested": values.is_nested, "quantized": values.is_quantized, "meta": values.is_meta}
+    kinds["sparse"] = values.layout != torch.strided
+    if kind := next((kind for kind, is_so in kinds.items() if is_so), None):
+        raise ValueError(f"{argument} must be an ordinary dense tensor, got a {kind} one: convert it first")
+
+
+def _from_numpy(array: np.ndarray, argument: str) -> Tensor:
+    if np.ma.is_masked(array):
+        raise ValueError(f"`{argument}` must not have masked entries: leave those rows out, or fill them in")
+    array = np.asarray(array)
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise ValueError(
+            f"`{argument}` must be float16, bfloat16, float32 or float64, got {array.dtype}: convert it first"
+        )
+    if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
+        array = array.astype(array.dtype.newbyteorder("="))  # torch holds neither
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor do we write
+        return torch.from_numpy(array)
+
+
+def check_finite(block: Tensor, argument: str, start: int = 0) -> None:
+    """Check that `block`, whose first row is number `start`, is finite.
+
+    Raises:
+        ValueError: If not; names the first rows.
+    """
+    # One pass that makes nothing: a sum is finite only if every value is.
+    if not torch.isfinite(block.sum(dtype=torch.promote_types(block.dtype, torch.float32))):
+        bad = (~torch.isfinite(block)).any(1)
+        if bad.any():
+            _refuse(bad, start, f"`{argument}` must be finite as {block.dtype}", "NaN or infinite")
+
+
+def refuse_zero(bad: Tensor, argument: str) -> None:
+    """Raise a ValueError that names the rows which `bad` (n,) marks as zero."""
+    _refuse(bad, 0, f"`{argument}` must have no zero rows for the cosine distance", "zero")
+
+
+def _refuse(bad: Tensor, start: int, need: str, what: str) -> None:
+    ids = bad.nonzero()[:, 0] + start
+    named = ", ".join(str(int(row)) for row in ids[:_NAMED_ROWS]) + (", …" if len(ids) > _NAMED_ROWS else "")
+    raise ValueError(f"{need}, got {len(ids)} {what} row(s) (row {named}): leave them out or mend them")

@@ -7,20 +7,20 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from faiss_knn.search.index import KNNIndex, Neighbors
-from faiss_knn.search.ranks import (
+from faiss_knn.distributed import (
     BLOCK_BYTES,
     Group,
-    Rows,
-    agreed,
+    RowsHeader,
+    all_gather_object,
+    all_or_none,
+    comm_device,
+    common_header,
     gather_known,
+    rank_and_size,
     send_rows,
-    share,
-    survey,
     swap_rows,
-    wire,
-    world,
 )
+from faiss_knn.search.index import KNNIndex, Neighbors
 
 
 class ShardedRows:
@@ -41,8 +41,8 @@ class ShardedRows:
     """
 
     def __init__(self, rows: Tensor | None, group: Group = None) -> None:
-        with agreed(group):
-            kind, self.counts = survey(share(Rows.of(rows), group))
+        with all_or_none(group):
+            kind, self.counts = common_header(all_gather_object(RowsHeader.of(rows), group))
             if kind is None:
                 raise ValueError("`rows` must have rows on at least one rank, got none on all.")
             self.rows = (
@@ -62,7 +62,7 @@ class ShardedRows:
         Raises:
             Exception: On every rank, if it fails on one (`agree`).
         """
-        with agreed(self.group):
+        with all_or_none(self.group):
             return self._take(indices)
 
     def _take(self, indices: Tensor) -> Tensor:
@@ -120,8 +120,8 @@ class ShardedIndex:
         Raises:
             ValueError: On every rank, if no rank has rows, if d or the dtype differs, or if any rank cannot build.
         """
-        with agreed(self.group):
-            kind, counts = survey(share(Rows.of(features), self.group))
+        with all_or_none(self.group):
+            kind, counts = common_header(all_gather_object(RowsHeader.of(features), self.group))
             if kind is None or not any(counts):
                 raise ValueError(
                     "`features` must have rows on at least one rank, got none on all: fill the bank first."
@@ -148,21 +148,21 @@ class ShardedIndex:
                 the bank's dimension, or if any shard refuses them.
             Exception: On every rank, if it fails on one (`agree`).
         """
-        with agreed(self.group):
+        with all_or_none(self.group):
             return self._search(queries, k)
 
     def _search(self, queries: Tensor | None, k: int) -> Neighbors:
-        offers = share((Rows.of(queries), k), self.group)
-        kind, counts = survey([header for header, _ in offers])
+        offers = all_gather_object((RowsHeader.of(queries), k), self.group)
+        kind, counts = common_header([header for header, _ in offers])
         self._check(kind, [asked for _, asked in offers])
-        device = wire(self.group) if queries is None else queries.device
+        device = comm_device(self.group) if queries is None else queries.device
         found = min(k, len(self))
         answers = self._answer(queries, counts, kind, found, device)
-        rank, size = world(self.group)
+        rank, size = rank_and_size(self.group)
         answers = swap_rows(answers, counts, [counts[rank]] * size, self.group)
         return _merge(answers.view(size, counts[rank], 2, found), found)
 
-    def _check(self, kind: Rows | None, ks: Sequence[int]) -> None:
+    def _check(self, kind: RowsHeader | None, ks: Sequence[int]) -> None:
         if self.dim is None:
             raise ValueError("`search` needs a bank: call `build` on every rank first.")
         if len(set(ks)) > 1 or ks[0] < 1:
@@ -171,10 +171,10 @@ class ShardedIndex:
             raise ValueError(f"`queries` must have the bank's dimension {self.dim}, got rows of shape {kind.shape}.")
 
     def _answer(
-        self, queries: Tensor | None, counts: list[int], kind: Rows | None, k: int, device: torch.device
+        self, queries: Tensor | None, counts: list[int], kind: RowsHeader | None, k: int, device: torch.device
     ) -> Tensor:
         """This shard's answers to the queries of all ranks: (Q, 2, k) int64, float64 distances beside indices."""
-        rank, _ = world(self.group)
+        rank, _ = rank_and_size(self.group)
         answers = torch.empty(sum(counts), 2, k, dtype=torch.int64, device=device)
         answers[:, 0] = torch.tensor(torch.inf, dtype=torch.float64, device="cpu").view(torch.int64)
         answers[:, 1] = -1
@@ -187,7 +187,7 @@ class ShardedIndex:
         return answers
 
     def _local(self, queries: Tensor, k: int, out: Tensor) -> None:
-        rank, _ = world(self.group)
+        rank, _ = rank_and_size(self.group)
         distances, indices = self.index.nearest(queries, k)
         found = indices.shape[1]
         out[:, 0, :found] = distances.view(torch.int64)
@@ -213,7 +213,7 @@ def _merge(answers: Tensor, k: int) -> Neighbors:
     return Neighbors(distances[:, :k], indices.gather(1, order[:, :k])).single()
 
 
-def _matrix_shape(kind: Rows, name: str) -> tuple[int, ...]:
+def _matrix_shape(kind: RowsHeader, name: str) -> tuple[int, ...]:
     if len(kind.shape) != 1:
         raise ValueError(f"`{name}` must be (N, d), got rows of shape {kind.shape}.")
     return kind.shape

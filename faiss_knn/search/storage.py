@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from faiss_knn.search.distance import unit
+from faiss_knn.search.distance import normalize
 
 _BLOCK_VALUES = 1 << 20
 _SAMPLE = 1024
@@ -15,7 +15,7 @@ _CHANGED = 2.0**-14
 _FEW = 0.05  # the share of them that it may change by more
 
 
-def float32_holds(data: Tensor, *, directions: bool = False) -> bool:
+def float32_holds(data: Tensor, *, normalized: bool = False) -> bool:
     """Tell whether float64 rows (N, d) keep in float32 what tells them apart.
 
     They do where rounding moves no coordinate by a millionth of what rows spread, makes no two rows equal that are not,
@@ -23,7 +23,7 @@ def float32_holds(data: Tensor, *, directions: bool = False) -> bool:
 
     Args:
         data: The rows.
-        directions: Whether their directions are compared.
+        normalized: Whether their directions are compared.
     """
     _, spread = _centre_and_spread(data[:: max(1, len(data) // _SAMPLE)])
     keys = torch.empty(len(data), dtype=torch.int64, device=data.device)
@@ -34,7 +34,7 @@ def float32_holds(data: Tensor, *, directions: bool = False) -> bool:
         if not bool(most <= _MOVED * spread):  # nor if one of them is no number
             return False
         keys[start : start + len(block)] = _keys(rounded)
-    return bool(most == 0) or (not _are_merged(data, keys) and _keeps_nearest(data, directions))
+    return bool(most == 0) or (not _are_merged(data, keys) and _keeps_nearest(data, normalized))
 
 
 def _blocks(data: Tensor) -> list[tuple[int, Tensor]]:
@@ -66,11 +66,11 @@ def _are_merged(data: Tensor, keys: Tensor) -> bool:
     return False
 
 
-def _keeps_nearest(data: Tensor, directions: bool) -> bool:
+def _keeps_nearest(data: Tensor, normalized: bool) -> bool:
     """Tell whether a sample's distances to the nearest rows are the same after rounding, but for a few."""
 
     def compared(rows: Tensor) -> Tensor:
-        return unit(rows) if directions else rows.double()
+        return normalize(rows) if normalized else rows.double()
 
     asking = min(_ASKING, max(_LEAST_ASKING, _PRODUCTS // data.numel()))
     chosen = data[:: max(1, -(-len(data) // asking))]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from faiss_knn.search.ranks import agreed, share, world
+from faiss_knn.distributed import all_gather_object, all_or_none, rank_and_size
 
 # While bytes travel, a rank that stops can tell the others nothing: such errors come from outside.
 TRAVELLING = {"_exchange", "_broadcast", "_point_to_point"}
@@ -45,9 +45,9 @@ def _is_transfer(func: Any) -> bool:
 
 def said_by(step: Callable[[], Any], failing: int, n: int, error: BaseException) -> tuple[bool, str]:
     """Whether a step got as far as the n-th use of torch on the rank `failing`, and what it raised on this rank."""
-    fail = FailAt(n if world()[0] == failing else sys.maxsize, error)
+    fail = FailAt(n if rank_and_size()[0] == failing else sys.maxsize, error)
     try:
-        with fail, agreed():
+        with fail, all_or_none():
             step()
     except BaseException as raised:  # KeyboardInterrupt too
         return fail.reached, f"{type(raised).__name__}: {raised}"
@@ -65,7 +65,7 @@ def failed_everywhere(step: Callable[[], Any], failing: int, every: int) -> tupl
     while True:
         error = KINDS[len(heard) % len(KINDS)](f"use {len(heard) * every}")
         reached, message = said_by(step, failing, len(heard) * every, error)
-        if not any(share(reached)):
+        if not any(all_gather_object(reached)):
             return errors, heard
         errors.append(f"{type(error).__name__}: {error}")
         heard.append(message)
@@ -85,7 +85,7 @@ def fail_in(callback: Any, hook: str, failing: int, n: int) -> None:
     original = getattr(callback, hook)
 
     def hooked(*args: Any, **options: Any) -> Any:
-        with FailAt(n if world()[0] == failing else sys.maxsize, MemoryError("no room")):
+        with FailAt(n if rank_and_size()[0] == failing else sys.maxsize, MemoryError("no room")):
             return original(*args, **options)
 
     setattr(callback, hook, hooked)

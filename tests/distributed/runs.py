@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sa
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from faiss_knn import OnlineKNN
+from faiss_knn.distributed import rank_and_size
 from faiss_knn.online.queue import OnlineQueue, find_or_create_queue
-from faiss_knn.search.approximate import FaissEngine
-from faiss_knn.search.ranks import world
+from faiss_knn.search.engines.faiss_engine import FaissEngine
 from tests.distributed.failures import fail_in
 from tests.online.parts import Echo, Rows, clusters, loader, trainer
 
@@ -38,7 +38,9 @@ def knn(**options: Any) -> OnlineKNN:
 
 
 def ddp(*callbacks: L.Callback, **options: Any) -> L.Trainer:
-    return trainer(*callbacks, **{"strategy": "ddp", "devices": world()[1], "num_sanity_val_steps": 0} | options)
+    return trainer(
+        *callbacks, **{"strategy": "ddp", "devices": rank_and_size()[1], "num_sanity_val_steps": 0} | options
+    )
 
 
 def logged(run: L.Trainer) -> dict[str, float]:
@@ -63,7 +65,7 @@ class Batches(L.LightningDataModule):
 
     def __init__(self, per_rank: list[list[dict[str, Tensor]]], val: Any = None) -> None:
         super().__init__()
-        self.batches, self.val = per_rank[world()[0]], val
+        self.batches, self.val = per_rank[rank_and_size()[0]], val
 
     def train_dataloader(self) -> Any:
         return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
@@ -95,7 +97,7 @@ class Padding(Sampler[int]):
     """Deals samples out like a DistributedSampler, but is none: nothing tells that it pads."""
 
     def __init__(self, n: int) -> None:
-        rank, size = world()
+        rank, size = rank_and_size()
         self.inner = DistributedSampler(range(n), size, rank, shuffle=False)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
@@ -183,7 +185,7 @@ def save_while_failing(path: Path) -> str:
 
     class Fails(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-            if trainer.global_step == 2 and world()[0] == 1:
+            if trainer.global_step == 2 and rank_and_size()[0] == 1:
                 raise RuntimeError("a broken batch")
 
         def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
@@ -199,7 +201,7 @@ def save_while_failing(path: Path) -> str:
 
 
 def fit_with_one_bad_rank(where: str, options: dict[str, Any]) -> str:
-    rank, _ = world()
+    rank, _ = rank_and_size()
 
     class Faulty(Echo):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
@@ -232,7 +234,7 @@ def fail_in_hooks(gather: str, failing: int, cases: list[tuple[str, str, int]], 
 def _fail_in_hook(gather: str, failing: int, who: str, hook: str, n: int, folder: Path) -> tuple[str, str]:
     callbacks = {"queue": OnlineQueue("label", 400, gather_distributed=True), "knn": knn(gather=gather, id="id")}
     fail_in(callbacks[who], hook, failing, n)
-    reached, batches = "fit", uneven_batches([[6, 6]] * world()[1])
+    reached, batches = "fit", uneven_batches([[6, 6]] * rank_and_size()[1])
     try:
         run = ddp(*callbacks.values(), use_distributed_sampler=False)
         run.fit(Echo(), datamodule=Batches(batches))
@@ -251,7 +253,7 @@ def fit_with_a_failing_rank(how: str, failing: int, options: dict[str, Any]) -> 
     class Fails(Echo):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             outputs = self.step(batch)
-            if batch_idx == 2 and world()[0] == failing:
+            if batch_idx == 2 and rank_and_size()[0] == failing:
                 end_by(how)
                 if how == "misaligned":
                     outputs["embedding"] = outputs["embedding"][:-1]
@@ -260,12 +262,12 @@ def fit_with_a_failing_rank(how: str, failing: int, options: dict[str, Any]) -> 
             return outputs
 
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
-            if batch_idx == 1 and world()[0] == failing:
+            if batch_idx == 1 and rank_and_size()[0] == failing:
                 end_by(how.removeprefix("validation "))
             return self.step(batch)
 
     run = ddp(knn(**options), use_distributed_sampler=False)
-    run.fit(Fails(), datamodule=Batches(uneven_batches([[6] * 4] * world()[1])))
+    run.fit(Fails(), datamodule=Batches(uneven_batches([[6] * 4] * rank_and_size()[1])))
 
 
 def end_by(how: str) -> None:
@@ -281,13 +283,13 @@ class Wilful(MulticlassAccuracy):
     """Fails on one rank when the value of many rows is asked for (of few, to see whether it works, it gives one)."""
 
     def compute(self) -> Tensor:
-        if world()[0] == 1 and (self.tp + self.fn).sum() > 20:
+        if rank_and_size()[0] == 1 and (self.tp + self.fn).sum() > 20:
             raise ArithmeticError("no value")
         return super().compute()
 
 
 def gather_plainly(state: Tensor, group: Any = None) -> list[Tensor]:
-    states = [torch.empty_like(state) for _ in range(world()[1])]
+    states = [torch.empty_like(state) for _ in range(rank_and_size()[1])]
     dist.all_gather(states, state, group=group)
     return states
 
@@ -306,7 +308,7 @@ def fit_with_own_validation(
     batches: list[list[list[dict[str, Tensor]]]], endless: bool, options: dict[str, Any]
 ) -> Any:
     """Validation batches of which ranks have different numbers, or do not know the number."""
-    rank, _ = world()
+    rank, _ = rank_and_size()
     val = [DataLoader(part, batch_size=None) for part in batches[rank]]  # type: ignore[arg-type]
     if endless:
         val = [DataLoader(Endless(batches[rank][0]), batch_size=None)]
@@ -352,7 +354,7 @@ class Sharded(Net):
 
 def fit_fsdp_and_resume(path: Path) -> tuple[bool, Tensor, Tensor, dict[str, float], dict[str, float]]:
     def strategy() -> ModelParallelStrategy:
-        return ModelParallelStrategy(data_parallel_size=world()[1], tensor_parallel_size=1)
+        return ModelParallelStrategy(data_parallel_size=rank_and_size()[1], tensor_parallel_size=1)
 
     module, run = Sharded(), ddp(knn(), strategy=strategy())
     run.fit(module, loader(8, **TRAIN), loader(8, **VAL))
@@ -365,7 +367,7 @@ def fit_fsdp_and_resume(path: Path) -> tuple[bool, Tensor, Tensor, dict[str, flo
 
 def fit_with_other_tuning() -> list[Tensor]:
     """Scores of validation batches that both ranks have, where left to itself rank 1 would visit one list only."""
-    rank, _ = world()
+    rank, _ = rank_and_size()
     predictions = []
 
     class Keep(L.Callback):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from faiss_knn import FeatureBank, KNNIndex
 from faiss_knn.classify.sharded import ShardedBank
-from faiss_knn.search.ranks import world
+from faiss_knn.distributed import rank_and_size
 from tests.distributed.ranks import Ranks
 
 COUNTS = [13, 0, 27]
@@ -32,7 +32,7 @@ def labels_of(kind: str) -> Tensor:
 
 def voted(kind: str) -> Any:
     features, _, queries = data()
-    rank, _ = world()
+    rank, _ = rank_and_size()
     own, labels = features.split(COUNTS)[rank], labels_of(kind).split(COUNTS)[rank]
     if len(own) == 0:
         labels = torch.empty(0)  # as a queue that was never filled has it
@@ -51,7 +51,7 @@ def test_votes_are_those_of_one_bank(ranks: Ranks, kind: str) -> None:
 
 def refused(case: str) -> str:
     features, labels, _ = data()
-    rank, _ = world()
+    rank, _ = rank_and_size()
     own, labels = features.split(COUNTS)[rank], labels.split(COUNTS)[rank].clone()
     if rank == 2:
         labels = {

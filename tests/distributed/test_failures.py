@@ -9,9 +9,17 @@ import pytest
 import torch
 
 from faiss_knn.classify.sharded import ShardedBank
-from faiss_knn.online.samples import OncePerId, newest_per_id
+from faiss_knn.distributed import (
+    all_gather_object,
+    all_or_none,
+    broadcast_object,
+    gather_rows,
+    gather_to,
+    rank_and_size,
+    send_rows,
+)
+from faiss_knn.online.unique_samples import UniqueSamples, newest_per_id
 from faiss_knn.search.index import KNNIndex
-from faiss_knn.search.ranks import agreed, broadcast_object, gather_rows, gather_to, send_rows, share, world
 from faiss_knn.search.sharded import ShardedRows
 from tests.distributed import runs
 from tests.distributed.failures import failed_everywhere, in_step
@@ -19,34 +27,34 @@ from tests.distributed.ranks import RankFailed, Ranks
 
 
 def build_bank() -> ShardedBank:
-    rank, _ = world()
+    rank, _ = rank_and_size()
     rows = torch.randn(20 + rank, 4, generator=torch.Generator().manual_seed(rank))
     return ShardedBank(rows, torch.arange(20 + rank) % 3, num_classes=3, index=KNNIndex())
 
 
 def search_a_bank() -> Callable[[], Any]:
-    bank, queries = build_bank(), torch.randn(3 + world()[0], 4)
+    bank, queries = build_bank(), torch.randn(3 + rank_and_size()[0], 4)
     return lambda: bank.neighbors(queries, 5)
 
 
 def find_samples() -> None:
-    rank, size = world()
+    rank, size = rank_and_size()
     ids = torch.arange(rank, 10 * size, size - 1)
     newest_per_id(ids)
-    once = OncePerId()
+    once = UniqueSamples()
     once.add(ids, lambda _: None)
     once.finish()
 
 
 def send_everything() -> None:
-    rank, size = world()
+    rank, size = rank_and_size()
     rows = torch.arange(4 * (rank + 1)).view(-1, 2)
-    with agreed():
+    with all_or_none():
         gather_rows(rows, block_bytes=20)
         gather_to(rows, 1, block_bytes=20)
         send_rows(rows[:1].expand(size, 2), [1] * size)
         broadcast_object(rows, 1)
-        share(rows.sum().item())
+        all_gather_object(rows.sum().item())
 
 
 STEPS: dict[str, Callable[[], Callable[[], Any]]] = {
@@ -63,7 +71,7 @@ def fail(step: str, failing: int, every: int) -> tuple[int, bool, list[int]]:
     One step more or fewer on some rank would mix up what they tell.
     """
     errors, heard = failed_everywhere(STEPS[step](), failing, every)
-    return len(errors), in_step(errors, heard, world()[0], failing), share(world()[0])
+    return len(errors), in_step(errors, heard, rank_and_size()[0], failing), all_gather_object(rank_and_size()[0])
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -78,7 +86,7 @@ def test_wherever_one_rank_fails_all_raise_and_stay_in_step(
 
 
 def take_more_than_memory_holds() -> str:
-    rank, _ = world()
+    rank, _ = rank_and_size()
     wide = torch.zeros(1, dtype=torch.int64).expand(4, 1 << 44)  # one number, seen as 512 TiB
     rows = ShardedRows(wide if rank else None)
     try:
@@ -95,7 +103,7 @@ def test_an_allocator_that_fails_on_one_rank_stops_all(ranks: Ranks) -> None:
 
 
 def build_with_other_labels() -> str:
-    rank, _ = world()
+    rank, _ = rank_and_size()
     with pytest.raises(ValueError, match="one row per feature row") as error:
         ShardedBank(torch.ones(4, 2), torch.zeros(4 - rank, dtype=torch.long), num_classes=1, index=KNNIndex())
     return str(error.value)
@@ -137,7 +145,7 @@ def test_whatever_hook_fails_on_one_rank_stops_all(
 
 
 def construct_on_one_rank() -> None:
-    if world()[0] == 0:
+    if rank_and_size()[0] == 0:
         runs.knn()
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from faiss_knn.distributed import rank_and_size, send_rows
 from faiss_knn.search.index import KNNIndex
-from faiss_knn.search.ranks import send_rows, world
 from faiss_knn.search.sharded import ShardedIndex, ShardedRows
 from tests.distributed.ranks import Ranks
 
 
 def part(rows: Tensor, counts: list[int]) -> Tensor:
-    return rows.split(counts)[world()[0]]
+    return rows.split(counts)[rank_and_size()[0]]
 
 
 def data(n: int, d: int = 8) -> Tensor:
@@ -27,8 +27,8 @@ def data(n: int, d: int = 8) -> Tensor:
 def searched(counts: list[int], asked: list[int], k: int, options: dict[str, Any], block_bytes: int) -> Any:
     bank, queries = data(sum(counts)), data(sum(asked) + 1)[: sum(asked)]
     shards = ShardedIndex(KNNIndex(**options), block_bytes=block_bytes)
-    shards.build(part(bank, counts) if counts[world()[0]] else None)
-    found = shards.search(part(queries, asked) if asked[world()[0]] else None, k)
+    shards.build(part(bank, counts) if counts[rank_and_size()[0]] else None)
+    found = shards.search(part(queries, asked) if asked[rank_and_size()[0]] else None, k)
     return found.distances, found.indices
 
 
@@ -77,7 +77,7 @@ def test_an_approximate_index_per_shard_keeps_its_missing_neighbours_last(ranks:
 def closest_in_float64() -> list[int]:
     # Both distances round to 1 in float32; only the first row's is larger.
     rows = torch.tensor([[1.0, 1e-5], [1.0, 0.0]])
-    shards = ShardedIndex(KNNIndex()).build(rows[world()[0]][None])
+    shards = ShardedIndex(KNNIndex()).build(rows[rank_and_size()[0]][None])
     return shards.search(torch.zeros(1, 2), 2).indices[0].tolist()
 
 
@@ -88,7 +88,7 @@ def test_shards_are_merged_by_the_unrounded_distance(ranks: Ranks) -> None:
 
 
 def dealt(counts: list[list[int]]) -> Any:
-    rank, _ = world()
+    rank, _ = rank_and_size()
     mine = torch.arange(sum(counts[rank])) + 100 * rank
     came, received = send_rows(mine, counts[rank])
     back, _ = send_rows(came * 2, received)
@@ -107,8 +107,8 @@ def test_rows_are_dealt_out_and_come_back_in_order(ranks: Ranks) -> None:
 def taken(counts: list[int], indices: list[Tensor], multi_hot: bool) -> Tensor:
     values = torch.arange(sum(counts)) * 10
     values = torch.stack([values, -values], 1).half() if multi_hot else values
-    own = part(values, counts) if counts[world()[0]] else None
-    return ShardedRows(own).take(indices[world()[0]])
+    own = part(values, counts) if counts[rank_and_size()[0]] else None
+    return ShardedRows(own).take(indices[rank_and_size()[0]])
 
 
 @pytest.mark.parametrize("multi_hot", [False, True])
@@ -122,7 +122,7 @@ def test_rows_are_fetched_from_the_rank_that_has_them(ranks: Ranks, multi_hot: b
 
 
 def errors(case: str) -> str:
-    rank, _ = world()
+    rank, _ = rank_and_size()
     bank, queries = data(20), data(4)
     if case == "bank dim":
         bank = bank[:, : 4 + rank]

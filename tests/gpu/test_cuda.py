@@ -8,13 +8,13 @@ import torch
 
 from faiss_knn import KNNIndex, OnlineKNN, vote
 from faiss_knn.online.queue import RingBuffer
-from faiss_knn.search import gpu
+from faiss_knn.search.engines import faiss_gpu
 from tests.online.parts import Echo, clusters, loader, trainer
 from tests.online.test_callback import knn
 from tests.reference import brute_force
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-needs_faiss = pytest.mark.skipif(not gpu.has_faiss_gpu(), reason="needs FAISS's GPU build and a CUDA device")
+needs_faiss = pytest.mark.skipif(not faiss_gpu.has_faiss_gpu(), reason="needs FAISS's GPU build and a CUDA device")
 CUDA = torch.device("cuda", 0)
 
 

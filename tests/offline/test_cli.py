@@ -207,7 +207,7 @@ def test_a_bad_config_is_bad_usage(tmp_path, capsys, text):
 
 
 def test_what_was_done_before_a_cut_is_kept_and_not_done_again(files, tmp_path, monkeypatch, capsys):
-    from faiss_knn.offline import report
+    from faiss_knn.offline.report import report
     from faiss_knn.search.index import KNNIndex
 
     out, arguments = tmp_path / "out", ["eval", *files, "--k", "1", "5", "--index", "flat", "IVF4,Flat"]

@@ -14,7 +14,7 @@ import torch
 from faiss_knn import KNNIndex, evaluate
 from faiss_knn.offline import neighbors as search_step
 from faiss_knn.offline.features import digits
-from faiss_knn.offline.rows import Shards
+from faiss_knn.offline.lazy_rows import Shards
 
 _spec = importlib.util.spec_from_file_location("offline_oracle", Path(__file__).with_name("oracle.py"))
 oracle = importlib.util.module_from_spec(_spec)
@@ -324,9 +324,9 @@ LIMITED = """
 import resource, sys
 import numpy as np
 from faiss_knn import evaluate
-from faiss_knn.offline import neighbors, problem
+from faiss_knn.offline import neighbors, task
 bank, labels = np.load(sys.argv[1], mmap_mode="r"), np.arange(400_000) % 10
-neighbors.BANK_BLOCK_BYTES = problem._CHECKED_BYTES = 8 << 20
+neighbors.BANK_BLOCK_BYTES = task._CHECKED_BYTES = 8 << 20
 queries, truth = bank[:20] + np.float32(1e-3), labels[:20]
 evaluate(bank[:1000], labels[:1000], queries, truth, k=1)  # threads and libraries are there
 held = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from faiss_knn import evaluate
-from faiss_knn.offline.ledger import Ledger
-from faiss_knn.offline.listing import text_table
-from faiss_knn.offline.results import front, index_name, pareto
+from faiss_knn.offline.report.ledger import Ledger
+from faiss_knn.offline.report.results import index_name, pareto_front, pareto_names
+from faiss_knn.offline.report.tables import text_table
 
 NASTY = ['<script>alert("a")</script>', "b|c", "d & e", "f_g*h `i` [j]", "$k$"]
 
@@ -59,7 +59,7 @@ def test_the_csv_has_the_same_numbers(report, folder):
     assert [float(row["top1"]) for row in rows] == [record["top1"] for record in report.records]
     # Which indexes are on the front depends on how fast this machine is.
     assert [row["pareto"] for row in rows] == [
-        str(index_name(record) in front(report.records)) for record in report.records
+        str(index_name(record) in pareto_front(report.records)) for record in report.records
     ]
     assert json.loads(rows[0]["versions"])["faiss-knn"]
 
@@ -133,7 +133,7 @@ def test_without_matplotlib_the_rest_is_written(report, tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "faiss_knn.offline.figures", raising=False)
+    monkeypatch.delitem(sys.modules, "faiss_knn.offline.report.plots", raising=False)
     report.save(tmp_path)
     assert not list(tmp_path.glob("*.png"))
     assert "<picture>" not in (tmp_path / "report.html").read_text()
@@ -151,7 +151,7 @@ def test_report_in_a_notebook_and_as_a_frame(report):
 
 def test_pareto_front():
     points = {"slow": (1.0, 1.0), "fast": (0.5, 9.0), "beaten": (0.4, 8.0), "twin": (0.5, 9.0)}
-    assert pareto(points) == {"slow", "fast", "twin"}
+    assert pareto_names(points) == {"slow", "fast", "twin"}
 
 
 def test_text_table_aligns_words_left_and_numbers_right():

@@ -8,7 +8,7 @@ import pytest
 
 from faiss_knn import EvalReport, evaluate
 from faiss_knn.offline.cli import main
-from faiss_knn.offline.report import Ledger
+from faiss_knn.offline.report.report import Ledger
 
 RNG = np.random.default_rng(0)
 LABELS, TRUTH = RNG.integers(0, 4, 400), RNG.integers(0, 4, 60)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from faiss_knn import FeatureBank, OnlineKNN, OnlineQueue
-from faiss_knn.search import scan
+from faiss_knn.search.engines import scan
 from tests.online.parts import Echo, loader, trainer
 from tests.online.test_callback import knn
 from tests.waits import Waits
@@ -76,4 +76,4 @@ def test_queries_that_nobody_looked_at_are_looked_at():
     bank = FeatureBank(torch.randn(500, 16), torch.arange(500) % 4)
     with Waits() as seen:
         bank.predict(torch.randn(8, 16))
-    assert any(line.startswith("search/rows.py") for line in seen.lines)
+    assert any(line.startswith("search/inputs.py") for line in seen.lines)

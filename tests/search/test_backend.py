@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from faiss_knn.search.backend import cpu_flags, openblas_kernels
+from faiss_knn.search.engines.backend import openblas_kernels
+from faiss_knn.search.precision import cpu_flags
 
 FULL = frozenset({"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"})
 
@@ -34,7 +35,7 @@ def test_kernels_are_named_only_where_the_cpu_has_them(flags, kernels):
 
 def test_faiss_runs_the_kernels_of_the_cpu_and_leaves_the_environment_alone():
     said = run(
-        "import os; from faiss_knn.search import backend; backend.faiss();"
+        "import os; from faiss_knn.search.engines import backend; backend.faiss();"
         "print(backend.openblas_core(), 'OPENBLAS_CORETYPE' in os.environ)"
     )
     core, left = said.split()
@@ -45,7 +46,8 @@ def test_faiss_runs_the_kernels_of_the_cpu_and_leaves_the_environment_alone():
 
 def test_a_users_choice_of_kernels_stays():
     said = run(
-        "import os; from faiss_knn.search import backend; backend.faiss(); print(os.environ['OPENBLAS_CORETYPE'])",
+        "import os; from faiss_knn.search.engines import backend; backend.faiss();"
+        "print(os.environ['OPENBLAS_CORETYPE'])",
         OPENBLAS_CORETYPE="Haswell",
     )
     assert said.strip() == "Haswell"
@@ -73,7 +75,7 @@ def test_slow_kernels_that_the_user_chose_are_not_remarked_on():
 def test_an_import_that_fails_says_how_to_install_and_leaves_the_environment_alone(tmp_path):
     (tmp_path / "faiss.py").write_text("raise RuntimeError('libcudart is missing')")
     said = run(
-        "import os, torch; from faiss_knn.search import backend; before = dict(os.environ)\n"
+        "import os, torch; from faiss_knn.search.engines import backend; before = dict(os.environ)\n"
         "try: backend.faiss()\n"
         "except ImportError as error: print(error, before == os.environ)",
         PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]),
@@ -84,7 +86,8 @@ def test_an_import_that_fails_says_how_to_install_and_leaves_the_environment_alo
 
 def test_searches_leave_thread_counts_and_thresholds_alone():
     said = run(
-        "import torch; torch.set_num_threads(1); from faiss_knn import KNNIndex; from faiss_knn.search import backend;"
+        "import torch; torch.set_num_threads(1); from faiss_knn import KNNIndex;"
+        "from faiss_knn.search.engines import backend;"
         "f = backend.faiss(); before = f.omp_get_max_threads(), f.cvar.distance_compute_blas_threshold;"
         "x = torch.randn(500, 8);"
         "[KNNIndex(s).build(x).search(x[:3], 2) for s in ('flat', 'Flat', 'ivf')];"

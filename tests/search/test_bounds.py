@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from faiss_knn.search.distance import get_distance
-from faiss_knn.search.projection import leading_directions
-from faiss_knn.search.rows import Rows
-from faiss_knn.search.sketch import ProductSketch, rounded_up
+from faiss_knn.search.engines.bounds import ProductBounds, rounded_up
+from faiss_knn.search.engines.projection import leading_directions
+from faiss_knn.search.stored_rows import StoredRows
 
 BOUNDARY = 1 + 2.0**-8 - 2.0**-15  # bfloat16 rounds it down by nearly the most that it ever does
 
@@ -26,13 +26,13 @@ def exact_norms(queries, bank, metric):
 
 def excluded(bank, queries, metric="euclidean", dtype=torch.float32, directions=None, basis=None):
     """Tell which rows are excluded from their own distance, (B, N), by a score below the least one or by a NaN."""
-    rows, distance = Rows(bank, storage_dtype=bank.dtype), get_distance(metric)
+    rows, distance = StoredRows(bank, storage_dtype=bank.dtype), get_distance(metric)
     rows.check(distance)
     if directions:
-        sample = rows.directed(torch.arange(len(bank)), distance)
+        sample = rows.as_compared(torch.arange(len(bank)), distance)
         basis = leading_directions(sample - sample.median(0).values, directions)[0].contiguous()
-    sketch = ProductSketch(rows, distance, dtype, basis=basis)
-    asked = sketch.ask(queries.to(rows.dtype))
+    sketch = ProductBounds(rows, distance, dtype, basis=basis)
+    asked = sketch.prepare(queries.to(rows.dtype))
     scores = sketch.scores(asked, 0, len(bank)).T.double()
     norms = torch.from_numpy(exact_norms(queries, bank, metric).astype(float))
     least = torch.stack([sketch.least_score(asked, column) for column in norms.T], 1)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faiss_knn import KNNIndex
-from faiss_knn.search import exact
-from faiss_knn.search.backend import faiss
+from faiss_knn.search.engines import exact
+from faiss_knn.search.engines.backend import faiss
 from tests.reference import brute_force, distances
 
 METRICS = ("euclidean", "squared_euclidean", "cosine", "manhattan")

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from faiss_knn import KNNIndex
-from faiss_knn.search import exact
-from faiss_knn.search.sketch import has_fast_bfloat16
+from faiss_knn.search.engines import exact
+from faiss_knn.search.engines.products import has_fast_bfloat16
 from tests.reference import distances
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")

@@ -9,7 +9,7 @@ from tests.search.test_index import assert_exact, bank
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
 def scanned_in(request, monkeypatch):
-    for module in ("exact", "fast", "index"):
+    for module in ("engines.exact", "engines.fast", "index"):
         monkeypatch.setattr(
             f"faiss_knn.search.{module}.has_fast_bfloat16", lambda device: request.param == torch.bfloat16
         )
@@ -34,7 +34,7 @@ def test_half_rows_with_many_duplicates(scanned_in, dtype):
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_rows_that_the_copy_has_no_room_for(scanned_in, metric, monkeypatch):
-    monkeypatch.setattr("faiss_knn.search.exact._LEEWAY", 0)  # beside half rows the columns of bounds have none
+    monkeypatch.setattr("faiss_knn.search.engines.exact._LEEWAY", 0)  # beside half rows the columns of bounds have none
     rows, queries = bank(0, 30_000, 24).half(), bank(1, 20, 24).half()
     index = KNNIndex(distance_metric=metric).build(rows)
     assert rows.nbytes < index.stats.bytes <= 2 * rows.nbytes

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from faiss_knn.search import products
-from faiss_knn.search.scan import best_scores
-from faiss_knn.search.sketch import Asked
+from faiss_knn.search.engines import products
+from faiss_knn.search.engines.bounds import PreparedQueries
+from faiss_knn.search.engines.scan import best_scores
 
 
 class Given:
@@ -22,7 +22,7 @@ class Given:
 
 
 def asked(scores):
-    return Asked(torch.empty(scores.shape[1], 4, dtype=scores.dtype), torch.empty(scores.shape[1]))
+    return PreparedQueries(torch.empty(scores.shape[1], 4, dtype=scores.dtype), torch.empty(scores.shape[1]))
 
 
 def orders(rows, queries):
@@ -68,7 +68,7 @@ def test_either_library_multiplies(monkeypatch, numpy_is_faster, dtype):
 def test_numpy_is_left_out_where_pytorch_may_use_fewer_threads():
     code = (
         "import torch; torch.set_num_threads(1)\n"
-        "from faiss_knn.search import products\n"
+        "from faiss_knn.search.engines import products\n"
         "def never(): raise SystemExit('asked')\n"
         "products.prefers_numpy = never\n"
         "products.multiply(torch.ones(3, 2), torch.ones(2, 2), torch.empty(3, 2))\n"

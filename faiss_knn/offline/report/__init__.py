@@ -1,0 +1,1 @@
+"""What an evaluation found, written down: records, tables, text, plots, pages."""

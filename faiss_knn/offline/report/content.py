@@ -1,0 +1,266 @@
+"""What a report says, in which order, before it is a page or a text file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from faiss_knn.offline.report.results import (
+    Record,
+    Results,
+    at_largest_k,
+    best_of,
+    index_name,
+    pareto_front,
+    record_key,
+    searches,
+)
+from faiss_knn.offline.report.tables import format_bytes, percent, points_lost, rows_of
+
+_MANY = 30  # rows of a table by class
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings, rows of cells, and how many leading columns are words rather than numbers."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    words: int = 1
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what it says (warnings are marked), a table and the name of a plot."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    table: Table | None = None
+    plot: str | None = None
+
+
+def title_of(report: Results) -> str:
+    """The report in one line: the best exact result."""
+    record = headline(report)
+    score = "mAP" if record["map"] is not None else "top-1 accuracy"
+    return f"{percent(record['map'] if record['map'] is not None else record['top1'])} % {score}"
+
+
+def headline(report: Results) -> Record:
+    """The best of the exact records, or of all if none is exact."""
+    by = "map" if report.records[0]["map"] is not None else "top1"
+    return best_of([record for record in report.records if record["exact"]] or report.records, by)
+
+
+def setting(record: Record) -> str:
+    """The vote of a record in words."""
+    return f"k = {record['k']}, T = {record['temperature']:g}, {record['weighting']} weights"
+
+
+def sections(report: Results) -> list[Section]:
+    """The report's sections, most important first."""
+    found = [_summary(report), _trust(report)]
+    if len(searches(report.records)) > 1 or not report.records[0]["exact"]:
+        found.append(_costs(report))
+    found += [_all(report), *_over_k(report), *_retrieval(report), *_by_class(report), _measured(report)]
+    return found
+
+
+def overview(names: Sequence[str], parts: Sequence[Results]) -> Section:
+    """What a folder of several evaluations holds."""
+    rows = []
+    for name, part in zip(names, parts, strict=True):
+        best = headline(part)
+        files = [str(best.get(side) or "–") for side in ("bank_file", "query_file")]
+        score = percent(best["map"] if best["map"] is not None else best["top1"])
+        rows.append([name, *files, best["distance_metric"], score, setting(best), index_name(best)])
+    headings = ["evaluation", "bank", "queries", "distance", "best", "with", "index"]
+    text = ("The best exact result of each, top-1 accuracy or mAP in percent. They differ in what the names say.",)
+    return Section("Evaluations in this folder", text, (), Table(headings, rows, 4))
+
+
+def _summary(report: Results) -> Section:
+    best = headline(report)
+    where = f"{best['n_queries']:,} queries before a bank of {best['n_bank']:,} rows, {best['dim']:,} dimensions"
+    drawn = f"; banks of {best['per_class']} rows per class, {best['tries']} draws" if best["per_class"] else ""
+    how = f"{where}, {best['num_classes']:,} classes, {best['distance_metric']} distance{drawn}."
+    spread = f" ± {percent(best['top1_se'])} (standard error)"
+    if best["top1_std"] is not None:
+        spread = f" ± {percent(best['top1_std'])} (deviation over the draws)"
+    if best["map"] is not None:
+        spread = ""
+    top = f"{title_of(report)}{spread}, with {setting(best)} on index {index_name(best)}."
+    left_out = " Each query's own row is left out." if best["leave_one_out"] else ""
+    return Section("Result", (top, how + left_out))
+
+
+def _trust(report: Results) -> Section:
+    """What makes the numbers suspect, or that nothing was found."""
+    checks, text = report.checks, []
+    if checks:
+        low, middle, high = checks["rows_per_class"]
+        text.append(f"Bank rows per class: {low:,} at least, {middle:,.0f} in the middle, {high:,} at most.")
+        text.append(
+            f"Always answering with the bank's commonest class: {percent(checks['majority_baseline'])} % top-1."
+        )
+    else:
+        text.append("The run was cut off: the classes of its bank and queries were not recorded.")
+    return Section("Before you trust it", tuple(text), tuple(warnings_of(report)))
+
+
+def warnings_of(report: Results) -> list[str]:
+    """What makes the numbers suspect, a sentence each."""
+    if not report.records:
+        return []
+    first = report.records[-1]
+    return [*_of_copies(first), *(_of_classes(report, first) if report.checks else []), *_of_rows(first, report.checks)]
+
+
+def _of_copies(first: Record) -> list[str]:
+    rows = "rows have a copy in the bank" if first["leave_one_out"] else "queries are in the bank"
+    found = []
+    if first.get("duplicates"):
+        found.append(f"{first['duplicates']:,} {rows}, number by number: accuracy on them measures nothing.")
+    if first.get("near_duplicates"):
+        scaled = "rounded or scaled" if first["distance_metric"] == "cosine" else "rounded"
+        found.append(
+            f"{first['near_duplicates']:,} {rows} but for a difference as small as a {scaled} copy has: accuracy on "
+            "them may measure nothing."
+        )
+    return found
+
+
+def _of_classes(report: Results, first: Record) -> list[str]:
+    checks, found = report.checks, []
+    if checks["classes_unseen"]:
+        names = ", ".join(checks["classes_unseen"][:5]) + (", …" if len(checks["classes_unseen"]) > 5 else "")
+        found.append(
+            f"{len(checks['classes_unseen'])} classes of the queries have no bank row ({names}): "
+            f"their {checks['queries_unseen']:,} queries cannot be right."
+        )
+    if checks["classes_in_bank"] == 1:
+        found.append("The bank holds a single class: whatever the features are, every answer is that class.")
+    elif first["map"] is None and (best := headline(report)["top1"]) <= checks["majority_baseline"]:
+        found.append(
+            f"Always answering with the bank's commonest class gives {percent(checks['majority_baseline'])} % top-1, "
+            f"no less than the {percent(best)} % found."
+        )
+    elif first["map"] is None and checks["majority_baseline"] > 0.5:
+        found.append(
+            f"{percent(checks['majority_baseline'])} % of the queries are of the bank's commonest class: always "
+            "answering with it gives as much."
+        )
+    if checks.get("lone_queries"):
+        found.append(f"{checks['lone_queries']:,} rows are alone in their class: they cannot be right.")
+    if checks["k_above_bank"]:
+        above = ", ".join(map(str, checks["k_above_bank"]))
+        found.append(f"k = {above} is more than the bank has rows: all of them vote.")
+    return found
+
+
+def _of_rows(first: Record, checks: Record) -> list[str]:
+    found = []
+    if checks.get("unlabelled_bank") or checks.get("unlabelled_queries"):
+        found.append(
+            f"Left out for want of a label (-1 means unlabelled, it is no class): {checks['unlabelled_bank']:,} bank "
+            f"rows, {checks['unlabelled_queries']:,} queries."
+        )
+    if first.get("skipped_bank") or first.get("skipped_queries"):
+        bank, queries = first["skipped_bank"], first["skipped_queries"]
+        found.append(f"Left out as zero or not finite: {bank:,} bank rows, {queries:,} queries.")
+    return found
+
+
+def _costs(report: Results) -> Section:
+    best = headline(report)
+    at = ("k", "temperature", "weighting")
+    on_front = pareto_front(report.records)
+    deep = at_largest_k(report.records)
+    rows = []
+    for name, records in searches(report.records).items():
+        r = next((record for record in records if all(record[x] == best[x] for x in at)), None)
+        if r is None:
+            continue  # of a command that asked for other settings
+        worst = max(records, key=lambda record: float(record["accuracy_loss"]))
+        rows.append(
+            [
+                name + (" ★" if name in on_front else ""),
+                points_lost(r), percent(r["accuracy_loss_se"]), points_lost(worst), percent(r["top1"]),
+                percent(deep[name]["recall"]), percent(deep[name]["recall_ids"]),
+                f"{r['qps']:,.0f}", f"{r['build_s']:.3g}", f"{r['search_s']:.3g}", format_bytes(r["bytes"]),
+                built_as(r),
+            ]
+        )  # fmt: skip
+    depth = max(record["k"] for record in report.records)
+    headings = ["index", "top-1 lost", "±", "lost at worst", "top-1", f"recall@{depth}", "by id",
+                "queries/s", "build s", "search s", "size", "built as"]  # fmt: skip
+    text = (
+        f"Accuracy lost is top-1 of the exact neighbours less top-1 of this index, in points, on the same queries with "
+        f"{setting(best)}; at worst, over all settings here. Recall is the share of the exact neighbours found, where "
+        "another row of the same distance is no miss. ★: no other index has more recall at more queries per second.",
+    )
+    return Section("What each index costs", text, (), Table(headings, rows), "cost")
+
+
+def built_as(record: Record) -> str:
+    """The index that a spec came to, with the parameters it searched with."""
+    used = {"nprobe": record["nprobe"]} | record["parameters"]
+    said = record["settings"]
+    more = [f"{name}={value}" for name, value in used.items() if value is not None and name not in said]
+    return " ".join([record["spec_used"], *more])
+
+
+def _all(report: Results) -> Section:
+    text = ("Accuracies in percent, accuracy lost in points.",)
+    return Section("Every setting", text, (), Table(*rows_of(report.records)))
+
+
+def _over_k(report: Results) -> list[Section]:
+    several = len({record["k"] for record in report.records}) > 1
+    return [Section("Accuracy over k", plot="k")] if several else []
+
+
+def _retrieval(report: Results) -> list[Section]:
+    names = ("precision", "hit_rate", "recall", "map", "ndcg", "mrr", "r_precision", "map_r")
+    by_search = {(index_name(r), r["k"]): r for r in report.records if r["retrieval_precision"] is not None}
+    if not by_search:
+        return []
+    rows = [[name, str(k), *(percent(r[f"retrieval_{x}"]) for x in names)] for (name, k), r in by_search.items()]
+    text = [
+        "Neighbours of the query's class are relevant; means over the queries whose class has bank rows, in percent."
+    ]
+    if any(r["retrieval_r_precision"] is None for r in by_search.values()):
+        text.append("R-precision and MAP@R need lists as long as the largest class: raise the depth to have them.")
+    headings = ["index", "k", "precision", "hit rate", "recall", "MAP", "nDCG", "MRR", "R-precision", "MAP@R"]
+    return [Section("Retrieval", tuple(text), (), Table(headings, rows))]
+
+
+def _by_class(report: Results) -> list[Section]:
+    best = headline(report)
+    scores = class_scores(report, best)
+    if not scores:
+        return []
+    what = "average precision" if best["map"] is not None else "top-1"
+    rows = [[report.class_name(i), percent(score)] for i, score in scores[:_MANY]]
+    shown = f"The {_MANY} lowest of {len(scores):,} classes" if len(scores) > _MANY else "All classes"
+    text = f"{shown}, {what} with {setting(best)}. per_class.csv has every class and setting."
+    return [Section("By class", (text,), (), Table(["class", what], rows), "classes")]
+
+
+def class_scores(report: Results, record: Record) -> list[tuple[int, float]]:
+    """Number and score of each class that a query has, lowest first."""
+    scores = report.per_class.get(record_key(record), [])
+    found = [(i, score) for i, score in enumerate(scores) if score is not None and score == score]  # no NaN
+    return sorted(found, key=lambda pair: pair[1])
+
+
+def _measured(report: Results) -> Section:
+    first = report.records[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    where = ", ".join(sorted({f"{r['backend']} on {r['device']}" for r in report.records}))
+    stored = ", ".join(sorted({r["storage_dtype"] for r in report.records if r.get("storage_dtype")}))
+    text = (
+        f"Searched with {where}; {versions}; seed {first['seed']}.",
+        "Search seconds are for all queries in blocks of up to 2,048; size is what the index holds"
+        + (f"; rows are stored as {stored}." if stored else "."),
+    )
+    return Section("How it was measured", text)

@@ -1,0 +1,212 @@
+"""The folder of results: every record on disk as soon as it is there, and none ever lost."""
+
+import fcntl
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from faiss_knn.offline.report.results import Record, Results, record_key, task_key
+
+RECORDS = "results.jsonl"
+BY_CLASS = "per_class.jsonl"
+_ODD = "results.odd.jsonl"
+
+_WORDS = ("spec", "weighting", "distance_metric", "data", "spec_used", "backend", "device")
+_NUMBERS = (
+    "k", "temperature", "top1", "recall", "accuracy_loss", "build_s", "search_s", "qps", "bytes", "n_bank", "n_queries",
+    "dim", "num_classes",
+)  # fmt: skip
+_NESTED = ("settings", "options", "parameters", "versions")
+_PRESENT = (
+    "exact", "leave_one_out", "per_class", "tries", "seed", "top1_se", "top1_std", "top5", "macro_top1", "map",
+    "recall_ids", "accuracy_loss_se", "nprobe", "retrieval_precision", "retrieval_r_precision",
+)  # fmt: skip
+
+
+class Ledger:
+    """results.jsonl of a folder that only grows, and of a run that may be cut off.
+
+    Args:
+        folder: Made if it is not there.
+        resume: Whether the records that are there are `done`, so that they need not be made again.
+        overwrite: Forget the records that are there, as soon as there is a new one.
+
+    Attributes:
+        folder: Where the files are.
+        done: The records that need not be made again.
+        warning: What was found beside records, in words, or None.
+
+    Raises:
+        ValueError: If the folder cannot be written, or its results.jsonl holds something else.
+    """
+
+    def __init__(self, folder: str | Path, resume: bool = False, *, overwrite: bool = False) -> None:
+        self.folder = Path(folder)
+        self._overwrite = overwrite
+        _check_writable(self.folder)
+        with self._locked():
+            found, self.warning = self._held()
+        self.done: list[Record] = list(found.values()) if resume and not overwrite else []
+
+    def add(self, record: Record, per_class: Sequence[float]) -> None:
+        """Append one record; the classes first, so that a record that is there has them."""
+        with self._locked():
+            self._forget()
+            _append(self.folder / BY_CLASS, _line({"record": record_key(record), "scores": list(per_class)}))
+            _append(self.folder / RECORDS, _line(record))
+
+    def merge(self, results: Results) -> list[Results]:
+        """Add results, keep the newest record of each key in the file, and return all that the folder holds by task."""
+        described = {task_key(record) for record in results.records}
+        with self._locked():
+            self._forget()
+            held, _ = self._held()
+            held |= {record_key(record): record for record in results.records}
+            scores, tasks = _by_class(self.folder / BY_CLASS)
+            scores |= {key: list(values) for key, values in results.per_class.items()}
+            about = {"checks": results.checks, "class_names": results.class_names, "class_ids": results.class_ids}
+            tasks |= dict.fromkeys(described, about)
+            lines = [_line({"task": task} | told) for task, told in tasks.items()]
+            lines += [_line({"record": key, "scores": values}) for key, values in scores.items() if key in held]
+            write(self.folder / BY_CLASS, "".join(lines))
+            write(self.folder / RECORDS, "".join(_line(record) for record in held.values()))
+        return _by_task(held, scores, tasks)
+
+    def _held(self) -> tuple[dict[str, Record], str | None]:
+        """The newest record of each key; what is no record, or half of one, is set aside."""
+        path = self.folder / RECORDS
+        held, odd = _records(path)
+        if not odd:
+            return held, None
+        _append(self.folder / _ODD, "".join(line.rstrip("\n") + "\n" for line in odd))
+        write(path, "".join(_line(record) for record in held.values()))
+        return held, f"{path}: {len(odd)} lines are no whole records: moved to {_ODD}"
+
+    def _forget(self) -> None:
+        if self._overwrite:
+            for name in (RECORDS, BY_CLASS, _ODD):
+                (self.folder / name).unlink(missing_ok=True)
+            for path in self.folder.glob("neighbors*.npz"):
+                path.unlink()
+        self._overwrite = False
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Two programs that write to one folder wait for each other."""
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # some network file systems lock no folders
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+def read_folder(folder: Path) -> Results:
+    """All records of a folder, with the names and checks of what was added last; nothing is written.
+
+    Raises:
+        ValueError: If its results.jsonl holds something else.
+    """
+    held, odd = _records(folder / RECORDS)
+    if odd:
+        warnings.warn(f"{folder / RECORDS}: {len(odd)} lines are no whole records: left out", stacklevel=3)
+    scores, tasks = _by_class(folder / BY_CLASS)
+    last = list(tasks.values())[-1] if tasks else {}
+    records = list(held.values())
+    return Results(last.get("class_names"), last.get("checks") or {}, records, scores, class_ids=last.get("class_ids"))
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Replace a file at once: it holds the old content or the new, whenever this is cut off."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+    os.replace(partial, path)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (RECORDS, BY_CLASS):
+            is_new = not (folder / name).exists()
+            with open(folder / name, "ab"):
+                pass
+            if is_new:
+                (folder / name).unlink()
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
+
+
+def _by_task(held: dict[str, Record], scores: dict[str, list[float]], tasks: dict[str, Record]) -> list[Results]:
+    groups: dict[str, list[Record]] = {}
+    for record in held.values():
+        groups.setdefault(task_key(record), []).append(record)
+    found = []
+    for task, records in groups.items():
+        told = tasks.get(task, {})
+        names, ids = told.get("class_names"), told.get("class_ids")
+        found.append(Results(names, told.get("checks") or {}, records, scores, class_ids=ids))
+    return found
+
+
+def _records(path: Path) -> tuple[dict[str, Record], list[str]]:
+    """The newest record of each key, and the lines that are no records."""
+    whole, odd = _lines(path)
+    records = {record_key(one): one for one in whole if _is_record(one)}
+    odd += [json.dumps(one) for one in whole if not _is_record(one)]
+    if not whole and any(line.endswith("\n") for line in odd):
+        raise ValueError(f"{path}: not a results file (line 1: {odd[0].strip()[:40]!r}): choose another folder")
+    return records, odd
+
+
+def _is_record(one: Any) -> bool:
+    if not isinstance(one, dict) or not one.keys() >= set(_PRESENT):
+        return False
+    is_number = all(isinstance(one.get(name), (int, float)) for name in _NUMBERS)
+    is_word = all(isinstance(one.get(name), str) for name in _WORDS)
+    return is_number and is_word and all(isinstance(one.get(name), dict) for name in _NESTED)
+
+
+def _by_class(path: Path) -> tuple[dict[str, list[float]], dict[str, Record]]:
+    """Scores by record, and what is told of each task."""
+    lines = [one for one in _lines(path)[0] if isinstance(one, dict)]
+    scores = {one["record"]: one["scores"] for one in lines if isinstance(one.get("scores"), list)}
+    return scores, {one["task"]: one for one in lines if isinstance(one.get("task"), str)}
+
+
+def _lines(path: Path) -> tuple[list[Any], list[str]]:
+    """The JSON values of a file, one a line, and the lines that are none."""
+    whole: list[Any] = []
+    odd: list[str] = []
+    if not path.exists():
+        return whole, odd
+    for line in path.read_text("utf-8", "replace").splitlines(keepends=True):
+        try:
+            whole.append(json.loads(line))
+        except ValueError:
+            odd += [line] if line.strip() else []
+    return whole, odd
+
+
+def _append(path: Path, text: str) -> None:
+    """Add lines; where the last one was cut off they begin on a new one."""
+    with open(path, "a+b") as file:
+        if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.write(b"\n")
+        file.write(text.encode())
+
+
+def _line(record: Record) -> str:
+    return json.dumps({name: _plain(value) for name, value in record.items()}) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,184 @@
+"""The plots of a report."""
+
+import io
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager, get_font
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.transforms import Bbox
+
+from faiss_knn.offline.report.content import class_scores, headline
+from faiss_knn.offline.report.results import Record, Results, at_largest_k, index_name, pareto_names, searches
+
+_LIGHT = {"paper": "#ffffff", "ink": "#1c2430", "soft": "#5b6675", "grid": "#dde3ea"}
+_DARK = {"paper": "#12161c", "ink": "#e4e9f0", "soft": "#9aa7b8", "grid": "#2c3540"}
+_LINES = ("#2f7fd0", "#e07b39", "#3aa57a", "#c2559d", "#9a8cf0", "#b8922c", "#55a9b8", "#d05a5a")
+_MARKS = "osD^vPX*"
+_BARS = 30
+_NUMBERED = "class #"
+# The first comes with matplotlib; the others have the letters of East Asia, where they are installed.
+_FAMILIES = (
+    "DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Noto Sans SC", "Noto Sans KR",
+    "Source Han Sans", "IPAexGothic", "TakaoPGothic", "NanumGothic", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
+    "Droid Sans Fallback", "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Arial Unicode MS", "Unifont",
+)  # fmt: skip
+
+Style = dict[str, str]
+
+
+def draw(report: Results) -> dict[str, Callable[[Style], Figure]]:
+    """The plots that a report has something for, by name."""
+    plots: dict[str, Callable[[Style], Figure]] = {}
+    if len(searches(report.records)) > 1:
+        plots["cost"] = lambda style: _cost(report, style)
+    if len({record["k"] for record in report.records}) > 1:
+        plots["k"] = lambda style: _over_k(report, style)
+    if class_scores(report, headline(report)):
+        plots["classes"] = lambda style: _classes(report, style)
+    return plots
+
+
+def png(plot: Callable[[Style], Figure]) -> bytes:
+    """A plot on light paper as PNG."""
+    out = io.BytesIO()
+    plot(_LIGHT).savefig(out, format="png", dpi=160)
+    return out.getvalue()
+
+
+def svgs(plot: Callable[[Style], Figure]) -> tuple[str, str]:
+    """A plot as SVG for light and for dark paper."""
+    found = []
+    for style in (_LIGHT, _DARK):
+        out = io.StringIO()
+        plot(style).savefig(out, format="svg", metadata={"Date": None})
+        found.append(out.getvalue())
+    return found[0], found[1]
+
+
+def _axes(style: Style, title: str, height: float = 3.2) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(4.6, height), facecolor=style["paper"], layout="constrained")
+    axes = figure.add_subplot(facecolor=style["paper"])
+    axes.set_title(title, color=style["ink"], fontsize=11, loc="left")
+    axes.tick_params(colors=style["soft"], labelsize=9)
+    axes.grid(color=style["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(style["grid"])
+    return figure, axes
+
+
+def _label(axes: Any, style: Style, x: str, y: str) -> None:
+    axes.set_xlabel(x, color=style["soft"], fontsize=10)
+    axes.set_ylabel(y, color=style["soft"], fontsize=10)
+
+
+def _over_k(report: Results, style: Style) -> Figure:
+    best = headline(report)
+    by = "map" if best["map"] is not None else "top1"
+    lines: dict[tuple[str, float], list[Record]] = {}
+    for record in searches(report.records)[index_name(best)]:
+        if record["weighting"] == "uniform" and record["temperature"] != best["temperature"]:
+            continue  # it knows no temperature
+        lines.setdefault((record["weighting"], record["temperature"]), []).append(record)
+    several = len({temperature for _, temperature in lines}) > 1
+    figure, axes = _axes(style, f"{'mAP' if by == 'map' else 'Top-1 accuracy'} over k, index {index_name(best)}")
+    for i, ((weighting, temperature), records) in enumerate(lines.items()):
+        ordered = sorted(records, key=lambda r: int(r["k"]))
+        label = f"{weighting}, T = {temperature:g}" if several and weighting != "uniform" else weighting
+        axes.plot(
+            [r["k"] for r in ordered], [100 * r[by] for r in ordered], color=_LINES[i % 8], marker=_MARKS[i % 8],
+            markersize=5, linewidth=1.6, label=label,
+        )  # fmt: skip
+    ks = sorted({r["k"] for r in report.records})
+    axes.set_xscale("log")
+    axes.set_xticks(ks, [str(k) for k in ks], minor=False)
+    axes.set_xticks([], minor=True)
+    _label(axes, style, "k (neighbours that vote)", "percent")
+    axes.legend(frameon=False, labelcolor=style["ink"], fontsize=9)
+    return figure
+
+
+def _cost(report: Results, style: Style) -> Figure:
+    best = headline(report)
+    at = ("k", "temperature", "weighting")
+    lost = {index_name(r): 100 * r["accuracy_loss"] for r in report.records if all(r[x] == best[x] for x in at)}
+    deep = at_largest_k(report.records)
+    points = {name: (deep[name]["recall"], deep[name]["qps"]) for name in lost}
+    figure, axes = _axes(style, "Recall against speed, and the accuracy lost", 3.5)
+    best_drawn = pareto_names(points)  # an index that was asked for with other settings has no loss here, and no dot
+    line = sorted(points[name] for name in best_drawn)
+    axes.plot(*zip(*line, strict=True), color=style["soft"], linewidth=1, zorder=1)
+    losses = list(lost.values())
+    dots = axes.scatter(
+        *zip(*points.values(), strict=True), c=losses, cmap="viridis_r", s=70, zorder=2, edgecolors=style["ink"],
+        linewidths=0.8, vmin=min(0, *losses), vmax=max(0.1, *losses),
+    )  # fmt: skip
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.16, y=0.16)
+    bar = figure.colorbar(dots, ax=axes, pad=0.02)
+    bar.set_label("top-1 lost, points", color=style["soft"], fontsize=10)
+    bar.ax.tick_params(colors=style["soft"], labelsize=9)
+    bar.outline.set_edgecolor(style["grid"])
+    _label(axes, style, f"recall at k = {max(r['k'] for r in deep.values())}", "queries per second")
+    _name_points(figure, axes, sorted(points.items(), key=lambda p: p[0] not in best_drawn), style)
+    return figure
+
+
+def _name_points(figure: Figure, axes: Any, points: list[tuple[str, tuple[float, float]]], style: Style) -> None:
+    """Write names beside the dots where there is room, in the order given; the table names them all."""
+    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    figure.draw_without_rendering()  # places are known once the layout is
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform([place for _, place in points])]
+    for name, place in points:
+        for offset, align in (((0, 8), "center"), ((0, -15), "center"), ((8, -3), "left"), ((-8, -3), "right")):
+            text = axes.annotate(
+                name, place, xytext=offset, textcoords="offset points", ha=align, fontsize=8, color=style["ink"],
+                parse_math=False,
+            )  # fmt: skip
+            box = text.get_window_extent(renderer)
+            if axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def _classes(report: Results, style: Style) -> Figure:
+    best = headline(report)
+    scores = class_scores(report, best)
+    shown = scores[:_BARS]
+    which = f"the {_BARS} lowest of {len(scores):,} classes" if len(scores) > _BARS else "by class"
+    what = "Average precision" if best["map"] is not None else "Top-1"
+    figure, axes = _axes(style, f"{what}, {which}", max(2.2, 0.9 + 0.2 * len(shown)))
+    names = [_written(report, i) for i, _ in shown]
+    axes.barh(range(len(shown)), [100 * score for _, score in shown], color=_LINES[0], height=0.7)
+    axes.set_yticks(range(len(shown)), names, parse_math=False, fontfamily=_fonts()[0])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 100)
+    by_number = any(name.startswith(_NUMBERED) for name in names)
+    _label(axes, style, f"percent ({_NUMBERED}: no font here has its name's letters)" if by_number else "percent", "")
+    return figure
+
+
+def _written(report: Results, number: int) -> str:
+    """A class's name, or its number where no font of this machine has the letters."""
+    name = " ".join(report.class_name(number).split())
+    if not all(ord(letter) in _fonts()[1] for letter in name):
+        return f"{_NUMBERED}{report.class_ids[number] if report.class_ids else number}"
+    return name if len(name) <= 24 else name[:23] + "…"
+
+
+@cache
+def _fonts() -> tuple[list[str], frozenset[int]]:
+    """The families to write names with, and the code points that one of them has."""
+    here = {font.name for font in fontManager.ttflist}
+    families = [name for name in _FAMILIES if name in here]
+    return families, frozenset(code for name in families for code in get_font(findfont(name)).get_charmap())

@@ -1,0 +1,135 @@
+"""A folder's tables, page and plots, all made from its records and replaced together."""
+
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+
+from faiss_knn.offline.report.content import Section, overview, sections, title_of
+from faiss_knn.offline.report.html import page
+from faiss_knn.offline.report.ledger import write
+from faiss_knn.offline.report.markdown import markdown
+from faiss_knn.offline.report.results import (
+    Results,
+    index_name,
+    name_tasks,
+    newest_of_each,
+    record_key,
+    task_key,
+)
+from faiss_knn.offline.report.tables import csv_lines, csv_text
+
+_FILES = {"cost": "cost", "k": "accuracy_over_k", "classes": "per_class"}
+_PLOT = re.compile(rf"({'|'.join(_FILES.values())})(-\d+)?\.png")
+
+
+def publish(parts: Sequence[Results], added: Results, folder: Path) -> None:
+    """Write what is made from the records, plots where matplotlib is there, and the neighbours that were kept.
+
+    Args:
+        parts: All that the folder holds, by what was evaluated.
+        added: What the neighbours are taken from.
+        folder: Where results.jsonl is.
+    """
+    files: dict[str, str | bytes] = {"results.csv": csv_text([record for part in parts for record in part.records])}
+    parts = [replace(part, records=newest_of_each(part.records)) for part in parts]
+    names = name_tasks([part.records[-1] for part in parts]) if len(parts) > 1 else [""]
+    files["per_class.csv"] = csv_lines(_class_rows(names, parts))
+    if parts:
+        files |= _report(names, parts)
+    if added.neighbors:
+        name, content = _kept_neighbors(added, folder)
+        files[name] = content
+    _replace_together(files, folder)
+
+
+def _replace_together(files: dict[str, str | bytes], folder: Path) -> None:
+    """Put all files in place once each is written, and remove the plots that are no longer of anything."""
+    partial = Path(mkdtemp(prefix=".partial-", dir=folder))
+    try:
+        for name, content in files.items():
+            write(partial / name, content)
+        for name in files:
+            os.replace(partial / name, folder / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for path in folder.iterdir():
+        if _PLOT.fullmatch(path.name) and path.name not in files:
+            path.unlink()
+
+
+def _report(names: Sequence[str], parts: Sequence[Results]) -> dict[str, str | bytes]:
+    """The page, the Markdown and the pictures."""
+    shown: list[Section] = []
+    pictures: dict[str, str] = {}
+    drawings: dict[str, tuple[str, str]] = {}
+    files: dict[str, str | bytes] = {}
+    for number, (name, part) in enumerate(zip(names, parts, strict=True), 1):
+        mark = "" if number == 1 else f"-{number}"
+        for section in sections(part):
+            title = f"{name}: {section.title}" if name else section.title
+            shown.append(replace(section, title=title, plot=section.plot and section.plot + mark))
+        for plot, (png, svgs) in _plots(part).items():
+            pictures[plot + mark] = f"{_FILES[plot]}{mark}.png"
+            drawings[plot + mark] = svgs
+            files[pictures[plot + mark]] = png
+    title = f"faiss-knn: {title_of(parts[0])}"
+    if len(parts) > 1:
+        title = f"faiss-knn: {len(parts)} evaluations"
+        shown.insert(0, overview(names, parts))
+    files["report.md"] = markdown(title, shown, pictures)
+    files["report.html"] = page(title, shown, drawings)
+    return files
+
+
+def _plots(part: Results) -> dict[str, tuple[bytes, tuple[str, str]]]:
+    try:
+        from faiss_knn.offline.report.plots import draw, png, svgs
+    except ImportError:
+        return {}
+    return {name: (png(plot), svgs(plot)) for name, plot in draw(part).items()}
+
+
+def _class_rows(names: Sequence[str], parts: Sequence[Results]) -> Iterator[list[Any]]:
+    several = len(parts) > 1
+    headings = ["index", "k", "temperature", "weighting", "class", "name", "score"]
+    yield [*headings, "evaluation"] if several else headings
+    for task, part in zip(names, parts, strict=False):
+        for record in part.records:
+            setting = [index_name(record), record["k"], record["temperature"], record["weighting"]]
+            for i, score in enumerate(part.per_class.get(record_key(record), [])):
+                label = part.class_ids[i] if part.class_ids else i
+                known = "" if score is None or score != score else score
+                row = [*setting, label, part.class_name(i), known]
+                yield [*row, task] if several else row
+
+
+def _kept_neighbors(added: Results, folder: Path) -> tuple[str, bytes]:
+    """neighbors.npz with those of further indexes, or where it is of another evaluation a file marked as of this."""
+    task = task_key(added.records[0])
+    arrays: dict[str, Any] = {"evaluation": np.array(task)}
+    for name in ("neighbors.npz", f"neighbors-{blake2b(task.encode(), digest_size=4).hexdigest()}.npz"):
+        held = _arrays(folder / name)
+        if not held or str(held.get("evaluation")) == task:
+            break
+    arrays |= held if str(held.get("evaluation")) == task else {}
+    for index, pair in added.neighbors.items():
+        arrays |= {f"{what}/{index}": array for what, array in zip(("distances", "indices"), pair, strict=True)}
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return name, out.getvalue()
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    with np.load(path) as held:
+        return dict(held)

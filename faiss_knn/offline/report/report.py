@@ -1,0 +1,98 @@
+"""The result of an evaluation, and the folder of files that it is kept in."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from faiss_knn.offline.report.content import Table, warnings_of
+from faiss_knn.offline.report.html import html_table
+from faiss_knn.offline.report.ledger import Ledger, read_folder
+from faiss_knn.offline.report.publish import publish
+from faiss_knn.offline.report.results import Record, Results, best_of, index_name
+from faiss_knn.offline.report.tables import rows_of, text_table
+
+__all__ = ["EvalReport", "Ledger", "Record", "index_name", "text_table"]
+
+
+@dataclass
+class EvalReport(Results):
+    """What evaluate() found: records as data, as a table, as files.
+
+    Attributes:
+        class_names: Names by class number, or None.
+        checks: What makes the numbers suspect; see `faiss_knn.offline.task.warning_facts`.
+        records: One per index × k × temperature × weighting.
+        per_class: The scores of each class by `record_key`: top-1, or average precision for multi-hot labels.
+        neighbors: (Q, K) distances and indices by index name, if they were kept.
+        class_ids: Class ids by class number, where these are not the same.
+    """
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "EvalReport":
+        """Read what `save` or `faiss-knn eval --out` has written; kept neighbours stay in neighbors.npz.
+
+        Raises:
+            ValueError: If there are no records in the folder.
+        """
+        folder = Path(folder)
+        found = read_folder(folder)
+        if not found.records:
+            raise ValueError(f"{folder}: holds no records of an evaluation: name a folder that `save` has written")
+        return cls(**vars(found))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the numbers suspect, in words."""
+        return warnings_of(self)
+
+    def best(self, by: str = "top1") -> Record:
+        """The record with the highest value of a field; of equal ones the first.
+
+        Raises:
+            ValueError: If no record has that field.
+        """
+        return best_of(self.records, by)
+
+    def to_frame(self) -> Any:
+        """The records as a pandas DataFrame.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        import pandas  # optional
+
+        return pandas.DataFrame(self.records)
+
+    def table(self) -> str:
+        """One line per record, for a terminal."""
+        return text_table(*rows_of(self.records))
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return html_table(Table(*rows_of(self.records)))
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Add to a folder: results.jsonl, results.csv, per_class.csv, report.md, report.html and the plots.
+
+        A folder only grows: its records stay, one of the same data and settings gives way to the new one, and tables,
+        page and plots are made anew from all of them. Plots need matplotlib and are left out without it; neighbors.npz
+        is written if they were kept.
+
+        Args:
+            folder: Made if it is not there.
+            overwrite: Forget the records that are there.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: If the folder cannot be written, or its results.jsonl is of something else.
+        """
+        ledger = Ledger(folder, overwrite=overwrite)
+        if ledger.warning:
+            warnings.warn(ledger.warning, stacklevel=2)
+        publish(ledger.merge(self), self, ledger.folder)
+        return ledger.folder

@@ -1,0 +1,398 @@
+"""What is evaluated: labelled bank and query rows, checked, with their classes numbered; and what makes it suspect."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from faiss_knn.classify.labels import (
+    Names,
+    as_class_count,
+    is_labelled,
+    is_soft,
+    most_likely,
+    number_classes,
+    one_hot_ids,
+    read_labels,
+    width_of,
+)
+from faiss_knn.offline.lazy_rows import RowSource, Subset, read_rows, spans
+from faiss_knn.search.inputs import check_dense
+
+Ids = npt.NDArray[np.int64]
+ArrayLike = Any
+
+_CHECKED_BYTES = 64 << 20
+_WIDE = 1 << 16  # class ids from which on the classes are numbered anew, if few of the ids below occur
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Labelled rows.
+
+    Attributes:
+        rows: (n, d), those that have a label.
+        labels: (n,) int64 class numbers, or (n, C) int64 multi-hot.
+        ids: (n,) row numbers in what the caller gave, ascending.
+        unlabelled: How many rows were left out for want of a label.
+        shares: (n, C) shares of the classes, of which `labels` are the largest; None if each row has one class.
+        skipped: How many rows were left out because no distance can be measured from them.
+    """
+
+    rows: RowSource
+    labels: Tensor
+    ids: Ids
+    unlabelled: int
+    shares: Tensor | None = None
+    skipped: int = 0
+
+    def pick(self, places: Ids) -> "LabelledRows":
+        """Some of the rows, by ascending place."""
+        chosen = torch.from_numpy(places)
+        shares = None if self.shares is None else self.shares[chosen]
+        rows = Subset(self.rows, places)
+        return replace(self, rows=rows, labels=self.labels[chosen], ids=self.ids[places], shares=shares)
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """A bank, the queries that it classifies, and the classes.
+
+    With `leave_one_out` the queries are the bank's own rows, and none is its own neighbour.
+
+    Attributes:
+        bank: The rows that are searched.
+        queries: The rows that are classified.
+        num_classes: C, how many classes are numbered.
+        class_names: Names by class number, or None.
+        leave_one_out: See above.
+        class_ids: (C,) ids by class number, where these are not the same.
+        fingerprint: Of every number and label, once they were looked at.
+    """
+
+    bank: LabelledRows
+    queries: LabelledRows
+    num_classes: int
+    class_names: list[str] | None
+    leave_one_out: bool
+    class_ids: list[int] | None = None
+    fingerprint: str = ""
+
+    @property
+    def multi_hot(self) -> bool:
+        """Whether rows may have several classes."""
+        return self.bank.labels.ndim == 2
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return self.bank.rows.shape[1]
+
+    @property
+    def reachable(self) -> int:
+        """How many neighbours a query can have."""
+        return len(self.bank.rows) - self.leave_one_out
+
+    def name(self, label: int) -> str:
+        """What a class is called."""
+        if self.class_names:
+            return self.class_names[label]
+        return str(label if self.class_ids is None else self.class_ids[label])
+
+    @cached_property
+    def bank_counts(self) -> Tensor:
+        """(C,) bank rows of each class."""
+        return self._counts(self.bank.labels)
+
+    @cached_property
+    def query_counts(self) -> Tensor:
+        """(C,) queries of each class."""
+        return self._counts(self.queries.labels)
+
+    @cached_property
+    def relevant_counts(self) -> Tensor:
+        """(Q,) bank rows of the query's class, itself not counted; for single labels."""
+        return self.bank_counts[self.queries.labels] - int(self.leave_one_out)
+
+    def few_shot(self, per_class: int, random: np.random.SeedSequence) -> "EvalTask":
+        """The same queries before a bank of `per_class` rows drawn from each class, or all of a smaller class."""
+        order = np.random.default_rng(random).permutation(len(self.bank.rows))
+        labels = self.bank.labels.numpy()[order]
+        by_class = np.argsort(labels, kind="stable")
+        first = np.searchsorted(labels[by_class], labels[by_class])  # where the class begins in the sorted order
+        drawn = order[by_class[np.arange(len(labels)) - first < per_class]]
+        return replace(self, bank=self.bank.pick(np.sort(drawn)))
+
+    def _counts(self, labels: Tensor) -> Tensor:
+        return labels.sum(0) if labels.ndim == 2 else torch.bincount(labels, minlength=self.num_classes)
+
+
+def make_task(
+    bank_features: Any,
+    bank_labels: ArrayLike,
+    query_features: Any,
+    query_labels: ArrayLike,
+    *,
+    num_classes: int | None,
+    class_names: Sequence[str] | None,
+    leave_one_out: bool,
+    ignore_index: int | None = None,
+    multi_label: bool = False,
+) -> EvalTask:
+    """Check both sides and number the classes.
+
+    Labels that are names are numbered in their sorted order, and so are class ids that are few and large. Rows of 0 and
+    1 with one 1 each are class ids, unless `multi_label`.
+
+    Raises:
+        ValueError: If shapes or kinds do not fit, a label is out of range, or nothing is labelled.
+    """
+    _check_sides(query_features, query_labels, leave_one_out)
+    if leave_one_out:
+        query_features, query_labels = bank_features, bank_labels
+    bank_rows, query_rows = _as_rows(bank_features, "bank_features"), _as_rows(query_features, "query_features")
+    _check_rows(bank_rows, query_rows)
+    read = [
+        read_labels(labels, f"`{name}`", ignore_index=ignore_index)
+        for labels, name in ((bank_labels, "bank_labels"), (query_labels, "query_labels"))
+    ]
+    names = None if class_names is None else [str(name) for name in class_names]
+    labels, names = _numbered(read, names, ignore_index)
+    sides = [_side(bank_rows, labels[0], "bank"), _side(query_rows, labels[1], "query")]
+    sides, columns = _one_kind(sides, multi_label)
+    count, ids = _class_count(sides, columns, None if num_classes is None else as_class_count(num_classes), names)
+    if ids is not None:
+        _, numbers = number_classes(*(side.labels for side in sides))
+        sides = [replace(side, labels=number) for side, number in zip(sides, numbers, strict=True)]
+    bank = sides[0]
+    if leave_one_out and len(bank.rows) < 2:
+        raise ValueError("leave_one_out needs a bank of two labelled rows or more, got 1")
+    return EvalTask(bank, bank if leave_one_out else sides[1], count, names, leave_one_out, ids)
+
+
+def _check_sides(query_features: RowSource | None, query_labels: ArrayLike | None, leave_one_out: bool) -> None:
+    given = query_features is not None or query_labels is not None
+    if leave_one_out and given:
+        raise ValueError("leave_one_out takes the bank alone, its rows are the queries: leave out the queries")
+    if not leave_one_out and (query_features is None or query_labels is None):
+        raise ValueError("`query_features` and `query_labels` are needed, or leave_one_out=True to use the bank's rows")
+
+
+def _as_rows(features: Any, name: str) -> RowSource:
+    """Tensors, arrays, lists and DataFrames as rows; what is read in blocks stays as it is."""
+    if hasattr(features, "to_numpy"):  # a DataFrame
+        features = features.to_numpy()
+    if isinstance(features, (list, tuple)):
+        try:
+            features = np.asarray(features)
+        except ValueError as error:
+            raise ValueError(f"`{name}` must be rows of one length: {str(error).splitlines()[0]}") from error
+    if np.ma.is_masked(features):
+        raise ValueError(f"`{name}` must not have masked entries: leave those rows out, or fill them in")
+    if isinstance(features, Tensor):
+        check_dense(features, f"`{name}`")
+        if features.is_complex():
+            raise ValueError(f"`{name}` must be real numbers, got {features.dtype}")
+        return features.detach()
+    if not all(hasattr(features, part) for part in ("shape", "dtype", "__len__", "__getitem__")):
+        raise ValueError(f"`{name}` must be an (N, d) tensor or array, got {type(features).__name__}")
+    if hasattr(features, "toarray"):
+        raise ValueError(f"`{name}` must be a dense array, got a sparse one: take its .toarray()")
+    dtype = features.dtype  # of torch where a Subset of a tensor is given
+    if isinstance(dtype, np.dtype) and (dtype.kind not in "fiub" or dtype.itemsize > 8):
+        raise ValueError(f"`{name}` must be numbers of at most 64 bits, got {dtype}: leave out columns of other kinds")
+    rows: RowSource = np.asarray(features) if isinstance(features, np.ma.MaskedArray) else features
+    return rows
+
+
+def _check_rows(bank: RowSource, queries: RowSource) -> None:
+    for name, rows in (("bank_features", bank), ("query_features", queries)):
+        if len(rows.shape) != 2 or 0 in rows.shape:
+            raise ValueError(f"`{name}` must be (N, d) with at least one row, got shape {tuple(rows.shape)}")
+    if bank.shape[1] != queries.shape[1]:
+        raise ValueError(
+            f"`query_features` must have the bank's dimension {bank.shape[1]}, got {queries.shape[1]}: "
+            "take both from the same model"
+        )
+
+
+def _numbered(
+    read: list[Tensor | Names], names: list[str] | None, ignore_index: int | None
+) -> tuple[list[Tensor], list[str] | None]:
+    """Labels as tensors: those that are names by their place in `names`, or in their sorted order."""
+    tensors = [labels.cpu() for labels in read if isinstance(labels, Tensor)]
+    if len(tensors) == len(read):
+        return tensors, names
+    if tensors:
+        raise ValueError("`bank_labels` and `query_labels` must both be class ids or both be names")
+    if ignore_index is not None:
+        raise ValueError(f"`ignore_index` is for class ids, but the labels are names, such as {str(read[0][0])!r}")
+    names = names or [str(name) for name in np.unique(np.concatenate(read))]
+    number = {name: i for i, name in enumerate(names)}
+    unknown = next((str(word) for array in read for word in np.unique(array) if str(word) not in number), None)
+    if unknown is not None:
+        raise ValueError(f"label {unknown!r} is not among the class names, {names[:3]} ({len(names)} of them)")
+    return [
+        torch.tensor([number[str(word)] for word in array], dtype=torch.int64, device="cpu") for array in read
+    ], names
+
+
+def _side(rows: RowSource, labels: Tensor, name: str) -> LabelledRows:
+    argument = f"{name}_labels"
+    if len(labels) != len(rows):
+        raise ValueError(f"`{argument}` must have one entry per row, {len(rows)}, got {len(labels)}")
+    if not is_soft(labels) and (int(labels.min()) < -1 or (labels.ndim == 2 and int(labels.max()) > 1)):
+        need = "class ids from 0, or -1 for unlabelled rows" if labels.ndim == 1 else "0 and 1, or -1 for unlabelled"
+        wrong = int(labels.min()) if int(labels.min()) < -1 else int(labels.max())
+        raise ValueError(f"`{argument}` must be {need}, got {wrong}")
+    labelled = is_labelled(labels)
+    ids = labelled.nonzero()[:, 0].numpy()
+    if not len(ids):
+        raise ValueError(f"every entry of `{argument}` is -1: at least one labelled row is needed")
+    left_out = len(labels) - len(ids)
+    return LabelledRows(Subset(rows, ids) if left_out else rows, labels[labelled], ids, left_out)
+
+
+def _one_kind(sides: list[LabelledRows], multi_label: bool) -> tuple[list[LabelledRows], int]:
+    """Both sides with class ids or both with multi-hot labels, and the columns that labels had, 0 without."""
+    widths = {side.labels.shape[1] for side in sides if side.labels.ndim == 2}
+    if len(widths) == 2:
+        bank, queries = (side.labels.shape[1] for side in sides)
+        raise ValueError(f"`query_labels` must have the bank's {bank} columns, got {queries}")
+    any_soft = any(is_soft(side.labels) for side in sides)
+    single = [_as_ids(side.labels) for side in sides]
+    ids = [one for one in single if one is not None]
+    if any_soft and len(ids) < len(sides):
+        raise ValueError("labels that are shares of classes go with class ids, one-hot rows or shares, not multi-hot")
+    if len({side.labels.ndim for side in sides}) == 2 and not any_soft:
+        raise ValueError("`bank_labels` and `query_labels` must be of one kind: class ids, or multi-hot")
+    if len(ids) == len(sides) and (any_soft or not widths or not multi_label):
+        return [_with_ids(side, one) for side, one in zip(sides, ids, strict=True)], max(widths, default=0)
+    return sides, max(widths)
+
+
+def _as_ids(labels: Tensor) -> Tensor | None:
+    """(n,) class ids, by the largest share if rows have several; None for multi-hot labels."""
+    if labels.ndim == 1:
+        return labels
+    return most_likely(labels) if is_soft(labels) else one_hot_ids(labels)
+
+
+def _with_ids(side: LabelledRows, ids: Tensor) -> LabelledRows:
+    return replace(side, labels=ids, shares=side.labels if is_soft(side.labels) else None)
+
+
+def _class_count(
+    sides: list[LabelledRows], columns: int, num_classes: int | None, names: list[str] | None
+) -> tuple[int, list[int] | None]:
+    """How many classes there are, and their ids where they are numbered anew."""
+    labels = [side.labels for side in sides]
+    seen = max(columns, *(width_of(part) for part in labels))
+    count = num_classes if num_classes is not None else max(seen, len(names or []))
+    fixed = labels[0].ndim == 2 or any(side.shares is not None for side in sides)
+    if count < seen or (fixed and count != columns):
+        raise ValueError(f"num_classes={count} does not fit the labels, which need {seen}: give num_classes={seen}")
+    if names is not None and len(names) < count:
+        raise ValueError(f"`class_names` must name all {count} classes, got {len(names)}")
+    if columns or names is not None or count <= _WIDE:
+        return count, None
+    present, _ = number_classes(*labels)
+    return (count, None) if count <= 16 * len(present) else (len(present), present.tolist())
+
+
+def check_values(problem: EvalTask, distance_metric: str, skip_bad_rows: bool = False) -> EvalTask:
+    """Look at every number once, before an hour of searching, and take the fingerprint of all of them.
+
+    Returns:
+        The problem with its fingerprint; with `skip_bad_rows` without the rows that are not finite or, under cosine,
+        zero, which are counted.
+
+    Raises:
+        ValueError: If there is such a row, naming it as the caller numbers it, or there is no other one.
+    """
+    digest = blake2b(str((problem.dim, problem.class_ids)).encode(), digest_size=8)
+    bank = _looked_at(problem.bank, "bank_features", distance_metric, skip_bad_rows, digest)
+    queries = bank
+    if not problem.leave_one_out:
+        queries = _looked_at(problem.queries, "query_features", distance_metric, skip_bad_rows, digest)
+    if problem.leave_one_out and len(bank.rows) < 2:
+        raise ValueError("leave_one_out needs a bank of two rows or more that can be compared, got 1")
+    return replace(problem, bank=bank, queries=queries, fingerprint=digest.hexdigest())
+
+
+def _looked_at(side: LabelledRows, name: str, distance_metric: str, skip_bad_rows: bool, digest: Any) -> LabelledRows:
+    needs_direction = distance_metric == "cosine"
+    digest.update(str((len(side.rows), side.rows.dtype)).encode())
+    bad = []
+    for start, stop in spans(len(side.rows), max(1, _CHECKED_BYTES // (4 * side.rows.shape[1]))):
+        block = read_rows(side.rows, start, stop)
+        digest.update(_bytes_of(block))
+        bad.append(start + _unfit(block, needs_direction))
+        if len(bad[-1]) and not skip_bad_rows:
+            need = "finite, and not zero under cosine" if needs_direction else "finite"
+            row = int(side.ids[bad[-1][0]])
+            raise ValueError(f"`{name}` must be {need}: row {row} is not: leave it out (label -1) or mend it")
+    for labels in (side.labels, side.shares):
+        digest.update(b"" if labels is None else _bytes_of(labels))
+    places = np.concatenate(bad)
+    if not len(places):
+        return side
+    if len(places) == len(side.rows):
+        raise ValueError(f"every row of `{name}` is zero or not finite: at least one other is needed")
+    kept = np.setdiff1d(np.arange(len(side.rows)), places, assume_unique=True)
+    return replace(side.pick(kept), skipped=len(places))
+
+
+def _bytes_of(block: npt.NDArray[Any] | Tensor) -> Any:
+    if isinstance(block, Tensor):
+        block = block.cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return np.ascontiguousarray(block).data
+
+
+def _unfit(block: npt.NDArray[Any] | Tensor, needs_direction: bool) -> Ids:
+    """Places of rows that are not finite, or zero where that matters."""
+    if isinstance(block, Tensor):
+        largest = block.abs().amax(1)
+        is_bad = ~largest.isfinite() | ((largest == 0) & needs_direction)
+        return is_bad.nonzero()[:, 0].cpu().numpy()
+    squares = np.einsum("ij,ij->i", block, block)  # one fast pass clears all rows but those and the over- or underflown
+    doubtful = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
+    largest = np.abs(block[doubtful]).max(1, initial=0)  # NaN and inf stay in a maximum
+    bad: Ids = doubtful[~np.isfinite(largest) | ((largest == 0) & needs_direction)]
+    return bad
+
+
+def warning_facts(problem: EvalTask, ks: Sequence[int]) -> dict[str, Any]:
+    """What makes a number suspect, as far as the labels show it.
+
+    Returns:
+        `rows_per_class` (least, median, most, over classes in the bank), `classes_in_bank`, `classes_unseen` (query
+        classes without bank rows), `queries_unseen` (queries of those), `majority_baseline` (top-1 of always
+        answering with the bank's commonest class), `unlabelled_bank`, `unlabelled_queries`, `skipped_bank` and
+        `skipped_queries` (rows that are not finite, or zero under cosine), `k_above_bank`; with leave-one-out,
+        `lone_queries` (whose class has no other row).
+    """
+    bank, queries = problem.bank_counts, problem.query_counts
+    present = bank[bank > 0]
+    unseen = (bank == 0) & (queries > 0)
+    found: dict[str, Any] = {
+        "rows_per_class": [int(present.min()), float(present.float().quantile(0.5)), int(present.max())],
+        "classes_in_bank": len(present),
+        "classes_unseen": [problem.name(int(i)) for i in unseen.nonzero()[:, 0]],
+        "queries_unseen": int(queries[unseen].sum()),
+        "majority_baseline": float(queries[bank.argmax()] / len(problem.queries.rows)),
+        "unlabelled_bank": problem.bank.unlabelled,
+        "unlabelled_queries": problem.queries.unlabelled,
+        "skipped_bank": problem.bank.skipped,
+        "skipped_queries": problem.queries.skipped,
+        "k_above_bank": [k for k in ks if k > problem.reachable],
+    }
+    if problem.leave_one_out and not problem.multi_hot:
+        found["lone_queries"] = int((problem.relevant_counts == 0).sum())
+    return found

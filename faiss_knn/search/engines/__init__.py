@@ -1,0 +1,1 @@
+"""How neighbours are found: each engine, how it is chosen, and what they share."""

@@ -1,0 +1,267 @@
+"""The exact search: candidates by a scan of bounds, exact distances, a certificate, and a second pass without it."""
+
+import math
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from faiss_knn.search.distance import Distance, get_distance, normalize, pair_norms
+from faiss_knn.search.engines.bounds import BOUND_COLUMNS, Bounds, DifferenceBounds, ProductBounds
+from faiss_knn.search.engines.duplicates import Duplicates
+from faiss_knn.search.engines.oversampling import Oversampling
+from faiss_knn.search.engines.products import has_fast_bfloat16
+from faiss_knn.search.engines.projection import effective_rank, leading_directions
+from faiss_knn.search.engines.rerank import PAIR_SECONDS, VALUE_SECONDS, measure, nearest
+from faiss_knn.search.engines.scan import best_scores, rows_at_least
+from faiss_knn.search.stored_rows import StoredRows
+
+_SMALL = 4  # a bank of fewer than this many times the candidates is measured whole
+_LEEWAY = 32 << 20  # bytes that a copy may be larger than the bank
+_CHUNK = 512  # queries of one pass
+_SECOND_CHUNK = 64
+_KEPT = 1 << 18  # candidates of one chunk
+_WHOLE = 1 << 20  # distances of one, where all are measured
+_SECOND_BLOCK = 8192  # rows for so many queries, more for fewer
+_WIDE = 512  # narrower rows gain too little from a projection
+_BASIS_SHARE = 3  # of the dimensions at most one in so many
+_LEFT_OUT = 0.03  # energy that a projection may leave out: its bound must exclude nearly all rows
+# Of a second pass, that of each, per byte scanned, and per row of each query.
+_PASS_SECONDS, _READ_SECONDS, _COMPARED_SECONDS = 1e-3, 5e-11, 3e-9
+_TRIAL, _LOOSE = 64, 0.3  # bounds are too loose if after so many queries such a share is uncertified
+
+
+class ExactEngine:
+    """Exact nearest neighbours, certified: `uncertified` counts the queries that took the second pass.
+
+    Args:
+        rows: The bank.
+        distance: Which distance.
+        lean: Whether to make nothing of the bank beforehand: for a few queries.
+        bounds: What another engine made of the same rows and scans by, to be used instead of making one.
+    """
+
+    exact = True
+    spec = "flat"
+    backend = "torch"
+    nprobe = None
+    recall = 1.0
+    recall_of = None
+    tuned_k = None
+
+    def __init__(
+        self, rows: StoredRows, distance: Distance, *, lean: bool = False, bounds: ProductBounds | None = None
+    ) -> None:
+        self._rows = rows
+        self.device = rows.device
+        # Squared distances are ordered before they are squared: float64 does not hold every square.
+        self._is_squared = distance.name == "squared_euclidean"
+        self._distance = distance = get_distance("euclidean") if self._is_squared else distance
+        self._dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
+        self._duplicates: Duplicates | None = None
+        self.uncertified = self._trial_searched = self._trial_uncertified = 0
+        self._lean = lean
+        self._lock = threading.RLock()
+        self._oversampling: dict[int, Oversampling] = {}
+        self._basis: Tensor | None = None
+        if distance.norm == 2 and not lean:
+            self._duplicates = Duplicates.among(rows)
+            self._basis = _worthwhile_basis(rows, distance)
+        self._bounds: Bounds = self._made() if bounds is None else bounds
+
+    @property
+    def bytes(self) -> int:
+        """Size of the bank and what was made of it."""
+        with self._lock:
+            return self._rows.bytes + self._bounds.bytes
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """What the scan computes in."""
+        with self._lock:
+            if not isinstance(self._bounds, ProductBounds):
+                return {}
+            dims = self._rows.dim if self._basis is None else self._basis.shape[1]
+            return {"scan_dtype": str(self._dtype).removeprefix("torch."), "scan_dims": dims}
+
+    def release(self) -> None:
+        """Drop the rows; nothing can be searched after that."""
+        del self._rows, self._bounds, self._duplicates
+
+    def _made(self) -> Bounds:
+        if self._distance.norm != 2:
+            return DifferenceBounds(self._rows)
+        later = None if self._duplicates is None else self._duplicates.later
+        return ProductBounds(
+            self._rows, self._distance, self._dtype, passed_over=later, basis=self._basis, room=self._room()
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.RLock()
+
+    def _now(self, k: int) -> tuple[Bounds, Oversampling]:
+        """Return what a search goes by until its end, whatever others change meanwhile."""
+        with self._lock:
+            return self._bounds, self._oversampling_for(k)
+
+    def _oversampling_for(self, k: int) -> Oversampling:
+        if k not in self._oversampling:
+            scanned = self._bounds.bytes or self._rows.bytes
+            candidate = PAIR_SECONDS + self._rows.dim * VALUE_SECONDS
+            second_pass = _PASS_SECONDS + scanned * _READ_SECONDS
+            self._oversampling[k] = Oversampling(k, candidate, second_pass, len(self._rows) * _COMPARED_SECONDS)
+        return self._oversampling[k]
+
+    def _room(self) -> int:
+        """Return what a copy may take so that, with all else that is kept of it, the bank is held twice at most."""
+        if self._lean:
+            return 0
+        kept = 0 if self._duplicates is None else self._duplicates.bytes
+        return self._rows.bytes + _LEEWAY - kept - (8 * len(self._rows) if self._distance.normalized else 0)
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
+        small = len(self._rows) <= _SMALL * (k + max(20, k))
+        # Made first: among the parts' own, short-lived memory it would keep the heap from shrinking.
+        distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
+        ids = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+        done = 0
+        while done < len(queries):
+            bounds, oversampling = self._now(k)
+            count = oversampling.count
+            step = _WHOLE // len(self._rows) if small else min(_CHUNK, _KEPT // (k + count))
+            part = slice(done, done + max(1, step))
+            if small:
+                distances[part], ids[part] = self._measured_whole(queries[part], k)
+            else:
+                distances[part], ids[part], needed = self._search_chunk(queries[part], k, bounds, count)
+                del bounds  # so that a tighter one can take its place
+                self._learn(oversampling, needed, count)
+            done = part.stop
+        if self._is_squared:
+            distances = distances.square().clamp_(max=torch.finfo(torch.float64).max)  # inf is for what was not found
+        return distances, ids
+
+    def _search_chunk(self, queries: Tensor, k: int, bounds: Bounds, count: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Search by bounds and `count` candidates beyond k; also say how many each query would have needed."""
+        prepared = bounds.prepare(queries)
+        scores, ids = best_scores(bounds, prepared, len(self._rows), min(k + count, len(self._rows)))
+        ids = ids if self._duplicates is None else self._duplicates.mask_copies(ids)
+        distances, ids = self._followed(*nearest(measure(queries, self._rows, ids, self._distance), ids, k), k)
+        # Certified: not all candidates can be within the k-th distance, hence no row that scored lower than they.
+        within = scores.double() >= bounds.least_score(prepared, self._distance.to_norm(distances[:, -1]))[:, None]
+        counts = within.sum(1).tolist()  # the one time that a GPU is waited for
+        lost = [query for query, reached in enumerate(counts) if reached == scores.shape[1]]
+        for start in range(0, len(lost), _SECOND_CHUNK):
+            part = torch.tensor(lost[start : start + _SECOND_CHUNK], device=queries.device)
+            distances[part], ids[part] = self._second_pass(queries[part], k, distances[part, -1], bounds)
+        return distances, ids, [reached - k + 1 for reached in counts]
+
+    def _learn(self, oversampling: Oversampling, needed: list[int], count: int) -> None:
+        uncertified = sum(need > count for need in needed)
+        with self._lock:
+            self.uncertified += uncertified
+            if oversampling is self._oversampling.get(oversampling.k):  # else the bounds were tightened meanwhile
+                oversampling.learn(needed, count)
+                self._count(len(needed), uncertified)
+
+    def _followed(self, distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return (distances, ids) if self._duplicates is None else self._duplicates.expand(distances, ids, k)
+
+    def _count(self, searched: int, uncertified: int) -> None:
+        self._trial_searched += searched
+        self._trial_uncertified += uncertified
+        if self._trial_searched >= _TRIAL and self._trial_uncertified > _LOOSE * self._trial_searched:
+            self._tighten()
+
+    def _tighten(self) -> None:
+        """Go on with tighter bounds: all coordinates instead of a projection, float32 instead of bfloat16."""
+        self._trial_searched = self._trial_uncertified = 0
+        self._oversampling = {}
+        if self._basis is not None:
+            self._basis = None
+        elif self._dtype == torch.bfloat16:
+            self._dtype = torch.float32
+        else:
+            return
+        del self._bounds  # before the next is made: one copy at a time, unless another thread searches by it
+        self._bounds = self._made()
+
+    def _second_pass(self, queries: Tensor, k: int, limits: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
+        """Measure every row whose bound does not exclude it from the k nearest.
+
+        Args:
+            queries: (b, d).
+            k: How many neighbours.
+            limits: (b,) distances that k rows are known to be within.
+            bounds: What excludes them.
+        """
+        prepared = bounds.prepare(queries)
+        best = torch.empty(len(queries), 0, dtype=torch.float64, device=queries.device)
+        ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+        step = _SECOND_BLOCK * _SECOND_CHUNK // len(queries)
+        for start in range(0, len(self._rows), step):
+            scores = bounds.scores(prepared, start, min(start + step, len(self._rows)))
+            query, row = rows_at_least(scores, bounds.least_score(prepared, self._distance.to_norm(limits)))
+            row = row + start
+            if self._duplicates is not None:
+                first = self._duplicates.mask_copies(row) >= 0
+                query, row = query[first], row[first]
+            found = measure(queries, self._rows, row[:, None], self._distance, of=query)[:, 0]
+            dense, dense_ids = _by_query(query, found, row, len(queries))
+            best, ids = torch.cat([best, dense], 1), torch.cat([ids, dense_ids], 1)
+            best, ids = nearest(best, ids, min(k, best.shape[1]))
+            if best.shape[1] == k:
+                limits = torch.minimum(limits, best[:, -1])
+        return self._followed(best, ids, k)
+
+    def _measured_whole(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        queries = normalize(queries) if self._distance.normalized else queries.double()
+        numbers = torch.arange(len(self._rows), device=queries.device)
+        parts = torch.split(numbers, _SECOND_BLOCK)
+        wide = self._rows.dtype == torch.float64 and not self._distance.normalized
+        norms = [
+            pair_norms(queries, self._rows.as_compared(part, self._distance)[None], self._distance, wide=wide)
+            for part in parts
+        ]
+        return nearest(self._distance.from_norm(torch.cat(norms, 1)), numbers.expand(len(queries), -1), k)
+
+
+def _by_query(query: Tensor, distances: Tensor, ids: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    """Lay out found pairs (P,), in order of their query, as (queries, most) arrays filled up with (inf, -1)."""
+    counts = torch.bincount(query, minlength=queries)
+    place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+    dense = distances.new_full((queries, int(counts.max())), torch.inf)
+    dense_ids = ids.new_full(dense.shape, -1)
+    dense[query, place], dense_ids[query, place] = distances, ids
+    return dense, dense_ids
+
+
+def _worthwhile_basis(rows: StoredRows, distance: Distance) -> Tensor | None:
+    """Return (d, m) leading directions if a few of them hold nearly all the spread, else None."""
+    if rows.dim < _WIDE:
+        return None
+    ids = torch.linspace(0, len(rows) - 1, min(2048, len(rows)), dtype=torch.float64, device="cpu").long()
+    sample = rows.as_compared(ids, distance)
+    sample -= sample.median(0).values
+    most = rows.dim // _BASIS_SHARE
+    rank = effective_rank(sample)
+    if len(sample) < 2 * most or rank > most:
+        return None
+    for count in dict.fromkeys((min(2 * math.ceil(rank), most), most)):  # the time grows with its square
+        basis, energies = leading_directions(sample, count)
+        enough = (energies.cumsum(0) >= 1 - _LEFT_OUT).nonzero()
+        if len(enough) > 0:
+            return basis[:, : min(count, _padded(int(enough[0]) + 1))].contiguous()
+    return None
+
+
+def _padded(count: int) -> int:
+    """Fill the product's width up to a multiple of 32 with further directions, room left for the bounds."""
+    return -(-(count + BOUND_COLUMNS) // 32) * 32 - BOUND_COLUMNS

@@ -1,0 +1,187 @@
+"""index="fast": a scan of estimates over the leading directions, and exact distances of the best."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from faiss_knn.search.distance import Distance
+from faiss_knn.search.engines.bounds import BOUND_COLUMNS, ProductBounds
+from faiss_knn.search.engines.exact import ExactEngine
+from faiss_knn.search.engines.products import has_fast_bfloat16
+from faiss_knn.search.engines.projection import leading_directions
+from faiss_knn.search.engines.rerank import measure_quickly, nearest
+from faiss_knn.search.engines.scan import best_scores
+from faiss_knn.search.engines.tuning import HELD_OUT, RECHECK, HeldOut, asked_before, hold_out, of_queries, search_cost
+from faiss_knn.search.stored_rows import StoredRows
+
+_SHARES = (0.125, 0.25, 0.375, 0.5)  # of the dimensions, scanned instead of all
+_FACTORS = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0)
+_CHUNK = 512
+_KEPT = 1 << 18
+_SAMPLE = 2048
+
+
+class Tuned(NamedTuple):
+    """What a tuning chose, kept from one bank to the next.
+
+    Attributes:
+        basis: (d, m) directions to scan; None: all coordinates.
+        factor: Candidates measured per neighbour asked for.
+        k: The k it was measured at.
+    """
+
+    basis: Tensor | None
+    factor: float
+    k: int
+
+    def candidates(self, k: int) -> int:
+        """Return how many candidates to measure for k neighbours: never fewer spare ones than at the tuned k."""
+        return max(math.ceil(self.factor * k), k + math.ceil((self.factor - 1) * self.k))
+
+
+class FastEngine:
+    """Approximate neighbours at a measured recall; their distances are exact.
+
+    Args:
+        rows: The bank.
+        distance: One that is measured by euclidean norms.
+        k: The k that the recall is met for.
+        target: The recall to meet.
+        before: What was chosen for an earlier bank: kept if it still meets the target.
+        asked: (n, d) queries of an earlier bank to measure on; None: rows of the bank.
+    """
+
+    exact = False
+    spec = "fast"
+    backend = "torch"
+    nprobe = None
+    uncertified = 0
+
+    def __init__(
+        self,
+        rows: StoredRows,
+        distance: Distance,
+        k: int,
+        target: float,
+        before: Tuned | None = None,
+        asked: Tensor | None = None,
+    ) -> None:
+        self._asked = asked
+        self.recall_of = of_queries(asked)
+        self._rows = rows
+        self.device = rows.device
+        self._distance = distance
+        self._target = target
+        self._dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
+        self.recall = 0.0
+        if before is not None and before.basis is not None:
+            before = before._replace(basis=before.basis.to(rows.device))
+        self._warm = before is not None and self._kept(before, k)
+        if not self._warm:
+            self.tune(k)
+        self.bytes = rows.bytes + self._bounds.bytes
+
+    @property
+    def tuned_k(self) -> int:
+        """The k that the recall is met for."""
+        return self.tuned.k
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """What was tuned."""
+        dims = self._rows.dim if self.tuned.basis is None else self.tuned.basis.shape[1]
+        dtype = str(self._dtype).removeprefix("torch.")
+        return {
+            "k_factor": self.tuned.factor,
+            "scan_dims": dims,
+            "scan_dtype": dtype,
+            "tuned_k": self.tuned.k,
+            "warm": self._warm,
+        }
+
+    def release(self) -> None:
+        """Drop the rows and keep what was tuned; nothing can be searched after that."""
+        del self._rows, self._bounds
+
+    def _kept(self, before: Tuned, k: int) -> bool:
+        """Take over an earlier choice if a few held-out rows confirm it."""
+        if before.k < k or (before.basis is not None and len(before.basis) != self._rows.dim):
+            return False
+        self.tuned = before
+        self._bounds = self._made(before.basis)
+        held_out = self._held_out(None if before.basis is not None else self._bounds, k, RECHECK)
+        kept = before.candidates(k)
+        found = self._scan(self._bounds, held_out.queries, min(kept + held_out.further, len(self._rows)))
+        self.recall, error = held_out.recall(held_out.counted(found, kept))
+        return self.recall + 2 * error >= self._target  # unless they refute it
+
+    def _made(self, basis: Tensor | None) -> ProductBounds:
+        return ProductBounds(self._rows, self._distance, self._dtype, basis=basis)
+
+    def tune(self, k: int) -> None:
+        """Choose directions and candidates: the cheapest by the cost model among those that meet the target."""
+        self._bounds = bounds = self._made(None)
+        held_out = self._held_out(bounds, k, HELD_OUT)
+        k = held_out.neighbors.shape[1]
+        choices = [(self._rows.dim, *self._least_factor(bounds, held_out))]
+        basis = self._directions()
+        rotated = self._made(basis)
+        for share in _SHARES:
+            dims = max(
+                1, round(share * self._rows.dim / 32) * 32 - BOUND_COLUMNS
+            )  # with the other columns a multiple of 32
+            choices.append((dims, *self._least_factor(rotated, held_out, dims)))
+        good = [choice for choice in choices if choice[1] < _FACTORS[-1]] or choices[:1]
+        dims, factor, self.recall = min(good, key=lambda choice: self._cost(choice[0], choice[1] * k))
+        self.tuned = Tuned(None if dims == self._rows.dim else basis[:, :dims].contiguous(), factor, k)
+        if self.tuned.basis is not None:
+            self._bounds = self._made(self.tuned.basis)
+
+    def _held_out(self, bounds: ProductBounds | None, k: int, count: int) -> HeldOut:
+        exact = ExactEngine(self._rows, self._distance, lean=True, bounds=bounds)
+        if self._asked is not None:
+            return asked_before(exact, self._asked, min(k, len(self._rows)))
+        return hold_out(self._rows, exact, self._distance, k, count)
+
+    def _directions(self) -> Tensor:
+        ids = torch.linspace(
+            0, len(self._rows) - 1, min(_SAMPLE, len(self._rows)), dtype=torch.float64, device="cpu"
+        ).long()
+        sample = self._rows.as_compared(ids, self._distance)
+        return leading_directions(sample - sample.median(0).values, max(1, self._rows.dim // 2))[0]
+
+    def _cost(self, dims: int, candidates: float) -> float:
+        return search_cost(len(self._rows), self._rows.dim, dims, int(candidates), self._dtype)
+
+    def _least_factor(self, bounds: ProductBounds, held_out: HeldOut, dims: int | None = None) -> tuple[float, float]:
+        """Return the smallest factor that meets the target with the first `dims` directions, and its recall."""
+        k = held_out.neighbors.shape[1]
+        most = min(math.ceil(_FACTORS[-1] * k) + held_out.further, len(self._rows))
+        found = held_out.counted(self._scan(bounds, held_out.queries, most, dims), most)
+        for factor in _FACTORS:
+            share, error = held_out.recall(found[:, : math.ceil(factor * k)])
+            if share - error >= self._target:
+                break
+        return factor, share
+
+    def _scan(self, bounds: ProductBounds, queries: Tensor, kept: int, dims: int | None = None) -> Tensor:
+        """Return the ids (B, kept) of the best estimates, best first."""
+        prepared = bounds.prepare(queries, bound=False)
+        if dims is not None:
+            bounds.narrow(prepared, dims)
+        scores, ids = best_scores(bounds, prepared, len(self._rows), kept)
+        return ids.gather(1, scores.float().argsort(dim=1, descending=True))
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
+        bounds, kept = self._bounds, min(self.tuned.candidates(k), len(self._rows))
+        step = max(1, min(_CHUNK, _KEPT // kept))
+        parts = [self._search_chunk(part, k, kept, bounds) for part in torch.split(queries, step)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _search_chunk(self, queries: Tensor, k: int, kept: int, bounds: ProductBounds) -> tuple[Tensor, Tensor]:
+        prepared = bounds.prepare(queries, bound=False)
+        _, ids = best_scores(bounds, prepared, len(self._rows), kept)
+        return nearest(measure_quickly(queries, self._rows, ids, self._distance), ids, k)

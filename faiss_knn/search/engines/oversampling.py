@@ -1,0 +1,49 @@
+"""Choose how many extra candidates to measure beyond k."""
+
+from bisect import bisect_right
+
+_FIRST = 32
+_WATCHED = 256  # queries between two choices
+
+
+class Oversampling:
+    """How many candidates beyond k to measure: as many as certify nearly every query, by those searched before.
+
+    Too few cost a second pass, too many are selected and measured in vain; neither changes what is found.
+
+    Args:
+        k: The neighbours asked for.
+        candidate: Seconds that a candidate of one query takes.
+        second_pass: Seconds of a second pass, for however many queries of a chunk.
+        query: Seconds that each query adds to it.
+    """
+
+    def __init__(self, k: int, candidate: float, second_pass: float, query: float) -> None:
+        self.k = k
+        self.count = self._first = max(_FIRST, k)
+        self._candidate, self._second_pass, self._query = candidate, second_pass, query
+        self._chunks: list[list[int]] = []
+
+    def learn(self, needed: list[int], count: int | None = None) -> None:
+        """Take note of how many each query of a chunk would have needed.
+
+        Args:
+            needed: One number a query; `count` + 1: more than there were.
+            count: How many the chunk was searched with; None: as many as now.
+        """
+        had = self.count if count is None else count
+        self._chunks.append([2 * need if need > had else need for need in needed])
+        needs = sorted(need for chunk in self._chunks for need in chunk)
+        if len(needs) < _WATCHED:
+            return
+        worst = sorted(max(chunk) for chunk in self._chunks)
+
+        def cost(count: int) -> float:
+            lost, passes = len(needs) - bisect_right(needs, count), len(worst) - bisect_right(worst, count)
+            return self._candidate * len(needs) * count + self._second_pass * passes + self._query * lost
+
+        best = min(sorted(set(needs)), key=cost)
+        if best == needs[-1]:  # what none of them needed, others may
+            best += best // 4 + 4
+        self.count = min(best, 4 * self._first)
+        self._chunks = []

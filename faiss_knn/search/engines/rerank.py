@@ -1,0 +1,111 @@
+"""From candidates to neighbours: exact distances of the stored rows, ordered by (distance, index)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from faiss_knn.search.distance import Distance, normalize, pair_norms
+from faiss_knn.search.stored_rows import StoredRows
+
+# What measuring takes on two modern cores, per pair and per value of it.
+PAIR_SECONDS, VALUE_SECONDS = 130e-9, 0.8e-9
+
+_PAIR_BYTES = 4 << 20  # float64 rows gathered at once: more makes the heap shrink and grow with every search
+_GPU_PAIR_BYTES = 128 << 20
+_SHORT = 2048  # dimensions that float32 sums may have
+_NEAR, _FAR = 2.0**-40, 2.0**55
+_NEAR_DIRECTIONS = 2.0**-3
+
+
+class Neighbors(NamedTuple):
+    """The neighbours of each query, nearest first.
+
+    Attributes:
+        distances: (B, k) float32, ascending; inf where missing.
+        indices: (B, k) int64 row numbers of the bank; -1 where missing.
+    """
+
+    distances: Tensor
+    indices: Tensor
+
+    def single(self) -> "Neighbors":
+        """Round distances to float32; those beyond it become its largest number, for inf means that none was found."""
+        most = torch.finfo(torch.float32).max
+        return Neighbors(self.distances.clamp(max=most).float().masked_fill(self.indices < 0, torch.inf), self.indices)
+
+
+def measure(
+    queries: Tensor,
+    rows: StoredRows,
+    ids: Tensor,
+    distance: Distance,
+    of: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Measure candidates.
+
+    Args:
+        queries: (B, d).
+        rows: The bank.
+        ids: (B, m) int64 row numbers, -1 where there is none.
+        distance: Which distance.
+        of: (B,) which of the queries each row of `ids` belongs to; None: its own.
+        dtype: To compute in.
+
+    Returns:
+        (B, m) distances in that dtype, inf where the id is -1.
+    """
+    queries = (normalize(queries) if distance.normalized else queries).to(dtype)
+    wide = rows.dtype == torch.float64 and not distance.normalized
+    width = ids.shape[1]
+    norms = torch.empty(ids.shape, dtype=dtype, device=ids.device)
+    values = (_GPU_PAIR_BYTES if rows.device.type == "cuda" else _PAIR_BYTES) // 8
+    step = max(1, values // (rows.dim * max(1, width)))
+    columns = max(1, min(width, values // rows.dim))
+    for start in range(0, len(ids), step):
+        part = slice(start, start + step)
+        for left in range(0, width, columns):
+            chosen = ids[part, left : left + columns]
+            known = chosen.reshape(-1).clamp(min=0)
+            taken = rows.as_compared(known, distance, dtype) if distance.normalized else rows.take(known)
+            asking = queries[part] if of is None else queries[of[part]]
+            taken = taken.view(*chosen.shape, rows.dim)
+            norms[part, left : left + columns] = pair_norms(asking, taken, distance, dtype, wide=wide)
+    return distance.from_norm(norms).masked_fill_(ids < 0, torch.inf)
+
+
+def measure_quickly(queries: Tensor, rows: StoredRows, ids: Tensor, distance: Distance) -> Tensor:
+    """Measure candidates to 1e-5, for approximate indexes: in float32 where its range and precision are enough.
+
+    A difference of two float32 values is rounded once, by 2⁻²⁴ of itself; their squares add up in sixteen sums. Pairs
+    that are very near or very far, where squares would leave the range, are measured again; of directions also those
+    within an eighth of each other, as rounding each to float32 moves it by 2⁻²³.
+
+    Returns:
+        (B, m) float64 distances of candidates `ids` (B, m), all known.
+    """
+    if rows.dim > _SHORT or torch.float64 in (queries.dtype, rows.dtype):
+        return measure(queries, rows, ids, distance)
+    found = measure(queries, rows, ids, distance, dtype=torch.float32).double()
+    norms = distance.to_norm(found)
+    near = _NEAR_DIRECTIONS if distance.normalized else _NEAR
+    query, place = ((norms < near) | (norms > _FAR)).nonzero().unbind(1)
+    if len(query) > 0:
+        found[query, place] = measure(queries, rows, ids[query, place][:, None], distance, of=query)[:, 0]
+    return found
+
+
+def nearest(distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k smallest of each row by (distance, id), (B, k) each; missing ones (inf, -1) last.
+
+    Args:
+        distances: (B, m) float64, inf where the id is -1.
+        ids: (B, m) int64.
+        k: At most m.
+    """
+    # Two stable sorts: by id (missing ones as the largest), then by distance.
+    order = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids).argsort(dim=1, stable=True)
+    distances, ids = distances.gather(1, order), ids.gather(1, order)
+    distances, order = distances.sort(dim=1, stable=True)
+    return distances[:, :k].contiguous(), ids.gather(1, order[:, :k])  # no view: it would keep all of them

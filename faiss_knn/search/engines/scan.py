@@ -1,0 +1,199 @@
+"""One pass over a bank's scores: the best few of each query, without an (N, B) array and without sorting it."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from faiss_knn.search.engines.bounds import Bounds, PreparedQueries
+
+Places = npt.NDArray[np.int64]
+
+_GROUP = 8  # rows whose maximum is compared before any of them is
+_PER_KEPT = 64  # rows of a block for each that is kept: selection shall cost per row, not per block
+# Of scores at once: on a CPU what stays in cache between product and comparison. There the block of the first rows is
+# larger, for the least score that counts to be high from the start.
+_BLOCK_BYTES, _MIN_BLOCK, _MAX_BLOCK = 2 << 20, 1 << 10, 1 << 16
+_FIRST_BYTES, _FIRST_BLOCK = 30 << 20, 1 << 13
+_GPU_BLOCK_BYTES, _GPU_MIN_BLOCK, _GPU_MAX_BLOCK = 1 << 27, 1 << 13, 1 << 20  # a block costs a dozen kernel launches
+_FLAGS = 8  # bytes of a word
+_ROWS_OF_GROUPS = _GROUP * _FLAGS
+_CROWDED = 8  # one in so many groups reaching the least score: sorting the block is cheaper
+_PENDING = 2  # for each score kept, how many wait for being compared with them
+
+
+def best_scores(bounds: Bounds, prepared: PreparedQueries, rows: int, kept: int) -> tuple[Tensor, Tensor]:
+    """Return the highest scores of each query.
+
+    Args:
+        bounds: Gives the scores of a block of rows.
+        prepared: B queries as they compare them.
+        rows: N.
+        kept: How many to keep of each query, at most N.
+
+    Returns:
+        (B, kept) scores and (B, kept) int64 row numbers, in no order. Equal scores are kept by chance.
+    """
+    if has_cache_blocks(prepared.vectors.device):
+        return _best_above_a_threshold(bounds, prepared, rows, kept)
+    step = _gpu_block_rows(prepared.vectors, kept)
+    best, ids = _best_rows(bounds.scores(prepared, 0, min(step, rows)), kept)
+    for start in range(step, rows, step):
+        block = bounds.scores(prepared, start, min(start + step, rows))
+        scores, numbers = _best_rows(block, kept)
+        del block  # before the next is made
+        best, ids = _best_of(torch.cat([best, scores], 1), torch.cat([ids, numbers + start], 1), kept)
+    return best, ids
+
+
+def has_cache_blocks(device: torch.device) -> bool:
+    """Tell whether to scan in blocks that stay in cache, and to look at each: a GPU would be waited for every time."""
+    return device.type == "cpu"
+
+
+def _gpu_block_rows(vectors: Tensor, kept: int) -> int:
+    size = _GPU_BLOCK_BYTES // (vectors.element_size() * max(1, len(vectors)))
+    return min(max(size, _PER_KEPT * kept, _GPU_MIN_BLOCK), _GPU_MAX_BLOCK)
+
+
+def _best_above_a_threshold(bounds: Bounds, prepared: PreparedQueries, rows: int, kept: int) -> tuple[Tensor, Tensor]:
+    """Scan in blocks that stay in cache, and look at those scores alone that reach the lowest of the best so far."""
+    row_bytes = prepared.vectors.element_size() * max(1, len(prepared.vectors))
+    first = min(rows, max(_PER_KEPT * kept, min(_FIRST_BLOCK, _FIRST_BYTES // row_bytes)))
+    step = min(max(_BLOCK_BYTES // row_bytes // _ROWS_OF_GROUPS * _ROWS_OF_GROUPS, _MIN_BLOCK), _MAX_BLOCK)
+    best = _Best(*_best_rows(bounds.scores(prepared, 0, first), kept))
+    buffer = prepared.vectors.new_empty(min(step, rows - first), len(prepared.vectors))
+    for start in range(first, rows, step):
+        stop = min(start + step, rows)
+        best.add(bounds.scores(prepared, start, stop, out=buffer[: stop - start]), start)
+    return best.merged()
+
+
+class _Best:
+    """The highest scores so far, and further ones that reached the lowest of them and wait for being compared.
+
+    Args:
+        scores: (B, kept), kept of each query.
+        ids: (B, kept) their rows.
+    """
+
+    def __init__(self, scores: Tensor, ids: Tensor) -> None:
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # scores, and places in an (N, B) array of all scores
+        self._count = 0
+        self._set(scores, ids)
+
+    def add(self, block: Tensor, start: int) -> None:
+        """Take the scores (n, B) of rows from number `start` on into account."""
+        queries = block.shape[1]
+        height = len(block) // _ROWS_OF_GROUPS * _FLAGS  # of a group's rows each is so far from the next
+        groups = torch.unflatten(block[: height * _GROUP], 0, (_GROUP, height))
+        places = _flagged(_reached(groups, self._least))
+        if len(places) * _CROWDED > height * queries:
+            self._add_crowded(block, start)
+            return
+        if len(places):
+            of_group = np.arange(0, height * _GROUP * queries, height * queries)
+            self._wait(block, places[:, None] + of_group, places % queries, start)
+        if len(block) > height * _GROUP:
+            rest = block[height * _GROUP :] >= self._least.to(block.dtype)
+            places = np.flatnonzero(rest.numpy()) + height * _GROUP * queries
+            self._wait(block, places[:, None], places % queries, start)
+
+    def _wait(self, block: Tensor, places: Places, query: Places, start: int) -> None:
+        """Keep those scores of a block, at places (P, g) of query (P,), that reach the query's least."""
+        scores = torch.take(block, torch.from_numpy(places.ravel()))
+        reached = np.flatnonzero(_comparable(scores) >= self._comparable_least[query].repeat(places.shape[1]))
+        if len(reached):
+            chosen = torch.from_numpy(places.ravel()[reached] + start * block.shape[1])
+            self._waiting.append((scores[torch.from_numpy(reached)], chosen))
+            self._count += len(reached)
+            if self._count > _PENDING * self._ids.numel():
+                self._merge()
+
+    def _add_crowded(self, block: Tensor, start: int) -> None:
+        self._merge()
+        scores, numbers = _best_rows(block, min(self._ids.shape[1], len(block)))
+        self._keep(scores, numbers + start)
+
+    def _merge(self) -> None:
+        """Compare what waits with the best, of each query as many at a time as are kept of it."""
+        if not self._count:
+            return
+        scores, places = (torch.cat(column) for column in zip(*self._waiting, strict=True))
+        self._waiting, self._count = [], 0
+        queries, width = self._ids.shape
+        query, order = (places % queries).sort()
+        scores, ids = scores[order], places[order] // queries
+        counts = query.bincount(minlength=queries)
+        nth = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+        most = int(counts.max())
+        for turn in range(0, most, width):
+            now = slice(None) if most <= width else ((nth >= turn) & (nth < turn + width)).nonzero()[:, 0]
+            further = scores.new_full((queries, min(most, width)), -torch.inf)
+            further_ids = torch.full_like(further, -1, dtype=torch.int64)
+            further[query[now], nth[now] - turn] = scores[now]
+            further_ids[query[now], nth[now] - turn] = ids[now]
+            self._keep(further, further_ids)
+
+    def _keep(self, scores: Tensor, ids: Tensor) -> None:
+        self._set(*_best_of(torch.cat([self._scores, scores], 1), torch.cat([self._ids, ids], 1), self._ids.shape[1]))
+
+    def _set(self, scores: Tensor, ids: Tensor) -> None:
+        self._scores, self._ids = scores, ids
+        self._least = scores.amin(1)
+        self._comparable_least = _comparable(self._least)
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Return the (B, kept) highest scores and their rows."""
+        self._merge()
+        return self._scores, self._ids
+
+
+def _comparable(scores: Tensor) -> npt.NDArray[np.floating]:
+    """Return scores as numpy, which has no bfloat16."""
+    values: npt.NDArray[np.floating] = (scores.float() if scores.dtype == torch.bfloat16 else scores).numpy()
+    return values
+
+
+def _reached(groups: Tensor, least: Tensor) -> npt.NDArray[np.bool_]:
+    """Tell which maxima over the first axis of (g, n, B) scores reach `least` (B,): (n, B) bool."""
+    if groups.dtype == torch.bfloat16 and bool((least > 0).all()):
+        # Positive numbers of 16 bits have the order of their bits, and come after those of negative ones.
+        groups, least = groups.view(torch.int16), least.view(torch.int16)
+    reached: npt.NDArray[np.bool_] = (groups.amax(0) >= least).numpy()
+    return reached
+
+
+def _flagged(flags: npt.NDArray[np.bool_]) -> Places:
+    """Return the places of the few set ones among (n, B) flags, n a multiple of 8: eight are looked at at once."""
+    eights = np.flatnonzero(flags.reshape(-1).view(np.uint64) != 0)
+    which, place = np.nonzero(flags.reshape(-1, _FLAGS)[eights])
+    return eights[which] * _FLAGS + place
+
+
+def _best_of(scores: Tensor, ids: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    scores, order = scores.topk(min(kept, scores.shape[1]), dim=1, sorted=False)
+    return scores, ids.gather(1, order)
+
+
+def _best_rows(block: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Return the `kept` highest of each column of `block` (n, B), (B, kept), and their rows.
+
+    They lie in the `kept` groups of the highest maxima. Maxima cost a pass over the block, a sort of it several.
+    """
+    height = len(block) // _GROUP
+    if height < 2 * kept:
+        return block.T.contiguous().topk(min(kept, len(block)), dim=1, sorted=False)
+    groups = _best_rows(torch.unflatten(block[: height * _GROUP], 0, (_GROUP, height)).amax(0), kept)[1]
+    numbers = (groups[:, :, None] + torch.arange(0, height * _GROUP, height, device=block.device)).flatten(1)
+    if len(block) > height * _GROUP:
+        rest = torch.arange(height * _GROUP, len(block), device=block.device)
+        numbers = torch.cat([numbers, rest.expand(len(numbers), -1)], 1)
+    found, order = block.T.gather(1, numbers).topk(kept, dim=1, sorted=False)
+    return found, numbers.gather(1, order)
+
+
+def rows_at_least(scores: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (query, row) numbers, (P,) each by query, of the scores (n, B) that reach `least` (B,) float64."""
+    query, row = (scores.T.double() >= least[:, None]).nonzero().unbind(1)
+    return query, row
