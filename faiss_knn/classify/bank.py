@@ -1,6 +1,6 @@
 """FeatureBank: features, their labels and the index over them."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,18 @@ from faiss_knn.search.inputs import as_matrix, as_switch
 _MULTI_HOT_BLOCK = 1 << 24  # labels gathered at once for a multi-hot vote
 _SCORES_BLOCK = 1 << 24  # scores made at once
 _WIDE = 1 << 20  # columns from which on scores by class id need a class in every 16th of them
+
+
+class VotingBank(Protocol):
+    """What a validation needs of a bank, be it whole on every rank (`FeatureBank`) or in shards (`ShardedBank`)."""
+
+    num_classes: int
+
+    def find(self, queries: Any, k: int) -> Any:
+        """Find the k nearest rows of checked queries (B, d); what is found has its first n columns by `first(n)`."""
+
+    def votes(self, found: Any, *, temperature: float, weighting: str) -> Votes:
+        """Let what was found vote."""
 
 
 class FeatureBank:
@@ -98,18 +110,26 @@ class FeatureBank:
     def __len__(self) -> int:
         return len(self.labels) if self._rows is None else len(self._rows)
 
-    def neighbors(self, queries: Tensor | np.ndarray, k: int, *, checked: bool = False) -> Neighbors:
+    def neighbors(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
         """Find the k nearest labelled rows of each query.
 
         Args:
             queries: (B, d) of any float dtype.
             k: How many; at most the labelled rows are returned.
-            checked: See `KNNIndex.search`.
 
         Returns:
             `Neighbors` as from `KNNIndex.search`; indices count the rows as they were given, -1 where missing.
         """
-        found = self.index.search(queries, k, checked=checked)
+        return self._numbered_as_given(self.index.search(queries, k))
+
+    def find(self, queries: Tensor, k: int) -> Neighbors:
+        """Find neighbours as `neighbors` does, of queries known to be finite and, under cosine, not zero.
+
+        Nothing is looked at, so that no GPU waits. See `VotingBank`.
+        """
+        return self._numbered_as_given(self.index.search(queries, k, checked=True))
+
+    def _numbered_as_given(self, found: Neighbors) -> Neighbors:
         if self._rows is None:
             return found
         rows = self._rows.to(found.indices.device)

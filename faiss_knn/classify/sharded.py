@@ -1,19 +1,39 @@
 """ShardedBank: labelled features that stay on the ranks that have them."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from faiss_knn.classify.labels import as_class_count, as_labels, check_labels, is_labelled, width_of
 from faiss_knn.classify.vote import Votes, check_vote_options, count_votes
 from faiss_knn.distributed import all_or_none
-from faiss_knn.search.index import KNNIndex, Neighbors
+from faiss_knn.search.index import KNNIndex
 from faiss_knn.search.sharded import ShardedIndex, ShardedRows
+
+
+class LabelledNeighbors(NamedTuple):
+    """Neighbours with their labels.
+
+    Attributes:
+        distances: (B, k) as in `Neighbors`.
+        indices: (B, k) as in `Neighbors`.
+        labels: (B, k) class ids, or (B, k, C); anything where the index is -1.
+    """
+
+    distances: Tensor
+    indices: Tensor
+    labels: Tensor
+
+    def first(self, k: int) -> "LabelledNeighbors":
+        """Return the first k columns."""
+        return LabelledNeighbors(self.distances[:, :k], self.indices[:, :k], self.labels[:, :k])
 
 
 class ShardedBank:
     """Classify the queries of all ranks by the features of all ranks, of which each rank holds its own.
 
-    The counterpart of `FeatureBank` over ranks: `neighbors` is a collective, and for an exact index the scores are
-    those of one bank over the rows of all ranks.
+    The counterpart of `FeatureBank` over ranks (see `VotingBank`): `find` is a collective, and for an exact index the
+    scores are those of one bank over the rows of all ranks.
 
     Args:
         features: (n_r, d) of this rank, all labelled; may be empty, and unlike the others in shape then.
@@ -28,7 +48,7 @@ class ShardedBank:
     Example:
         >>> import torch
         >>> bank = ShardedBank(torch.tensor([[0.0], [5.0]]), torch.tensor([0, 1]), num_classes=2, index=KNNIndex())
-        >>> bank.score(*bank.neighbors(torch.tensor([[4.5]]), k=1), temperature=0.5)
+        >>> bank.votes(bank.find(torch.tensor([[4.5]]), k=1), temperature=0.5).scores
         tensor([[0., 1.]])
     """
 
@@ -45,38 +65,29 @@ class ShardedBank:
         """The number of rows over all ranks."""
         return len(self._index)
 
-    def neighbors(self, queries: Tensor | None, k: int) -> tuple[Neighbors, Tensor]:
-        """Find the k nearest rows of all ranks for this rank's queries.
+    def find(self, queries: Tensor | None, k: int) -> LabelledNeighbors:
+        """Find the k nearest rows of all ranks for this rank's queries; all ranks must call it together.
 
         Args:
             queries: (B_r, d) of this rank; None from a rank that only serves the others.
             k: How many, the same on every rank.
 
         Returns:
-            The neighbours as from `ShardedIndex.search`, and their labels, (B_r, k) or (B_r, k, C), fetched from the
-            ranks that have them.
+            The neighbours as from `ShardedIndex.search`, with their labels from the ranks that have them.
 
         Raises:
             Exception: On every rank, if it fails on one: its own error there, one that names it elsewhere.
         """
         with all_or_none():
-            found = self._index.search(queries, k)
-            return found, self._labels.take(found.indices)
+            neighbors = self._index.search(queries, k)
+            return LabelledNeighbors(*neighbors, self._labels.take(neighbors.indices))
 
-    def score(
-        self, neighbors: Neighbors, labels: Tensor, *, temperature: float = 0.07, weighting: str = "inverse"
-    ) -> Tensor:
-        """Vote with what `neighbors` found, or its first columns: (B, C) float32 raw scores, on this rank alone."""
-        return self.votes(neighbors, labels, temperature=temperature, weighting=weighting).scores
-
-    def votes(
-        self, neighbors: Neighbors, labels: Tensor, *, temperature: float = 0.07, weighting: str = "inverse"
-    ) -> Votes:
-        """Vote as `score` does, and give the shares of the votes too."""
+    def votes(self, found: LabelledNeighbors, *, temperature: float = 0.07, weighting: str = "inverse") -> Votes:
+        """Let what `find` found, or its first columns, vote on this rank alone: see `FeatureBank.votes`."""
         check_vote_options(temperature, weighting)
-        found = neighbors.indices >= 0
+        there = found.indices >= 0
         return count_votes(
-            neighbors.distances, found, labels, self.num_classes, temperature=temperature, weighting=weighting
+            found.distances, there, found.labels, self.num_classes, temperature=temperature, weighting=weighting
         )
 
 

@@ -10,8 +10,8 @@ from loguru import logger
 from torch import Tensor
 
 from faiss_knn.distributed import all_gather_object, all_or_none, gather_to, rank_and_size
+from faiss_knn.online.batch import find_tensor, was_skipped
 from faiss_knn.online.failures import kept, settle, settle_first_step, start, tell
-from faiss_knn.online.lookup import find_tensor, was_skipped
 from faiss_knn.online.resume import rows_of_rank, rows_of_stable_pretraining, total_of_rank
 from faiss_knn.online.ring import Dim, QueueStorage, RingBuffer, align, as_device_or_none, as_dtype, row_shape
 from faiss_knn.online.state import trainer_state

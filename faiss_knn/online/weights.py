@@ -8,6 +8,15 @@ from torch.nn.parameter import UninitializedParameter
 
 from faiss_knn.online.state import trainer_state
 
+_OTHER = (
+    "the queue's rows were made by another module, or by other weights, than are scored now: the score says little. "
+    "Give `ckpt_path=` of a checkpoint of that training, which holds its rows, or fill the bank from a dataloader with "
+    "bank_dataloader_idx"
+)
+_SWAPPED = (
+    "validation runs with averaged weights (EMA, SWA), and the queue's rows were made by the raw ones: the score says "
+    "little. Fill the bank with the same weights, from a dataloader, with bank_dataloader_idx"
+)
 AVERAGED = b"averaged"  # the weights of a checkpoint that are not those its rows were made by
 _VALUES = 8  # of each parameter
 _KEY = "weights"
@@ -36,3 +45,46 @@ def remembered(trainer: Any) -> bytes | None:
     """Return what was noted last; None if that is nothing."""
     noted: bytes | None = trainer_state(trainer).get(_KEY)
     return noted
+
+
+class WeightsWatch:
+    """Compare the weights that are scored with those that made the queue's rows, through one run.
+
+    Every method returns what to complain of, or None.
+    """
+
+    def __init__(self) -> None:
+        self._at_start: bytes | None = None
+
+    def start_validation(self, trainer: Any, module: Any, *, is_fitting: bool) -> str | None:
+        """Look at the weights that a validation begins with, where there are rows; a fit's are those of its rows."""
+        self._at_start = fingerprint(module)
+        if is_fitting:
+            return None
+        if remembered(trainer) is None:
+            remember(trainer, self._at_start)
+        return _OTHER if remembered(trainer) != self._at_start else None
+
+    def check_swapped(self, module: Any) -> str | None:
+        """Look whether the weights are others than the validation began with."""
+        if self._at_start is None or self._at_start == fingerprint(module):
+            return None
+        self._at_start = None
+        return _SWAPPED
+
+    def end_validation(self, module: Any) -> str | None:
+        """Look whether weights that were swapped before the validation are put back at its end."""
+        complaint = self.check_swapped(module)
+        self._at_start = None
+        return complaint
+
+
+def drop_rows_of_others(trainer: Any, module: Any) -> bool:
+    """Empty the queues where they hold what an earlier fit of another module left; tell whether they did."""
+    rings = [storage.ring for storage in trainer_state(trainer).get("queues", {}).values()]
+    others = remembered(trainer) not in (None, fingerprint(module)) and any(map(len, rings))
+    if others:
+        for ring in rings:
+            ring.replace(None)
+    remember(trainer, None)
+    return others

@@ -21,7 +21,7 @@ def shown(value: Any) -> str:
         >>> shown(2.5), shown("a" * 100), shown(np.zeros((2, 3)))
         ('2.5', "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa…", 'ndarray of shape (2, 3)')
     """
-    if value is None or isinstance(value, (bool, Real, complex, str, bytes, np.generic, type)):
+    if value is None or isinstance(value, (bool, Real, complex, str, bytes, np.generic, type, torch.dtype)):
         text = repr(value)
         return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
     kind = type(value).__name__

@@ -37,7 +37,7 @@ def voted(kind: str) -> Any:
     if len(own) == 0:
         labels = torch.empty(0)  # as a queue that was never filled has it
     bank = ShardedBank(own, labels, num_classes=4, index=KNNIndex())
-    return tuple(bank.votes(*bank.neighbors(queries.split([4, 5, 0])[rank], 7), **OPTIONS))
+    return tuple(bank.votes(bank.find(queries.split([4, 5, 0])[rank], 7), **OPTIONS))
 
 
 @pytest.mark.parametrize("kind", ["ids", "narrow ids", "multi-hot", "shares"])

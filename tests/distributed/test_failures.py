@@ -34,7 +34,7 @@ def build_bank() -> ShardedBank:
 
 def search_a_bank() -> Callable[[], Any]:
     bank, queries = build_bank(), torch.randn(3 + rank_and_size()[0], 4)
-    return lambda: bank.neighbors(queries, 5)
+    return lambda: bank.find(queries, 5)
 
 
 def find_samples() -> None:

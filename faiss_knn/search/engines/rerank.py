@@ -29,6 +29,10 @@ class Neighbors(NamedTuple):
     distances: Tensor
     indices: Tensor
 
+    def first(self, k: int) -> "Neighbors":
+        """Return the first k columns."""
+        return Neighbors(self.distances[:, :k], self.indices[:, :k])
+
     def single(self) -> "Neighbors":
         """Round distances to float32; those beyond it become its largest number, for inf means that none was found."""
         most = torch.finfo(torch.float32).max

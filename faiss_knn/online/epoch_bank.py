@@ -1,0 +1,186 @@
+"""The bank of a validation epoch: which rows of all ranks make it, and the index over them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from faiss_knn.classify.bank import FeatureBank, VotingBank
+from faiss_knn.classify.labels import is_labelled, width_of
+from faiss_knn.classify.sharded import ShardedBank
+from faiss_knn.distributed import all_gather_object, all_or_none, broadcast_object, gather_rows, rank_and_size
+from faiss_knn.online.batch import check_aligned, flat_rows, searchable
+from faiss_knn.online.memory import Memory
+from faiss_knn.online.options import OnlineOptions
+from faiss_knn.online.ring import QueueStorage
+from faiss_knn.online.unique_samples import newest_per_id, sample_ids
+from faiss_knn.search.engines.faiss_engine import TooFewRowsError
+from faiss_knn.search.index import KNNIndex
+
+
+class BankRows:
+    """The rows that a bank is made of, chosen from what each rank has stored of each key.
+
+    Args:
+        options: Which keys, how they are gathered, and what a usable row is.
+        memory: For what is warned of once.
+        stored: What is stored on this rank, by key.
+
+    Attributes:
+        skipped: How many of the rows that this rank counts were left out, once they were read.
+    """
+
+    def __init__(self, options: OnlineOptions, memory: Memory, stored: Mapping[str, QueueStorage]) -> None:
+        self._options, self._memory, self._stored = options, memory, stored
+        self._lengths: list[list[int]] = []
+        self.skipped = 0
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return the features and labels that this rank indexes: its own, or gathered from all ranks.
+
+        All ranks must call it together.
+        """
+        gathered = not self._options.shards
+        self._lengths = self._shared_lengths()
+        rows = {key: self._snapshot(key, gathered) for key in self._options.keys[:2]}
+        newest = None if self._options.id is None else self._newest()
+        if newest is not None and gathered:
+            newest = gather_rows(newest)[0]
+        with all_or_none():
+            features, labels, usable = self._usable(rows)
+            self._count_skipped(len(usable) - int(usable.sum()), len(usable))
+            chosen = usable if newest is None else usable & newest.to(usable.device)
+            return (features, labels) if chosen.all() else (features[chosen], labels[chosen])
+
+    def _usable(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return features (n, d), labels (n,) or (n, C), and (n,) bool: which of them can be searched and vote."""
+        options = self._options
+        check_aligned(options.name, rows)
+        features, labels = flat_rows(rows[options.input]), options.read_labels(rows[options.target])
+        return features, labels, searchable(features, options.is_normalized) & is_labelled(labels)
+
+    def _newest(self) -> Tensor:
+        """Tell which of this rank's rows are the newest usable ones of their sample over all ranks."""
+        with all_or_none():
+            rows = {key: self._snapshot(key, gathered=False) for key in self._options.keys}
+            usable = self._usable(rows)[2].cpu()
+            key = str(self._options.id)
+            ids = sample_ids(rows[key], f"'{key}'")
+        newest = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
+        newest[usable] = newest_per_id(ids[usable])
+        return newest
+
+    def _shared_lengths(self) -> list[list[int]]:
+        """Tell how many rows each rank has of each key: a key that is younger than the others has fewer."""
+        name, keys, most = self._options.name, self._options.keys, self._options.queue_length
+        lengths = all_gather_object([min(len(self._stored[key].ring), most) for key in keys])
+        if any(len(set(own)) > 1 for own in lengths):
+            self._memory.warn_once(
+                "lengths",
+                f"OnlineKNN[{name}]: {', '.join(keys)} have {lengths} rows (by rank): the last that all "
+                "of them have are used, until the queues have filled again",
+            )
+        return lengths
+
+    def _snapshot(self, key: str, gathered: bool) -> Tensor:
+        """Return the rows of a key that have counterparts under all the others."""
+        rows = self._stored[key].snapshot(self._options.queue_length, gathered)
+        lengths = self._lengths if gathered else [self._lengths[rank_and_size()[0]]]
+        counts = [own[self._options.keys.index(key)] for own in lengths]
+        common = [min(own) for own in lengths]
+        if counts == common:
+            return rows
+        parts = zip(torch.split(rows, counts), counts, common, strict=True)
+        return torch.cat([part[count - last :] for part, count, last in parts])
+
+    def _count_skipped(self, skipped: int, rows: int) -> None:
+        if self._options.shards or rank_and_size()[0] == 0:  # of a gathered bank, one rank counts the rows
+            self.skipped = skipped
+        warn_of_skipped(self._options, self._memory, skipped, rows, "bank")
+
+
+def warn_of_skipped(options: OnlineOptions, memory: Memory, skipped: int, rows: int, where: str) -> None:
+    """Say once per run that rows were left out of the "bank" or the queries ("query")."""
+    if skipped:
+        memory.warn_once(
+            "skipped",
+            f"OnlineKNN[{options.name}]: left out {skipped} of {rows} {where} rows: '{options.input}' not finite "
+            f"(or zero, under cosine) or '{options.target}' -1. All are counted in {options.name}_skipped; "
+            "this is said once per run",
+        )
+
+
+class EpochBank:
+    """A bank over the rows of all ranks, or over this rank's rows as one of the ranks' shards.
+
+    All ranks make it together; without rows on any rank there is no bank.
+
+    Args:
+        options: How it is indexed.
+        memory: Whose index is used, with what it learned from banks before.
+        features: (n, d) that this rank indexes.
+        labels: Theirs, (n,) or (n, C).
+        expected_queries: About how many queries will be searched, over all ranks; None: not known.
+
+    Attributes:
+        bank: Finds neighbours and lets them vote.
+        index: What searches: the run's, or an exact one while there are too few rows for that.
+        features: As given.
+    """
+
+    def __init__(
+        self, options: OnlineOptions, memory: Memory, features: Tensor, labels: Tensor, expected_queries: int | None
+    ) -> None:
+        self._options, self._memory = options, memory
+        self.index, self.features, self._labels = memory.index, features, labels
+        width = all_gather_object(width_of(labels)) if options.shards else [width_of(labels)]
+        self._hints: dict[str, Any] = {
+            "num_classes": options.score_width(max(width), memory.width),
+            "expected_k": max(options.ks),
+        }
+        self.bank: VotingBank = self._sharded() if options.shards else self._replicated(expected_queries)
+
+    def _replicated(self, expected_queries: int | None) -> FeatureBank:
+        """Index the rows of all ranks, as rank zero chooses to."""
+        self._hints["expected_queries"] = expected_queries
+        with all_or_none():
+            try:
+                bank = self._indexed()
+            except TooFewRowsError as error:
+                self.index = self._exact_for_now(error)
+                bank = self._indexed()
+        # Other processors or thread counts may choose otherwise for the same bank.
+        choice = self.index.stats.spec, self.index.stats.nprobe
+        of_rank_zero = broadcast_object(choice)
+        with all_or_none():
+            if of_rank_zero != choice:
+                self._memory.index = self.index = self._options.new_index(*of_rank_zero)
+                bank = self._indexed()
+        return bank
+
+    def _indexed(self) -> FeatureBank:
+        return FeatureBank(self.features, self._labels, index=self.index, **self._hints)
+
+    def _sharded(self) -> ShardedBank:
+        """Index this rank's rows; exactly on all ranks, where one of them has too few for the index asked for."""
+        failure: TooFewRowsError | None = None
+        with all_or_none():
+            try:
+                if len(self.features):
+                    self.index.build(self.features, expected_k=self._hints["expected_k"])
+            except TooFewRowsError as error:
+                failure = error
+        if any(all_gather_object(failure is not None)):
+            self.index = self._exact_for_now(failure)
+        return ShardedBank(self.features, self._labels, index=self.index, **self._hints)
+
+    def _exact_for_now(self, why: Exception | None) -> KNNIndex:
+        """Return an exact index, which any number of rows is enough for."""
+        options = self._options
+        self._memory.warn_once(
+            "few",
+            f"OnlineKNN[{options.name}]: searches exactly until there are rows enough for index={options.index!r} "
+            f"({why})",
+        )
+        return options.new_index("flat")

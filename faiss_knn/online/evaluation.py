@@ -1,0 +1,259 @@
+"""One validation epoch, without Lightning: a bank is built, each batch searched and voted on, metrics are computed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor
+from torch.nn.functional import pad
+
+from faiss_knn.distributed import all_gather_object, all_or_none, is_final, raise_together, rank_and_size
+from faiss_knn.online.batch import BatchQueries, find_rows, predictions_key, read_batch
+from faiss_knn.online.epoch_bank import BankRows, EpochBank, warn_of_skipped
+from faiss_knn.online.memory import Memory
+from faiss_knn.online.metrics import MetricTable
+from faiss_knn.online.options import OnlineOptions
+from faiss_knn.online.recall import RecallSample, warn_of_recall
+from faiss_knn.online.ring import QueueStorage
+from faiss_knn.online.unique_samples import UniqueSamples, unpadded_rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a validation will read.
+
+    Attributes:
+        dataloaders: In order; None where several are read at once under one number.
+        batches: How many batches of each this rank will see; inf where that is not known.
+        is_rehearsal: Whether this is a check before training, of which an empty bank is nothing to warn of.
+    """
+
+    dataloaders: Sequence[Any]
+    batches: Sequence[float]
+    is_rehearsal: bool = False
+
+    def query_count(self, scored: Sequence[int]) -> int | None:
+        """Return about how many rows the scored dataloaders will give; None where that is not known."""
+        rows = 0.0
+        for number in scored:
+            size = getattr(self.dataloaders[number], "batch_size", None)
+            rows += size * self.batches[number] if isinstance(size, int) else float("inf")
+        return None if rows == float("inf") else int(rows)
+
+
+class Evaluation:
+    """One validation epoch. All ranks go through the same steps of it: made, `add` per batch, `finish`.
+
+    An error of one of several ranks waits for the next step that they make together, where all raise it: raised at
+    once it would leave the others waiting there.
+
+    Args:
+        options: What is scored, and how.
+        memory: What earlier validations left.
+        plan: What will be read.
+        device: Where metrics keep their states, and values are returned.
+        stored: The rows of the bank on this rank, by key; None: those that a dataloader will give, under
+            `options.bank_dataloader_idx`.
+
+    Raises:
+        ValueError: If the ranks cannot know how often each of them will search.
+    """
+
+    def __init__(
+        self,
+        options: OnlineOptions,
+        memory: Memory,
+        plan: Plan,
+        device: torch.device,
+        stored: Mapping[str, QueueStorage] | None,
+    ) -> None:
+        self._options, self._memory, self._plan, self._device = options, memory, plan, device
+        scored = [i for i in range(len(plan.batches)) if i != options.bank_dataloader_idx]
+        self._table = MetricTable(options.metrics, options.ks, scored, device)
+        self._unique = {i: UniqueSamples() for i in scored} if options.id is not None else {}
+        self._most_searches = self._count_searches({i: plan.batches[i] for i in scored})
+        self._searches = 0
+        self._expected_queries = plan.query_count(scored)
+        self._stored = stored or {key: QueueStorage(options.new_ring(key, device)) for key in options.keys}
+        self._bank: EpochBank | None = None
+        self._is_built = False
+        self._width = self._skipped = 0
+        self._error: Exception | None = None
+        if stored is not None:
+            self._build()
+
+    def _count_searches(self, batches: Mapping[int, float]) -> int:
+        """Count the batches of the rank with the most of them: ranks with shards all search as often as that."""
+        if not self._options.shards:
+            return 0
+        most = max(all_gather_object(sum(batches.values())))
+        if most == float("inf"):
+            raise ValueError(
+                f"OnlineKNN[{self._options.name}]: gather='shard' needs validation dataloaders with a length, got "
+                f"{batches} batches by dataloader: ranks that cannot know how often the others search would hang; "
+                "use gather='replicate'"
+            )
+        return int(most)
+
+    @contextmanager
+    def defer_error(self) -> Iterator[None]:
+        """Keep an error of one of several ranks for the end of the epoch, where all ranks raise it.
+
+        What all ranks have heard of already, in a search that they make together, or what parted them, ends the epoch
+        at once.
+        """
+        try:
+            yield
+        except Exception as error:
+            rank, size = rank_and_size()
+            if size == 1 or is_final(error):
+                raise
+            logger.error(f"rank {rank} stops scoring, and all ranks stop when they meet next: {error}")
+            self._error = self._error or error
+
+    def _build(self) -> None:
+        """Make the bank from every rank's rows; every rank must call it at the same point."""
+        self._is_built = True
+        with all_or_none():
+            raise_together(self._error)
+            self._make_bank()
+
+    def _make_bank(self) -> None:
+        options, chosen = self._options, BankRows(self._options, self._memory, self._stored)
+        features, labels = chosen.read()
+        self._skipped += chosen.skipped
+        rows = sum(all_gather_object(len(labels))) if options.shards else len(labels)
+        if rows == 0:
+            if not self._plan.is_rehearsal:
+                self._memory.warn_once("empty", f"! {options.name}: queue data is empty, skipping KNN computation")
+            return
+        self._bank = EpochBank(options, self._memory, features, labels, self._expected_queries)
+        self._sample = RecallSample(options, self._bank, self._expected_queries)
+        if options.verbose and rank_and_size()[0] == 0 and len(self._bank.index):
+            logger.info(f"OnlineKNN[{options.name}]: bank of {rows:,} rows, {self._bank.index.stats}")
+
+    def add(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Take a batch into the bank, where its dataloader is the bank's; else vote on it and update the metrics.
+
+        Args:
+            outputs: What the validation step returned.
+            batch: What it was given; gets the predictions.
+            batch_idx: Number of the batch in its dataloader, on this rank.
+            dataloader_idx: Number of the dataloader.
+        """
+        if dataloader_idx == self._options.bank_dataloader_idx:
+            with self.defer_error():
+                self._fill(outputs, batch, batch_idx)
+            return
+        if not self._is_built:
+            self._build()
+        if self._bank is None:
+            return
+        asked: BatchQueries | None = None
+        with self.defer_error():
+            asked = self._read(self._bank, outputs, batch, batch_idx, dataloader_idx)
+        with self.defer_error():
+            if asked is not None:
+                self._sample.draw(asked.queries)
+            neighbors = self._search(self._bank, None if asked is None else asked.queries)
+            if asked is not None and neighbors is not None and self._error is None:
+                self._score(self._bank, asked, neighbors, dataloader_idx)
+
+    def _fill(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Take a batch of the bank's dataloader in."""
+        options, number = self._options, self._options.bank_dataloader_idx or 0
+        rows = find_rows(options, outputs, batch)
+        own = unpadded_rows(self._plan.dataloaders[number], batch_idx, len(rows[options.input]))
+        if len(self._stored[options.input].ring) + own > options.queue_length:
+            self._memory.warn_once(
+                "full",
+                f"OnlineKNN[{options.name}]: dataloader {number} has more than queue_length="
+                f"{options.queue_length} rows for the bank on each rank: only the last are kept. Raise queue_length",
+            )
+        for key, values in rows.items():
+            self._stored[key].ring.append(values[:own])
+
+    def _read(self, bank: EpochBank, outputs: Any, batch: Any, batch_idx: int, number: int) -> BatchQueries:
+        asked = read_batch(self._options, outputs, batch, self._plan.dataloaders[number], batch_idx)
+        self._width = max(self._width, bank.bank.num_classes, asked.selection.highest + 1)
+        self._skipped += asked.selection.skipped
+        warn_of_skipped(self._options, self._memory, asked.selection.skipped, asked.own, "query")
+        return asked
+
+    def _search(self, bank: EpochBank, queries: Tensor | None) -> Any:
+        """Find the neighbours of a batch; with shards, together with all ranks, whether it asks or not."""
+        if self._options.shards:
+            if self._error is not None:
+                raise_together(self._error)  # here the other ranks meet for their search
+            self._searches += 1
+        elif queries is None or self._error is not None:
+            return None
+        return bank.bank.find(queries, max(self._options.ks))
+
+    def _serve_other_ranks(self) -> None:
+        """Search along for the ranks that have more batches."""
+        while self._bank is not None and self._searches < self._most_searches:
+            self._search(self._bank, None)
+
+    def _score(self, bank: EpochBank, asked: BatchQueries, neighbors: Any, number: int) -> None:
+        """Update the dataloader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance."""
+        options = self._options
+        predictions = asked.queries.new_zeros(len(asked.labels), bank.bank.num_classes, dtype=torch.float32)
+        shares = {}
+        for k in sorted(options.ks):
+            votes = bank.bank.votes(neighbors.first(k), temperature=options.temperature, weighting=options.weighting)
+            shares[k] = _widened(votes.shares, self._width)
+            predictions[asked.selection.searched] = votes.scores
+
+        def count(rows: Tensor | slice) -> None:
+            for k, of_classes in shares.items():
+                self._table.update(number, k, of_classes[asked.among_searched(rows)], asked.labels[rows])
+
+        if asked.ids is None:
+            count(asked.selection.counted)
+        else:
+            self._unique[number].add(asked.ids, lambda new: count(asked.counted_of(new)))
+        asked.hand_out(predictions_key(options), predictions)
+
+    def finish(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Compute the metrics over all ranks, and free the bank; all ranks must call it together.
+
+        Args:
+            prefix: Of the keys: "{prefix}_{metric}".
+
+        Returns:
+            The numbers, float32 on the evaluation's device, and the values that are none, by key; both empty without
+            a bank.
+        """
+        if not self._is_built:
+            self._build()
+        if self._bank is None:
+            return {}, {}
+        self._serve_other_ranks()
+        raise_together(self._error)
+        for samples in self._unique.values():
+            samples.finish()
+        numbers, others = self._table.values(prefix, several_k=self._options.has_several_k)
+        numbers |= self._search_metrics(prefix)
+        self._bank.index.release()
+        self._memory.width = max(self._memory.width, self._width)
+        return {key: value.to(self._device, torch.float32) for key, value in numbers.items()}, others
+
+    def _search_metrics(self, prefix: str) -> dict[str, Tensor]:
+        """Return what approximation the index makes, and how many rows were left out, over all ranks."""
+        values = {}
+        recall = self._sample.recall()
+        if recall is not None:
+            values[f"{prefix}_index_recall"] = torch.tensor(recall, dtype=torch.float32, device="cpu")
+            warn_of_recall(self._options, self._memory, recall)
+        if skipped := sum(all_gather_object(self._skipped)):
+            values[f"{prefix}_skipped"] = torch.tensor(float(skipped), dtype=torch.float32, device="cpu")
+        return values
+
+
+def _widened(scores: Tensor, width: int) -> Tensor:
+    """Add classes without a vote to scores (B, C), up to `width`."""
+    return pad(scores, (0, width - scores.shape[1])) if width > scores.shape[1] else scores

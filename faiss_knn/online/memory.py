@@ -1,0 +1,29 @@
+"""What one validation leaves to the next."""
+
+from dataclasses import dataclass, field
+
+from loguru import logger
+
+from faiss_knn.distributed import rank_and_size
+from faiss_knn.search.index import KNNIndex
+
+
+@dataclass
+class Memory:
+    """What the validations of one run have in common.
+
+    Attributes:
+        index: Kept from one to the next, with what it learned.
+        width: The most classes that one of them has had.
+        warned: What was warned of.
+    """
+
+    index: KNNIndex
+    width: int = 0
+    warned: set[str] = field(default_factory=set)
+
+    def warn_once(self, what: str, message: str) -> None:
+        """Log a warning on rank zero, once for each `what`."""
+        if what not in self.warned and rank_and_size()[0] == 0:
+            logger.warning(message)
+        self.warned.add(what)

@@ -1,0 +1,219 @@
+"""What a k-NN score is asked for: the arguments, checked in one place, and what follows from them alone."""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from loguru import logger
+from torch import Tensor
+
+from faiss_knn.classify.labels import as_class_count, as_labels, is_soft, one_hot_ids
+from faiss_knn.classify.vote import check_vote_options
+from faiss_knn.distributed import rank_and_size
+from faiss_knn.online.metrics import class_count, is_multiclass, named_metrics, rehearse
+from faiss_knn.online.ring import RingBuffer, as_device_or_none
+from faiss_knn.search.distance import get_distance
+from faiss_knn.search.index import KNNIndex
+from faiss_knn.search.inputs import as_integer, as_key, as_positive, as_switch, shown
+
+_BANK_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(eq=False, repr=False)
+class OnlineOptions:
+    """The arguments of `OnlineKNN`, where they are described.
+
+    Attributes:
+        ks: The numbers of neighbours, as a tuple.
+        metrics: Name to metric.
+        keys: Those of the tensors that are read of each batch: features, labels, and sample ids where they count.
+
+    Raises:
+        ValueError: For each bad argument, naming it.
+    """
+
+    name: str
+    input: str
+    target: str
+    queue_length: int
+    metrics: Any = None
+    input_dim: int | Sequence[int] | None = None
+    target_dim: int | None = None
+    num_classes: int | None = None
+    k: int | Sequence[int] = 5
+    temperature: float = 0.07
+    chunk_size: int = -1
+    distance_metric: str = "euclidean"
+    verbose: bool | None = None
+    _: KW_ONLY
+    index: str = "flat"
+    nprobe: int | None = None
+    target_recall: float | None = None
+    weighting: str = "inverse"
+    gather: str = "replicate"
+    bank_dtype: torch.dtype | None = None
+    bank_device: torch.device | str | None = None
+    bank_dataloader_idx: int | None = None
+    id: str | None = None
+    every_n_epochs: int = 1
+    recall_queries: int = 256
+    ignore_index: int | None = None
+    strict: bool = False
+    ks: tuple[int, ...] = field(init=False)
+    _warned_inferred_num_classes: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self._check_vote()
+        self._check_search()
+        self._check_rows()
+        self._check_run()
+        self._metrics_class_count = class_count(self.metrics)
+        self._is_multiclass = is_multiclass(self.metrics)
+        rehearse(self.metrics, self.num_classes)
+        self.new_index()  # a bad index option is an error here, not at the first validation
+
+    def _check_vote(self) -> None:
+        k: Any = self.k
+        self.k = k.tolist() if isinstance(k, np.ndarray | Tensor) and k.ndim == 1 else k
+        self.ks = _checked_ks(self.k)
+        check_vote_options(self.temperature, self.weighting)
+
+    def _check_search(self) -> None:
+        self.chunk_size = as_integer(self.chunk_size, "chunk_size")
+        if self.chunk_size == 0 or self.chunk_size < -1:
+            raise ValueError(f"chunk_size must be positive or -1, got {self.chunk_size}")
+        get_distance(self.distance_metric)
+        if self.gather not in ("replicate", "shard"):
+            raise ValueError(f"`gather` must be 'replicate' or 'shard', got {self.gather!r}")
+        self.bank_device = as_device_or_none(self.bank_device, "bank_device")
+        if self.bank_dtype is not None and not any(self.bank_dtype is dtype for dtype in _BANK_DTYPES):
+            raise ValueError(f"bank_dtype must be None or one of {_BANK_DTYPES}, got {shown(self.bank_dtype)}")
+        if self.recall_queries != 0:
+            self.recall_queries = as_positive(self.recall_queries, "recall_queries")
+
+    def _check_rows(self) -> None:
+        self.name, self.input, self.target = (as_key(getattr(self, key), key) for key in ("name", "input", "target"))
+        self.id = None if self.id is None else as_key(self.id, "id")
+        self.queue_length = as_positive(self.queue_length, "queue_length")
+        if isinstance(self.input_dim, Sequence):
+            self.input_dim = int(np.prod([as_positive(size, "input_dim") for size in self.input_dim or [0]]))
+        for width in ("input_dim", "target_dim", "num_classes"):
+            if getattr(self, width) is not None:
+                setattr(self, width, as_positive(getattr(self, width), width))
+        if self.num_classes is not None:
+            as_class_count(self.num_classes)
+        self.metrics = named_metrics(self.metrics)
+        self.ignore_index = None if self.ignore_index is None else as_integer(self.ignore_index, "ignore_index")
+
+    def _check_run(self) -> None:
+        if self.bank_dataloader_idx is not None:
+            self.bank_dataloader_idx = as_integer(self.bank_dataloader_idx, "bank_dataloader_idx")
+            if self.bank_dataloader_idx < 0:
+                raise ValueError(
+                    f"bank_dataloader_idx must be 0, or None for the queue, got {self.bank_dataloader_idx}"
+                )
+        self.verbose = None if self.verbose is None else as_switch(self.verbose, "verbose")
+        self.every_n_epochs = as_positive(self.every_n_epochs, "every_n_epochs")
+        self.strict = as_switch(self.strict, "strict")
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the tensors that are read of each batch: features, labels, and sample ids where they count."""
+        return [self.input, self.target, *([] if self.id is None else [self.id])]
+
+    @property
+    def has_several_k(self) -> bool:
+        """Whether k was given as several numbers, of which each has log keys of its own."""
+        return isinstance(self.k, Sequence)
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether rows are compared by their direction, which zero rows do not have."""
+        return self.distance_metric == "cosine"
+
+    @property
+    def shards(self) -> bool:
+        """Whether each rank searches its own rows for all."""
+        return self.gather == "shard" and rank_and_size()[1] > 1
+
+    def new_index(self, spec: str | None = None, nprobe: int | None = None) -> KNNIndex:
+        """Make an index as the options say, or of a spec (and nprobe) already chosen, which is not tuned again."""
+        return KNNIndex(
+            spec or self.index,
+            distance_metric=self.distance_metric,
+            device=self.bank_device,
+            nprobe=nprobe if spec else self.nprobe,
+            target_recall=None if spec else self.target_recall,
+            storage_dtype=self.bank_dtype,
+            chunk_size=self.chunk_size,
+        )
+
+    def new_ring(self, key: str, device: torch.device) -> RingBuffer:
+        """Make room for the rows of a bank's dataloader: as many as a queue would hold, on `device` by default."""
+        dtype = self.bank_dtype if key == self.input else None
+        return RingBuffer(self.queue_length, None, dtype, self.bank_device or device)
+
+    def read_labels(self, values: Tensor) -> Tensor:
+        """Read labels; one-hot ones as the class ids they are, where the metrics are made for one class a row.
+
+        Returns:
+            (n,) int64 class ids, -1 where unlabelled; or (n, C), 0/1 or shares of the classes.
+
+        Raises:
+            ValueError: For what is no label, or several labels a row under metrics that know one.
+        """
+        labels = as_labels(values, f"'{self.target}'", float_ids=True, ignore_index=self.ignore_index)
+        if labels.ndim == 1 or not self._is_multiclass:
+            return labels
+        ids = one_hot_ids(labels)
+        if ids is None and not is_soft(labels) and len(labels):
+            raise ValueError(
+                f"OnlineKNN[{self.name}]: '{self.target}' has rows with several or no labels, and the metrics are "
+                "made for one class a row: give Multilabel metrics, or class ids"
+            )
+        return labels if ids is None else ids
+
+    def score_width(self, seen: int, earlier: int) -> int:
+        """Decide how many classes are scored: num_classes, else what the metrics were made for, else what is seen.
+
+        Args:
+            seen: The bank's largest label + 1.
+            earlier: Width of earlier validations, below which it does not fall.
+        """
+        if self._known_width is not None:
+            self.check_label(seen - 1)
+            return self._known_width
+        if not self._warned_inferred_num_classes and rank_and_size()[0] == 0:
+            logger.warning(
+                f"OnlineKNN[{self.name}]: inferring num_classes={seen} from the labels in the bank. "
+                "Give num_classes to keep the width of the scores the same in every run."
+            )
+        self._warned_inferred_num_classes = True
+        return max(seen, earlier)
+
+    def check_label(self, highest: int) -> None:
+        """Refuse a label beyond the width that was asked for; where none was, the width grows."""
+        width = self._known_width
+        if width is not None and highest >= width:
+            whose = "" if self.num_classes else f" The metrics are made for {width} classes: make them for more."
+            raise ValueError(
+                f"OnlineKNN[{self.name}]: configured num_classes={width} but observed label {highest} >= "
+                f"num_classes. Increase num_classes to at least {highest + 1}.{whose}"
+            )
+
+    @property
+    def _known_width(self) -> int | None:
+        return self.num_classes or self._metrics_class_count
+
+
+def _checked_ks(k: Any) -> tuple[int, ...]:
+    ks = (k,) if isinstance(k, str) or not isinstance(k, Sequence) else tuple(k)
+    if not ks or any(one == other for one, other in combinations(ks, 2)):
+        raise ValueError(f"k must be one number or several different ones, got {k}")
+    for one in ks:
+        if isinstance(one, str | float):
+            raise ValueError(f"k must be positive, got {one}: give a whole number")  # noqa: TRY004
+    return tuple(as_positive(one, "k") for one in ks)
