@@ -19,12 +19,11 @@ from faiss_knn.measures.retrieval import retrieval_metrics
 from faiss_knn.offline.copies import Copies, count_copies
 from faiss_knn.offline.lazy_rows import spans
 from faiss_knn.offline.metric_names import make_metrics
-from faiss_knn.offline.neighbors import EXACT, SearchOptions, SearchResult, Variant, has_parameter
 from faiss_knn.offline.report.report import EvalReport
 from faiss_knn.offline.report.results import Record, mean_values, record_key
 from faiss_knn.offline.scores import ClassJudge, Hits, MultiHotJudge, SharesJudge, recalls
+from faiss_knn.offline.search import EXACT, SearchOptions, SearchResult, Variant, has_parameter, search_task
 from faiss_knn.offline.task import EvalTask, check_values, make_task, warning_facts
-from faiss_knn.offline.together import find_neighbors
 from faiss_knn.search.inputs import as_count, as_integer, shown
 
 __all__ = ["EvalReport", "evaluate"]
@@ -235,7 +234,7 @@ class _Run:
     def search(self, variant: Variant) -> list[SearchResult]:
         """The neighbours in each draw."""
         if variant != EXACT:
-            return [find_neighbors(draw, self.grid.depth, variant, self.options) for draw in self.draws]
+            return [search_task(draw, self.grid.depth, variant, self.options) for draw in self.draws]
         if self._exact is None:
             options = replace(self.options, target_recall=None, nprobe=None)
             self._exact = [self._search_exactly(draw, options) for draw in self.draws]
@@ -244,9 +243,9 @@ class _Run:
     def _search_exactly(self, draw: EvalTask, options: SearchOptions) -> SearchResult:
         """The exact neighbours of a draw; a second one always, to tell how near a copy is."""
         depth = self.grid.depth
-        found = find_neighbors(draw, max(depth, 2), EXACT, options)
+        found = search_task(draw, max(depth, 2), EXACT, options)
         self._copies.append(count_copies(draw, found.distances, found.indices, options.distance_metric))
-        return replace(found, distances=found.distances[:, :depth], indices=found.indices[:, :depth])
+        return found.first(depth)
 
     def records(self, variant: Variant, found: list[SearchResult]) -> Iterator[tuple[Record, list[float]]]:
         """One index's records with the scores of each class, each as soon as it is there."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from faiss_knn import KNNIndex, evaluate
-from faiss_knn.offline import neighbors as search_step
+from faiss_knn.offline import search as search_step
 from faiss_knn.offline.features import digits
 from faiss_knn.offline.lazy_rows import Shards
 
@@ -324,9 +324,9 @@ LIMITED = """
 import resource, sys
 import numpy as np
 from faiss_knn import evaluate
-from faiss_knn.offline import neighbors, task
+from faiss_knn.offline import search, task
 bank, labels = np.load(sys.argv[1], mmap_mode="r"), np.arange(400_000) % 10
-neighbors.BANK_BLOCK_BYTES = task._CHECKED_BYTES = 8 << 20
+search.BANK_BLOCK_BYTES = task._CHECKED_BYTES = 8 << 20
 queries, truth = bank[:20] + np.float32(1e-3), labels[:20]
 evaluate(bank[:1000], labels[:1000], queries, truth, k=1)  # threads and libraries are there
 held = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024

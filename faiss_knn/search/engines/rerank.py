@@ -113,3 +113,19 @@ def nearest(distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     distances, ids = distances.gather(1, order), ids.gather(1, order)
     distances, order = distances.sort(dim=1, stable=True)
     return distances[:, :k].contiguous(), ids.gather(1, order[:, :k])  # no view: it would keep all of them
+
+
+def drop_self(distances: Tensor, ids: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop each row's own id from its list, or the last neighbour where it is not found: (B, m - 1) each, in order.
+
+    Args:
+        distances: (B, m) ascending.
+        ids: (B, m) int64.
+        own: (B,) int64 ids of the rows that were searched for.
+
+    Example:
+        >>> drop_self(torch.tensor([[0.0, 0.5, 0.7]]), torch.tensor([[4, 2, 9]]), torch.tensor([2]))
+        (tensor([[0.0000, 0.7000]]), tensor([[4, 9]]))
+    """
+    order = (ids == own[:, None]).to(torch.int8).argsort(dim=1, stable=True)[:, :-1]
+    return distances.gather(1, order), ids.gather(1, order)

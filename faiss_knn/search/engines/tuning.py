@@ -16,7 +16,7 @@ from torch import Tensor
 from faiss_knn.search.distance import Distance
 from faiss_knn.search.engines.exact import ExactEngine
 from faiss_knn.search.engines.products import multiply_add_seconds
-from faiss_knn.search.engines.rerank import PAIR_SECONDS, VALUE_SECONDS
+from faiss_knn.search.engines.rerank import PAIR_SECONDS, VALUE_SECONDS, drop_self
 from faiss_knn.search.stored_rows import StoredRows
 
 _MOST_TWINS = 64
@@ -84,9 +84,8 @@ def hold_out(rows: StoredRows, exact: ExactEngine, distance: Distance, k: int, c
     queries = rows.take(ids)
     k = max(1, min(k, len(rows) - 1))
     distances, found = exact.search(queries, min(k + 1 + _MOST_TWINS, len(rows)))
-    own = (found == ids[:, None]).to(torch.int8).argsort(dim=1, stable=True)[:, :-1]
-    found = found.gather(1, own)
-    twins = _twins(distance.to_norm(distances.gather(1, own)), found.shape[1] - k)
+    distances, found = drop_self(distances, found, ids)
+    twins = _twins(distance.to_norm(distances), found.shape[1] - k)
     place = torch.arange(found.shape[1], device=found.device)
     excluded = found.masked_fill(place >= twins[:, None], -1)[:, : max(1, int(twins.max()))]
     wanted = twins[:, None] + place[:k]
