@@ -121,6 +121,8 @@ class OnlineKNN(OnlineOptions, Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         with all_or_none():
+            if self.bank_dataloader_idx is not None and trainer.val_dataloaders is not None:
+                check_bank_loader(trainer, self.name, self.bank_dataloader_idx)
             align_all(trainer)
             if drop_rows_of_others(trainer, pl_module):
                 self._run(trainer).memory.warn_once(
@@ -200,9 +202,18 @@ class OnlineKNN(OnlineOptions, Callback):
         return run
 
     def _check_name(self, trainer: Any) -> None:
-        same = [c for c in trainer.callbacks if isinstance(c, OnlineKNN) and c.name == self.name]
-        if len(same) > 1:
-            raise ValueError(f"{len(same)} OnlineKNN callbacks are named '{self.name}': give each a name of its own")
+        others = [c for c in trainer.callbacks if isinstance(c, OnlineKNN) and c is not self]
+        same = [c for c in others if c.name == self.name]
+        if same:
+            raise ValueError(
+                f"{len(same) + 1} OnlineKNN callbacks are named '{self.name}': give each a name of its own"
+            )
+        for other in others:
+            if shared := self.log_keys & other.log_keys:
+                raise ValueError(
+                    f"OnlineKNN callbacks '{self.name}' and '{other.name}' would both log {', '.join(sorted(shared))}: "
+                    "rename one of them"
+                )
 
     def _stored(self, trainer: Any) -> dict[str, QueueStorage]:
         """Find or make the queues, and return where they keep their rows, by key."""
@@ -232,12 +243,13 @@ class OnlineKNN(OnlineOptions, Callback):
         run = self._run(trainer)
         if not run.is_tried:
             run.memory.index.check_spec(flat_rows(rows[self.input]).shape[1])
+            self.check_first_step(rows[self.target])
             run.is_tried = True
 
     def _evaluation(self, trainer: Any, pl_module: Any, run: _Run) -> Evaluation:
         plan = plan_of(trainer)
         if self.bank_dataloader_idx is not None:
-            check_bank_loader(trainer, plan, self.name, self.bank_dataloader_idx)
+            check_bank_loader(trainer, self.name, self.bank_dataloader_idx)
             if cut := cut_of_bank(trainer, plan, self.bank_dataloader_idx):
                 run.memory.warn_once("cut", f"OnlineKNN[{self.name}]: {cut}")
         return Evaluation(self, run.memory, plan, pl_module.device, run.stored)
@@ -252,8 +264,9 @@ class OnlineKNN(OnlineOptions, Callback):
         return number % self.every_n_epochs == 0 or (not run.logged and self._is_monitored(trainer))
 
     def _is_monitored(self, trainer: Any) -> bool:
-        """Tell whether a callback, such as ModelCheckpoint, is to find a score at every validation."""
-        monitors = (getattr(callback, "monitor", None) for callback in trainer.callbacks)
+        """Tell whether a callback or learning rate schedule is to find a score at every validation."""
+        monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]
+        monitors += [schedule.monitor for schedule in trainer.lr_scheduler_configs]
         return any(isinstance(key, str) and key.startswith(f"eval/{self.name}_") for key in monitors)
 
     def _finish(self, trainer: Any) -> dict[str, Tensor]:

@@ -10,8 +10,7 @@ from faiss_knn.online.evaluation import Plan
 
 def plan_of(trainer: Any) -> Plan:
     """Return what the validation (or test) that begins will read."""
-    batches = _batch_counts(trainer)
-    loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
+    batches, loaders = _batch_counts(trainer), _dataloaders(trainer)
     return Plan(
         loaders if len(loaders) == len(batches) else [None] * len(batches),
         batches,
@@ -19,7 +18,7 @@ def plan_of(trainer: Any) -> Plan:
     )
 
 
-def check_bank_loader(trainer: Any, plan: Plan, name: str, bank: int) -> None:
+def check_bank_loader(trainer: Any, name: str, bank: int) -> None:
     """Check that the dataloader which fills the bank comes before those that are scored.
 
     Raises:
@@ -30,10 +29,10 @@ def check_bank_loader(trainer: Any, plan: Plan, name: str, bank: int) -> None:
             f"OnlineKNN[{name}]: bank_dataloader_idx={bank} needs dataloaders that run "
             "one after the other, got a CombinedLoader that reads them at once: give a list, or mode='sequential'"
         )
-    if bank != 0 or len(plan.batches) < 2:
+    if bank != 0 or len(_dataloaders(trainer)) < 2:
         raise ValueError(
             f"OnlineKNN[{name}]: the bank's dataloader must come first and others after it, got "
-            f"bank_dataloader_idx={bank} of {len(plan.batches)} validation dataloaders: they run in "
+            f"bank_dataloader_idx={bank} of {len(_dataloaders(trainer))} validation dataloaders: they run in "
             "order, so return [bank_loader, *scored_loaders] and set bank_dataloader_idx=0"
         )
 
@@ -48,6 +47,10 @@ def cut_of_bank(trainer: Any, plan: Plan, bank: int) -> str | None:
         f"the bank holds {read:g} of the {whole} batches of dataloader {bank}, because {limit} cuts every dataloader: "
         "raise it, and shorten the others themselves, for the score of the whole bank"
     )
+
+
+def _dataloaders(trainer: Any) -> list[Any]:
+    return CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
 
 
 def _batch_counts(trainer: Any) -> list[float]:

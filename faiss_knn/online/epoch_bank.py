@@ -97,18 +97,18 @@ class BankRows:
     def _count_skipped(self, skipped: int, rows: int) -> None:
         if self._options.shards or rank_and_size()[0] == 0:  # of a gathered bank, one rank counts the rows
             self.skipped = skipped
-        warn_of_skipped(self._options, self._memory, skipped, rows, "bank")
+        if skipped:
+            warn_of_skipped(self._options, self._memory, skipped, rows, "bank")
 
 
 def warn_of_skipped(options: OnlineOptions, memory: Memory, skipped: int, rows: int, where: str) -> None:
     """Say once per run that rows were left out of the "bank" or the queries ("query")."""
-    if skipped:
-        memory.warn_once(
-            "skipped",
-            f"OnlineKNN[{options.name}]: left out {skipped} of {rows} {where} rows: '{options.input}' not finite "
-            f"(or zero, under cosine) or '{options.target}' -1. All are counted in {options.name}_skipped; "
-            "this is said once per run",
-        )
+    memory.warn_once(
+        "skipped",
+        f"OnlineKNN[{options.name}]: left out {skipped} of {rows} {where} rows: '{options.input}' not finite "
+        f"(or zero, under cosine) or '{options.target}' -1. All are counted in {options.name}_skipped; "
+        "this is said once per run",
+    )
 
 
 class EpochBank:

@@ -178,10 +178,21 @@ class Evaluation:
 
     def _read(self, bank: EpochBank, outputs: Any, batch: Any, batch_idx: int, number: int) -> BatchQueries:
         asked = read_batch(self._options, outputs, batch, self._plan.dataloaders[number], batch_idx)
+        self._check_width(asked.queries, bank.features)
         self._width = max(self._width, bank.bank.num_classes, asked.selection.highest + 1)
-        self._skipped += asked.selection.skipped
-        warn_of_skipped(self._options, self._memory, asked.selection.skipped, asked.own, "query")
+        if asked.selection.skipped:
+            self._skipped += asked.selection.skipped
+            warn_of_skipped(self._options, self._memory, asked.selection.skipped, asked.own, "query")
         return asked
+
+    def _check_width(self, queries: Tensor, features: Tensor) -> None:
+        if len(features) and queries.shape[1] != features.shape[1]:
+            options = self._options
+            raise ValueError(
+                f"OnlineKNN[{options.name}]: '{options.input}' has {queries.shape[1]} values a row in validation, and "
+                f"{features.shape[1]} in the bank: score the features that training queues, or begin with an empty "
+                "queue if a checkpoint brought others"
+            )
 
     def _search(self, bank: EpochBank, queries: Tensor | None) -> Any:
         """Find the neighbours of a batch; with shards, together with all ranks, whether it asks or not."""
@@ -225,13 +236,13 @@ class Evaluation:
             prefix: Of the keys: "{prefix}_{metric}".
 
         Returns:
-            The numbers, float32 on the evaluation's device, and the values that are none, by key; both empty without
-            a bank.
+            The numbers, float32 on the evaluation's device, and the values that are none, by key. Without a bank there
+            is only the number of rows that were left out, if any were.
         """
         if not self._is_built:
             self._build()
         if self._bank is None:
-            return {}, {}
+            return self._counted(prefix), {}
         self._serve_other_ranks()
         raise_together(self._error)
         for samples in self._unique.values():
@@ -249,9 +260,12 @@ class Evaluation:
         if recall is not None:
             values[f"{prefix}_index_recall"] = torch.tensor(recall, dtype=torch.float32, device="cpu")
             warn_of_recall(self._options, self._memory, recall)
-        if skipped := sum(all_gather_object(self._skipped)):
-            values[f"{prefix}_skipped"] = torch.tensor(float(skipped), dtype=torch.float32, device="cpu")
-        return values
+        return values | self._counted(prefix)
+
+    def _counted(self, prefix: str) -> dict[str, Tensor]:
+        """Return how many rows were left out, over all ranks, if any were."""
+        skipped = sum(all_gather_object(self._skipped))
+        return {f"{prefix}_skipped": torch.tensor(float(skipped), device=self._device)} if skipped else {}
 
 
 def _widened(scores: Tensor, width: int) -> Tensor:

@@ -16,13 +16,17 @@ from faiss_knn.classify.ranking import scores_for
 from faiss_knn.distributed import all_gather_object, gather_rows, raise_together
 from faiss_knn.search.inputs import shown
 
+RESERVED = ("index_recall", "skipped")  # what is logged beside the metrics
+_TRIED = (2, 3, 5, 10, 20, 50, 100, 200, 1000)  # classes that a metric is tried with where it does not say its width
+
 
 def named_metrics(metrics: Any) -> dict[str, Metric]:
     """Read the forms in which metrics are given.
 
     Args:
         metrics: None, a Metric, a list or tuple of them (named by their classes), a mapping from names to them, a
-            `MetricCollection`, or a mapping {"train": ..., "val": ...} of any of these, of which "val" counts.
+            `MetricCollection`, or a mapping {"train": ..., "val": ...} of any of these, of which "val" counts. A
+            collection inside of a mapping adds its own names, "{name}_{own}".
             omegaconf containers are sequences and mappings too.
 
     Raises:
@@ -35,13 +39,21 @@ def named_metrics(metrics: Any) -> dict[str, Metric]:
     if isinstance(metrics, Metric):
         return {type(metrics).__name__: metrics}
     if isinstance(metrics, Mapping | MetricCollection):
-        return {str(name): _checked(metric, f"metrics[{name!r}]") for name, metric in metrics.items()}
+        return {name: _checked(metric, f"metrics[{name!r}]") for name, metric in _flat(metrics)}
     if isinstance(metrics, Sequence) and not isinstance(metrics, str):
         return _by_class([_checked(metric, f"metrics[{i}]") for i, metric in enumerate(metrics)])
     raise ValueError(
         f"metrics can only be a torchmetric of list/tuple of torchmetrics, or a mapping of names to them, "
         f"got {type(metrics).__name__}"
     )
+
+
+def _flat(metrics: Mapping[Any, Any] | MetricCollection) -> Iterator[tuple[str, Any]]:
+    for name, metric in metrics.items():
+        if isinstance(metric, MetricCollection):
+            yield from ((f"{name}_{own}", part) for own, part in _flat(metric))
+        else:
+            yield str(name), metric
 
 
 def class_count(metrics: Mapping[str, Metric]) -> int | None:
@@ -56,7 +68,7 @@ def class_count(metrics: Mapping[str, Metric]) -> int | None:
             width = getattr(part, "num_classes", None) or getattr(part, "num_labels", None)
             if isinstance(width, int):
                 widths[name] = width
-            elif type(part).__name__.startswith("Binary"):
+            elif _is_made_for(part, "Binary"):
                 widths[name] = 2
     if len(set(widths.values())) > 1:
         raise ValueError(f"`metrics` must agree on num_classes, got {widths}: use one callback per width")
@@ -65,8 +77,12 @@ def class_count(metrics: Mapping[str, Metric]) -> int | None:
 
 def is_multiclass(metrics: Mapping[str, Metric]) -> bool:
     """Tell whether any of the metrics is made for one class a row."""
-    names = [type(part).__name__ for metric in metrics.values() for part in _parts(metric)]
-    return any(name.startswith(("Multiclass", "Binary")) for name in names)
+    return any(_is_made_for(part, "Multiclass", "Binary") for metric in metrics.values() for part in _parts(metric))
+
+
+def _is_made_for(metric: Metric, *tasks: str) -> bool:
+    """Tell whether a metric is one of torchmetrics' for a task, such as "Binary", or made of one."""
+    return any(base.__name__.startswith(tasks) for base in type(metric).__mro__)
 
 
 def _parts(metric: Metric) -> list[Metric]:
@@ -74,44 +90,60 @@ def _parts(metric: Metric) -> list[Metric]:
     return [part for part in metric.modules() if isinstance(part, Metric)]
 
 
-def rehearse(metrics: Mapping[str, Metric], num_classes: int | None = None) -> None:
+def rehearse(
+    metrics: Mapping[str, Metric], num_classes: int | None = None, *, multi_hot: bool | None = None
+) -> set[str]:
     """Update and compute a clone of each metric, before hours of training are spent.
 
     Args:
         metrics: Name to metric.
-        num_classes: Width of the scores; None: what each metric was made for.
+        num_classes: Width of the scores; None: what each metric was made for, or one of several that it can judge.
+        multi_hot: Whether labels are (n, C); None: either will do.
+
+    Returns:
+        The names of their values, as `scalars` spreads them.
 
     Raises:
-        ValueError: Naming the metric that can judge neither class ids nor 0/1 labels, with its own reason.
+        ValueError: Naming the metric that can judge no such labels, with its own reason; or one name of two values.
     """
+    names = list(RESERVED)
     for name, metric in metrics.items():
-        known = class_count({name: metric})
-        width = num_classes or known or 2
-        ids = torch.arange(2 * width, device="cpu") % min(width, known or width)
-        error = _failure(metric, width, ids)
-        # A metric that does not say its width may have good reasons not to like this one.
-        if error is None or not (known or isinstance(error, TypeError)):
-            continue
-        if is_multiclass({name: metric}) or _failure(metric, width, one_hot(ids, width)) is not None:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ValueError(f"metric {name} cannot judge scores of {width} classes: {reason}")
+        numbers, others = scalars(name, _rehearsed(name, metric, num_classes or class_count({name: metric}), multi_hot))
+        names += [*numbers, *others]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"`metrics` must have names of their own, got {', '.join(sorted(twice))} twice: rename one")
+    return set(names) - set(RESERVED)
 
 
-def _failure(metric: Metric, width: int, labels: Tensor) -> Exception | None:
+def _rehearsed(name: str, metric: Metric, width: int | None, multi_hot: bool | None) -> Any:
+    """Return what a metric computes of made-up scores of the first width that it can judge."""
+    forms = [False, True] if multi_hot is None and not is_multiclass({name: metric}) else [bool(multi_hot)]
+    errors: list[Exception] = []
+    for classes in [width] if width else _TRIED:
+        for columns in forms:
+            try:
+                return _trial(metric, classes, columns)
+            except Exception as error:  # whatever it is, it would come after an epoch otherwise
+                errors.append(error)
+    reason = f"{type(errors[0]).__name__}: {' '.join(str(errors[0]).split())}"
+    asked = width or _TRIED[0]
+    others = "" if width else f" (nor {', '.join(map(str, _TRIED[1:]))}: give num_classes if it is made for others)"
+    form = "" if multi_hot is None else " against multi-hot labels" if multi_hot else " against class ids"
+    raise ValueError(f"metric {name} cannot judge scores of {asked} classes{form}: {reason}{others}")
+
+
+def _trial(metric: Metric, width: int, columns: bool) -> Any:
     clone = metric.clone().to("cpu")
     clone.reset()
     for part in clone.modules():
         if isinstance(part, Metric):
             part.distributed_available_fn = _on_this_rank_alone
     shares = one_hot(torch.arange(2 * width, device="cpu") % width, width).float()
-    try:
-        with warnings.catch_warnings(), torch.no_grad(), _same_random_state():
-            warnings.simplefilter("ignore")
-            clone.update(*_judged(clone, shares, labels))
-            clone.compute()
-    except Exception as error:  # whatever it is, it would come after an epoch otherwise
-        return error
-    return None
+    labels = torch.arange(2 * width, device="cpu") % min(width, class_count({"": metric}) or width)
+    with warnings.catch_warnings(), torch.no_grad(), _same_random_state():
+        warnings.simplefilter("ignore")
+        clone.update(*_judged(clone, shares, one_hot(labels, width) if columns else labels))
+        return clone.compute()
 
 
 def _on_this_rank_alone() -> bool:
@@ -135,10 +167,10 @@ def _judged(metric: Metric, shares: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
     One that knows two classes by one score gets that of class 1; one of several labels a row, 0/1 labels.
     """
-    names = {type(part).__name__ for part in _parts(metric)}
-    if labels.ndim == 1 and shares.shape[1] >= 2 and any(name.startswith("Binary") for name in names):
+    parts = _parts(metric)
+    if labels.ndim == 1 and shares.shape[1] >= 2 and any(_is_made_for(part, "Binary") for part in parts):
         return shares[:, 1], labels
-    if labels.ndim == 1 and any(name.startswith("Multilabel") for name in names):
+    if labels.ndim == 1 and any(_is_made_for(part, "Multilabel") for part in parts):
         return shares, one_hot(labels, shares.shape[1])
     return scores_for(metric, shares, labels), labels
 

@@ -10,10 +10,10 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from faiss_knn.classify.labels import as_class_count, as_labels, is_soft, one_hot_ids
+from faiss_knn.classify.labels import as_class_count, as_labels, is_soft, one_hot_ids, width_of
 from faiss_knn.classify.vote import check_vote_options
 from faiss_knn.distributed import rank_and_size
-from faiss_knn.online.metrics import class_count, is_multiclass, named_metrics, rehearse
+from faiss_knn.online.metrics import RESERVED, class_count, is_multiclass, named_metrics, rehearse
 from faiss_knn.online.ring import RingBuffer, as_device_or_none
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.index import KNNIndex
@@ -72,7 +72,7 @@ class OnlineOptions:
         self._check_run()
         self._metrics_class_count = class_count(self.metrics)
         self._is_multiclass = is_multiclass(self.metrics)
-        rehearse(self.metrics, self.num_classes)
+        self._value_names = rehearse(self.metrics, self.num_classes)
         self.new_index()  # a bad index option is an error here, not at the first validation
 
     def _check_vote(self) -> None:
@@ -91,8 +91,9 @@ class OnlineOptions:
         self.bank_device = as_device_or_none(self.bank_device, "bank_device")
         if self.bank_dtype is not None and not any(self.bank_dtype is dtype for dtype in _BANK_DTYPES):
             raise ValueError(f"bank_dtype must be None or one of {_BANK_DTYPES}, got {shown(self.bank_dtype)}")
-        if self.recall_queries != 0:
-            self.recall_queries = as_positive(self.recall_queries, "recall_queries")
+        self.recall_queries = as_integer(self.recall_queries, "recall_queries")
+        if self.recall_queries < 0:
+            raise ValueError(f"recall_queries must be positive, or 0 for none, got {self.recall_queries}")
 
     def _check_rows(self) -> None:
         self.name, self.input, self.target = (as_key(getattr(self, key), key) for key in ("name", "input", "target"))
@@ -123,6 +124,26 @@ class OnlineOptions:
     def keys(self) -> list[str]:
         """Keys of the tensors that are read of each batch: features, labels, and sample ids where they count."""
         return [self.input, self.target, *([] if self.id is None else [self.id])]
+
+    @property
+    def log_keys(self) -> set[str]:
+        """What is logged, as far as is known before: keys without the stage."""
+        stems = [f"{self.name}_k{k}" for k in self.ks] if self.has_several_k else [self.name]
+        return {f"{stem}_{value}" for stem in stems for value in self._value_names} | {
+            f"{self.name}_{value}" for value in RESERVED
+        }
+
+    def check_first_step(self, labels: Tensor) -> None:
+        """Find out by a training step's labels what would stop a validation much later: labels or metrics.
+
+        Raises:
+            ValueError: For labels beyond the scores' width, or metrics that cannot judge such labels.
+        """
+        labels = self.read_labels(labels)
+        self.check_label(width_of(labels) - 1)
+        # Those made for one class a row were tried with such labels already.
+        undecided = {name: metric for name, metric in self.metrics.items() if not is_multiclass({name: metric})}
+        rehearse(undecided, self.num_classes, multi_hot=labels.ndim == 2 and not is_soft(labels))
 
     @property
     def has_several_k(self) -> bool:

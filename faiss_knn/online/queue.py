@@ -16,7 +16,7 @@ from faiss_knn.online.resume import rows_of_rank, rows_of_stable_pretraining, to
 from faiss_knn.online.ring import Dim, QueueStorage, RingBuffer, align, as_device_or_none, as_dtype, row_shape
 from faiss_knn.online.state import trainer_state
 from faiss_knn.online.weights import AVERAGED, remember
-from faiss_knn.search.inputs import as_key, as_positive
+from faiss_knn.search.inputs import as_key, as_positive, as_switch
 
 __all__ = [
     "OnlineQueue",
@@ -72,9 +72,9 @@ class OnlineQueue(Callback):
         self.queue_length = as_positive(queue_length, "queue_length")
         self.dim = _checked_dim(dim)
         self.dtype = as_dtype(dtype)
-        self.gather_distributed = gather_distributed
-        self.verbose = verbose
-        self.persistent = persistent
+        self.gather_distributed = as_switch(gather_distributed, "gather_distributed")
+        self.verbose = None if verbose is None else as_switch(verbose, "verbose")
+        self.persistent = as_switch(persistent, "persistent")
         self.device = as_device_or_none(device)
         self._evaluating: Any = None
         self._told_checkpoint_cost = False
@@ -137,7 +137,11 @@ class OnlineQueue(Callback):
         if was_skipped(pl_module, outputs):
             return
         ring = self.storage(trainer).ring
-        ring.append(as_rows(find_tensor(self.key, outputs, batch, "OnlineQueue"), self.dim))
+        rows = as_rows(find_tensor(self.key, outputs, batch, "OnlineQueue"), self.dim)
+        try:
+            ring.append(rows)
+        except ValueError as error:
+            raise ValueError(f"OnlineQueue[{self.key}]: {error}") from error
         if self.verbose:
             pl_module.log(f"queue/{self.key}_fill_pct", 100.0 * len(ring) / ring.length)
 
@@ -263,6 +267,8 @@ def find_or_create_queue(
     Raises:
         ValueError: If there is none and `create_if_missing` is False, or one has another dim or dtype.
     """
+    queue_length, dtype = as_positive(queue_length, "queue_length"), as_dtype(dtype)
+    gather_distributed = as_switch(gather_distributed, "gather_distributed")
     same_key = _queues(trainer, key)
     for queue in same_key:
         _check_same(key, "dim", row_shape(queue.dim), row_shape(dim))

@@ -183,7 +183,8 @@ class RingBuffer:
     def _allocate_for(self, rows: Tensor) -> None:
         shape = tuple(rows.shape[1:])
         if self.shape is not None and shape != self.shape:
-            raise ValueError(f"`rows` must have shape (n, {', '.join(map(str, self.shape))}), got {tuple(rows.shape)}")
+            expected = ", ".join(["n", *map(str, self.shape)]) + ("" if self.shape else ",")
+            raise ValueError(f"`rows` must have shape ({expected}), got {tuple(rows.shape)}")
         self.shape = shape
         self.dtype = self.dtype or rows.dtype
         self.device = self.device or rows.device

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from faiss_knn import KNNIndex
 from tests.distributed import runs
 from tests.distributed.ranks import Ranks
 from tests.distributed.runs import TRAIN, VAL
@@ -89,6 +90,25 @@ def test_other_banks_work_on_ranks(ranks: Ranks, options: dict[str, Any], gather
     bank = TRAIN | {"x": TRAIN["x"].to(options.get("bank_dtype", torch.float32)).float()}
     for values in ranks.run(runs.fit, options | {"gather": gather}):
         assert values["eval/knn_acc"] == pytest.approx(accuracy(bank, VAL), abs=1e-6)
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_the_recall_that_is_logged_is_that_of_the_queries_over_all_ranks(ranks: Ranks, gather: str) -> None:
+    """A rank's index may hold all rows, or its own; either way it misses some of the five exact neighbours."""
+    options = {"index": "IVF4,Flat", "nprobe": 1, "gather": gather, "recall_queries": 400}
+    first, second = (values for values, _, _ in ranks.run(runs.fit_uneven, [[50], [70]], options))
+    offset, distances, ids = 0, [], []
+    for rows in TRAIN["x"].split([50, 70]) if gather == "shard" else [TRAIN["x"]]:
+        found = KNNIndex("IVF4,Flat", nprobe=1).build(rows).search(VAL["x"], 5)
+        distances.append(found.distances)
+        ids.append(found.indices + offset)
+        offset += len(rows)
+    nearest = torch.cat(ids, 1).gather(1, torch.cat(distances, 1).argsort(dim=1)[:, :5])
+    exact = torch.cdist(VAL["x"].double(), TRAIN["x"].double()).argsort(dim=1)[:, :5]
+    expected = (nearest[:, :, None] == exact[:, None]).any(1).double().mean().item()
+    assert 0.2 < expected < 0.98  # neither chance nor everything: a wrong bank or another rank's queries move it
+    assert first["eval/knn_index_recall"] == pytest.approx(expected, abs=1e-6)
+    assert second["eval/knn_index_recall"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("gather", GATHERS)

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from functools import lru_cache
 
+from faiss_knn.search.inputs import shown
+
 _SPECIAL = ("flat", "ivf", "fast", "auto")
 _MOST_LINKS = 512  # of a graph's node; each takes memory
 _SECONDS = 60.0
+_LONGEST = 200
 # Built and searched so often that nobody needs to try them first.
 _CODES = r"(Flat|SQ8|SQ6|SQ4|SQfp16|PQ\d+(x\d+)?(np)?(fs)?)"
 _PROVEN = {
@@ -32,6 +35,8 @@ def check_numbers(spec: str) -> None:
     """
     if spec in _SPECIAL:
         return
+    if len(spec) > _LONGEST:
+        raise ValueError(f"`spec` must be a FAISS factory string of at most {_LONGEST} characters, got {shown(spec)}")
     for part in re.findall(r"[A-Za-z]+[\d_x]*\d", spec):
         name = re.match(r"[A-Za-z]+", part)
         numbers = [int(number) for number in re.findall(r"\d+", part)]
