@@ -156,6 +156,10 @@ def make_task(
     _check_sides(query_features, query_labels, leave_one_out)
     if leave_one_out:
         query_features, query_labels = bank_features, bank_labels
+    for name, features, labels in (("bank", bank_features, bank_labels), ("query", query_features, query_labels)):
+        _check_order(name, features, labels)
+    query_features = _with_columns_of(bank_features, query_features, "features")
+    query_labels = _with_columns_of(bank_labels, query_labels, "labels")
     bank_rows, query_rows = _as_rows(bank_features, "bank_features"), _as_rows(query_features, "query_features")
     _check_rows(bank_rows, query_rows)
     read = [
@@ -182,6 +186,50 @@ def _check_sides(query_features: RowSource | None, query_labels: ArrayLike | Non
         raise ValueError("leave_one_out takes the bank alone, its rows are the queries: leave out the queries")
     if not leave_one_out and (query_features is None or query_labels is None):
         raise ValueError("`query_features` and `query_labels` are needed, or leave_one_out=True to use the bank's rows")
+
+
+def _check_order(name: str, features: Any, labels: Any) -> None:
+    """Refuse pandas labels that hold the index of their rows in another order; rows and labels are joined in order."""
+    rows: Any = getattr(features, "index", None)
+    others: Any = getattr(labels, "index", None)
+    if not all(hasattr(index, "equals") and index.is_unique for index in (rows, others)) or rows.equals(others):
+        return
+    if len(rows) == len(others) and rows.isin(others).all():
+        raise ValueError(
+            f"`{name}_labels` must be in the order of `{name}_features`, got the same index in another order: "
+            f"give {name}_labels.loc[{name}_features.index]"
+        )
+
+
+def _with_columns_of(bank: Any, queries: Any, what: str) -> Any:
+    """The queries with their columns in the bank's order, where both are frames with names for columns."""
+    wanted, given = _column_names(bank), _column_names(queries)
+    if wanted is None or given is None or wanted == given:
+        return queries
+    if what == "labels" and len(wanted) == len(given) == 1:
+        return queries  # a column of ids, whatever it is called
+    places = {name: place for place, name in enumerate(given)}
+    missing, extra = [x for x in wanted if x not in places], [x for x in given if x not in set(wanted)]
+    if missing or extra or len(places) < len(given) or len(wanted) != len(given):
+        differs = [f"{word} {_some(names)}" for word, names in (("without", missing), ("with", extra)) if names]
+        raise ValueError(
+            f"`query_{what}` must have the columns of `bank_{what}`, each once, got a DataFrame "
+            f"{' and '.join(differs) or 'that has some twice'}: choose the same columns, or give .to_numpy() of both "
+            "to take them in order"
+        )
+    return queries.to_numpy()[:, [places[name] for name in wanted]]
+
+
+def _column_names(features: Any) -> list[Any] | None:
+    """The names of a frame's columns; None for what is no frame, and for columns that are only counted."""
+    if not hasattr(features, "to_numpy") or not hasattr(features, "columns"):
+        return None
+    names = list(features.columns)
+    return None if names == list(range(len(names))) else names
+
+
+def _some(names: list[Any]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f", … ({len(names)} of them)" if len(names) > 3 else "")
 
 
 def _as_rows(features: Any, name: str) -> RowSource:

@@ -122,6 +122,55 @@ def test_features_of_any_kind_give_the_same_numbers(kind, metric):
     )
 
 
+COLUMNS = ["f0", "f1", "f2", "f3", "f4", "f5"]
+
+
+def framed(columns=COLUMNS, bank=BANK, queries=QUERIES):
+    """The bank with its columns in one order, the queries with theirs in that of `columns`."""
+    return pd.DataFrame(bank, columns=COLUMNS), pd.DataFrame(queries, columns=COLUMNS)[columns]
+
+
+def test_columns_of_frames_are_joined_by_their_names_in_whatever_order():
+    bank, queries = framed(COLUMNS[::-1])
+    assert scores(evaluate(bank, BANK_LABELS, queries, QUERY_LABELS, k=(1, 5))) == scores(PLAIN)
+    classes = [pd.DataFrame(np.eye(4, dtype=int)[labels], columns=NAMES) for labels in (BANK_LABELS, QUERY_LABELS)]
+    found = evaluate(BANK, classes[0], QUERIES, classes[1][NAMES[::-1]], k=(1, 5))
+    assert scores(found) == scores(PLAIN)
+
+
+def test_columns_without_names_are_joined_in_their_order():
+    counted = pd.DataFrame(QUERIES)
+    for queries in (counted, QUERIES):
+        assert scores(evaluate(framed()[0], BANK_LABELS, queries, QUERY_LABELS, k=(1, 5))) == scores(PLAIN)
+    labels = pd.DataFrame({"y": BANK_LABELS}), pd.DataFrame({"label": QUERY_LABELS})
+    assert scores(evaluate(BANK, labels[0], QUERIES, labels[1], k=(1, 5))) == scores(PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"f5": "g5"}, r"^`query_features` must have the columns of `bank_features`.* without 'f5' and with 'g5'"),
+        ({"f5": "f4"}, "^`query_features` must have the columns of `bank_features`, each once.* without 'f5'"),
+    ],
+)
+def test_frames_of_other_columns_are_refused(columns, message):
+    bank, queries = framed()
+    with pytest.raises(ValueError, match=message):
+        evaluate(bank, BANK_LABELS, queries.rename(columns=columns), QUERY_LABELS)
+    twice = [frame.rename(columns={"f5": "f4"}) for frame in (bank, queries[COLUMNS[::-1]])]
+    with pytest.raises(ValueError, match="that has some twice"):
+        evaluate(twice[0], BANK_LABELS, twice[1], QUERY_LABELS)
+
+
+def test_labels_with_the_index_of_their_rows_in_another_order_are_refused():
+    bank, queries = framed()
+    labels = pd.Series(BANK_LABELS).sample(frac=1, random_state=0)
+    with pytest.raises(ValueError, match=r"^`bank_labels` must be in the order of `bank_features`.*\.loc\["):
+        evaluate(bank, labels, queries, QUERY_LABELS)
+    other = pd.Series(QUERY_LABELS, index=range(100, 130))  # of rows that are numbered otherwise, in order
+    assert scores(evaluate(bank, labels.loc[bank.index], queries, other, k=(1, 5))) == scores(PLAIN)
+
+
 def test_bfloat16_features_are_evaluated_as_they_are():
     bank, queries = torch.tensor(BANK).bfloat16(), torch.tensor(QUERIES).bfloat16()
     report = evaluate(bank, BANK_LABELS, queries, QUERY_LABELS, k=(1, 5))
