@@ -1,47 +1,34 @@
 """evaluate(): one search per index, then every number that follows from its neighbours."""
 
-import math
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from itertools import product
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from faiss_knn.classify.vote import check_vote_options
-from faiss_knn.measures.retrieval import retrieval_metrics
 from faiss_knn.offline.copies import Copies, count_copies
-from faiss_knn.offline.lazy_rows import spans
 from faiss_knn.offline.metric_names import make_metrics
+from faiss_knn.offline.options import EvalOptions, VoteOptions, several
+from faiss_knn.offline.record import (
+    accuracy_fields,
+    mean_values,
+    recall_fields,
+    retrieval_at,
+    retrieval_means,
+    setup_fields,
+    surroundings,
+    top1_by_query,
+)
 from faiss_knn.offline.report.report import EvalReport
-from faiss_knn.offline.report.results import Record, mean_values, record_key
-from faiss_knn.offline.scores import ClassJudge, Hits, MultiHotJudge, SharesJudge, recalls
-from faiss_knn.offline.search import EXACT, SearchOptions, SearchResult, Variant, has_parameter, search_task
+from faiss_knn.offline.report.results import Record, record_key
+from faiss_knn.offline.scores import make_judge
+from faiss_knn.offline.search import EXACT, SearchResult, Variant, search_task
 from faiss_knn.offline.task import EvalTask, check_values, make_task, warning_facts
-from faiss_knn.search.inputs import as_count, as_integer, shown
 
-__all__ = ["EvalReport", "evaluate"]
-
-Point = tuple[int, float, str]  # k, temperature, weighting
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What one search is scored under, and how deep it must go."""
-
-    ks: tuple[int, ...]
-    temperatures: tuple[float, ...]
-    weightings: tuple[str, ...]
-    depth: int
-
-    def __iter__(self) -> Iterator[Point]:
-        return product(self.ks, self.temperatures, self.weightings)
+__all__ = ["EvalReport", "evaluate", "evaluate_with", "task_for"]
 
 
 def evaluate(
@@ -131,316 +118,174 @@ def evaluate(
         >>> report.best()["top1"]
         1.0
     """
-    grid = _grid(k, temperature, weighting, depth)
-    variants = list(_variants(_several(index), sweep or {}))
-    latency, seed = _count_from_zero(latency, "latency"), _count_from_zero(seed, "seed")
-    options = SearchOptions(distance_metric, device, nprobe, target_recall, latency, progress, storage_dtype)
-    for variant in variants:
-        options.index(variant)  # refuses bad options before any work
-    draws = _draws(per_class, tries, leave_one_out)
-    wanted = tuple(map(str, _several(metrics)))
-    problem = make_task(
-        bank_features, bank_labels, query_features, query_labels,
-        num_classes=num_classes, class_names=class_names, leave_one_out=leave_one_out,
-        ignore_index=None if ignore_index is None else as_integer(ignore_index, "`ignore_index`"),
-        multi_label=any(name.startswith("Multilabel") for name in wanted),
+    options = EvalOptions(
+        k=several(k), temperature=several(temperature), weighting=several(weighting), distance_metric=distance_metric,
+        index=several(index), num_classes=num_classes, class_names=class_names, leave_one_out=leave_one_out,
+        per_class=per_class, tries=tries, seed=seed, metrics=several(metrics), depth=depth, sweep=sweep or {},
+        nprobe=nprobe, target_recall=target_recall, latency=latency, device=device, storage_dtype=storage_dtype,
+        ignore_index=ignore_index, skip_bad_rows=skip_bad_rows, keep_neighbors=keep_neighbors, progress=progress,
     )  # fmt: skip
-    if per_class is not None and problem.multi_hot:
-        raise ValueError("per_class draws rows of each class: it does not go with multi-hot labels")
-    for variant in variants:
-        options.check(variant, problem.dim)
-    judges = make_metrics(wanted, problem.num_classes, problem.multi_hot)
-    problem = check_values(problem, distance_metric, skip_bad_rows)
+    task = task_for(options, bank_features, bank_labels, query_features, query_labels)
     files = {"bank_file": _file_of(bank_features), "query_file": _file_of(query_features)}
-    run = _Run(problem, grid, options, judges, None if per_class is None else int(per_class), draws, seed, files)
-    report = EvalReport(problem.class_names, warning_facts(run.draws[0], grid.ks), class_ids=problem.class_ids)
+    return evaluate_with(options, task, files, done=done, on_record=on_record)
+
+
+def task_for(
+    options: EvalOptions, bank_features: Any, bank_labels: Any, query_features: Any, query_labels: Any
+) -> EvalTask:
+    """Make the task of features and labels as `evaluate` takes them; see `make_task`."""
+    return make_task(
+        bank_features,
+        bank_labels,
+        query_features,
+        query_labels,
+        num_classes=options.num_classes,
+        class_names=options.class_names,
+        leave_one_out=options.leave_one_out,
+        ignore_index=options.ignore_index,
+        multi_label=any(name.startswith("Multilabel") for name in options.metrics),
+    )
+
+
+def evaluate_with(
+    options: EvalOptions,
+    task: EvalTask,
+    files: dict[str, str | None],
+    *,
+    done: Iterable[Record] = (),
+    on_record: Callable[[Record, list[float]], None] | None = None,
+) -> EvalReport:
+    """Evaluate a task as `evaluate` does, with options that were checked.
+
+    Args:
+        options: What to do.
+        task: Bank and queries, as `make_task` returns them.
+        files: `bank_file` and `query_file` of the records.
+        done: As in `evaluate`.
+        on_record: As in `evaluate`.
+
+    Raises:
+        ValueError: If task and options do not fit, a row cannot be compared, or an index refuses the features.
+    """
+    evaluation = _Evaluation(task, options, files)
+    first = evaluation.draws[0]
+    report = EvalReport(task.class_names, warning_facts(first, options.k), class_ids=task.class_ids)
     earlier = {record_key(record): record for record in done}
-    for variant in variants:
-        identities = [run.identity(variant, point) for point in grid]
-        if all(record_key(identity) in earlier for identity in identities):
-            report.records += [earlier[record_key(identity)] for identity in identities]
+    for variant in options.variants:
+        keys = [record_key(evaluation.setup(variant, vote)) for vote in options.votes]
+        if all(key in earlier for key in keys):
+            report.records += [earlier[key] for key in keys]
             continue
-        found = run.search(variant)
-        for record, by_class in run.records(variant, found):
-            key = record_key(record)
+        results = evaluation.search(variant)
+        for key, (record, class_scores) in zip(keys, evaluation.records(variant, results), strict=True):
             report.records.append(earlier.get(key, record))
-            report.per_class[key] = by_class
+            report.per_class[key] = class_scores
             if on_record is not None and key not in earlier:
-                on_record(record, by_class)
-        if keep_neighbors:
-            report.neighbors[variant.name] = _given_ids(run.draws[0], found[0])
+                on_record(record, class_scores)
+        if options.keep_neighbors:
+            report.neighbors[variant.name] = _with_given_ids(first, results[0])
     return report
 
 
-class _Run:
-    """The searches of one evaluate() call: the exact one is shared by all that is compared with it."""
+class _Evaluation:
+    """One task under its options: the banks drawn from it, their searches, and the records that follow.
 
-    def __init__(
-        self,
-        problem: EvalTask,
-        grid: Grid,
-        options: SearchOptions,
-        metrics: Mapping[str, Any],
-        per_class: int | None,
-        draws: int,
-        seed: int,
-        files: Record,
-    ) -> None:
-        self.grid = grid
+    The exact search is made once, when first needed, for all indexes that are compared with it.
+    """
+
+    def __init__(self, task: EvalTask, options: EvalOptions, files: dict[str, str | None]) -> None:
+        if options.per_class is not None and task.multi_hot:
+            raise ValueError("per_class draws rows of each class: it does not go with multi-hot labels")
+        for variant in options.variants:
+            options.search.check(variant, task.dim)
         self.options = options
-        self.metrics = metrics
         self.files = files
-        self.draws = [problem]
-        if per_class is not None:
-            self.draws = [problem.few_shot(per_class, random) for random in np.random.SeedSequence(seed).spawn(draws)]
-        self._exact: list[SearchResult] | None = None
-        self._copies: list[Copies] = []
-        self._exact_top1: dict[Point, Tensor] = {}
-        self._common = {
-            "distance_metric": options.distance_metric,
-            "leave_one_out": problem.leave_one_out,
-            "per_class": per_class,
-            "tries": draws if per_class is not None else None,
-            "seed": seed,
-            "options": {
-                "nprobe": options.nprobe,
-                "target_recall": options.target_recall,
-                "latency": options.latency,
-                "storage_dtype": None if options.storage_dtype is None else _dtype_name(options.storage_dtype),
-                "depth": grid.depth,
-                "metrics": list(metrics),
-            },
-            "data": problem.fingerprint,
-            "num_classes": problem.num_classes,
-            "n_bank": len(self.draws[0].bank.rows),
-            "n_queries": len(problem.queries.rows),
-            "dim": problem.dim,
-            "skipped_bank": problem.bank.skipped,
-            "skipped_queries": problem.queries.skipped,
-        }
+        self.metrics = make_metrics(options.metrics, task.num_classes, task.multi_hot) if options.metrics else {}
+        self.draws = _drawn(check_values(task, options.distance_metric, options.skip_bad_rows), options)
+        self._exact_top1: dict[VoteOptions, Tensor] = {}
 
-    def identity(self, variant: Variant, point: Point) -> Record:
+    def setup(self, variant: Variant, vote: VoteOptions) -> Record:
         """What tells a record from others, known before the search."""
-        k, temperature, weighting = point
-        return {
-            "spec": variant.spec,
-            "settings": variant.settings,
-            "k": k,
-            "temperature": temperature,
-            "weighting": weighting,
-            **self._common,
-        }
+        return setup_fields(self.draws[0], self.options, variant, vote)
 
     def search(self, variant: Variant) -> list[SearchResult]:
         """The neighbours in each draw."""
-        if variant != EXACT:
-            return [search_task(draw, self.grid.depth, variant, self.options) for draw in self.draws]
-        if self._exact is None:
-            options = replace(self.options, target_recall=None, nprobe=None)
-            self._exact = [self._search_exactly(draw, options) for draw in self.draws]
-        return self._exact
+        if variant == EXACT:
+            return self._exact
+        return [search_task(draw, self._depth, variant, self.options.search) for draw in self.draws]
 
-    def _search_exactly(self, draw: EvalTask, options: SearchOptions) -> SearchResult:
-        """The exact neighbours of a draw; a second one always, to tell how near a copy is."""
-        depth = self.grid.depth
-        found = search_task(draw, max(depth, 2), EXACT, options)
-        self._copies.append(count_copies(draw, found.distances, found.indices, options.distance_metric))
-        return found.first(depth)
-
-    def records(self, variant: Variant, found: list[SearchResult]) -> Iterator[tuple[Record, list[float]]]:
-        """One index's records with the scores of each class, each as soon as it is there."""
-        exact = self.search(EXACT)
-        judges = [_judge(draw, one) for draw, one in zip(self.draws, found, strict=True)]
-        exact_judges = judges if found is exact else [_judge(d, e) for d, e in zip(self.draws, exact, strict=True)]
-        fixed = mean_values([one.cost for one in found])
-        fixed |= self._counted_copies() | self.files
-        retrieval = mean_values([_retrieval(d, f, self.grid) for d, f in zip(self.draws, found, strict=True)])
-        recall = {k: mean_values([_recall(f, e, d, k) for d, f, e in zip(self.draws, found, exact, strict=True)])
-                  for k in self.grid.ks}  # fmt: skip
-        for point in self.grid:
-            hits = [judge.judge(*point, self.metrics) for judge in judges]
-            if point not in self._exact_top1:
-                self._exact_top1[point] = _top1(hits if found is exact else [j.judge(*point, {}) for j in exact_judges])
-            per_class = torch.stack([one.per_class for one in hits]).mean(0)
-            accuracy = _accuracy(hits, self._exact_top1[point], per_class, self.draws[0].multi_hot)
-            k = point[0]
+    def records(self, variant: Variant, results: list[SearchResult]) -> Iterator[tuple[Record, list[float]]]:
+        """One index's records with the scores of each class, in the order of the votes, each as soon as it is there."""
+        exact = self._exact
+        judges = [make_judge(draw, result) for draw, result in zip(self.draws, results, strict=True)]
+        exact_judges = judges
+        if results is not exact:
+            exact_judges = [make_judge(draw, result) for draw, result in zip(self.draws, exact, strict=True)]
+        retrieval = mean_values(
+            [retrieval_means(draw, result, self.options.k) for draw, result in zip(self.draws, results, strict=True)]
+        )
+        recall = {k: recall_fields(self.draws, results, exact, k) for k in self.options.k}
+        cost = mean_values([result.cost for result in results])
+        for vote in self.options.votes:
+            hits = [judge.judge(*vote, self.metrics) for judge in judges]
+            if vote not in self._exact_top1:
+                exact_hits = hits if results is exact else [judge.judge(*vote, {}) for judge in exact_judges]
+                self._exact_top1[vote] = top1_by_query(exact_hits)
+            class_scores = torch.stack([one.per_class for one in hits]).mean(0)
             yield (
-                self.identity(variant, point)
-                | accuracy
-                | recall[k]
-                | _at(retrieval, k)
-                | fixed
-                | _surroundings()
-                | {"created": datetime.now(UTC).isoformat(timespec="seconds")},
-                per_class.tolist(),
+                self.setup(variant, vote)
+                | accuracy_fields(hits, self._exact_top1[vote], class_scores, self.draws[0].multi_hot)
+                | recall[vote.k]
+                | retrieval_at(retrieval, vote.k)
+                | cost
+                | {"duplicates": self._copies.equal, "near_duplicates": self._copies.near}
+                | self.files
+                | surroundings(),
+                class_scores.tolist(),
             )
 
-    def _counted_copies(self) -> Record:
-        """Copies in the draw that has the most."""
-        worst = max(self._copies, key=sum)
-        return {"duplicates": worst.equal, "near_duplicates": worst.near}
+    @property
+    def _depth(self) -> int:
+        assert self.options.depth is not None  # set where the options are checked
+        return self.options.depth
+
+    @property
+    def _exact(self) -> list[SearchResult]:
+        return self._exact_and_copies[0]
+
+    @property
+    def _copies(self) -> Copies:
+        return self._exact_and_copies[1]
+
+    @cached_property
+    def _exact_and_copies(self) -> tuple[list[SearchResult], Copies]:
+        """The exact neighbours in each draw, and the copies in the draw that has the most.
+
+        A second neighbour is searched for always, to tell how near a copy is.
+        """
+        options = replace(self.options.search, target_recall=None, nprobe=None)
+        results = [search_task(draw, max(self._depth, 2), EXACT, options) for draw in self.draws]
+        copies = [
+            count_copies(draw, result.distances, result.indices, options.distance_metric)
+            for draw, result in zip(self.draws, results, strict=True)
+        ]
+        return [result.first(self._depth) for result in results], max(copies, key=sum)
 
 
-def _judge(problem: EvalTask, found: SearchResult) -> ClassJudge | MultiHotJudge | SharesJudge:
-    device = found.indices.device
-    bank_labels, truth = problem.bank.labels.to(device), problem.queries.labels.to(device)
-    if problem.bank.shares is not None:
-        return SharesJudge(found.distances, found.indices, problem.bank.shares.to(device), truth)
-    if problem.multi_hot:
-        return MultiHotJudge(found.distances, found.indices, bank_labels, truth)
-    return ClassJudge(found.distances, _labels(found.indices, bank_labels), truth, problem.num_classes)
+def _drawn(task: EvalTask, options: EvalOptions) -> list[EvalTask]:
+    """The task itself, or its few-shot banks, each drawn with random numbers of its own."""
+    if options.per_class is None or options.tries is None:
+        return [task]
+    randoms = np.random.SeedSequence(options.seed).spawn(options.tries)
+    return [task.few_shot(options.per_class, random) for random in randoms]
 
 
-def _given_ids(problem: EvalTask, found: SearchResult) -> tuple[np.ndarray, np.ndarray]:
+def _with_given_ids(task: EvalTask, result: SearchResult) -> tuple[np.ndarray, np.ndarray]:
     """Distances and indices that count the bank's rows as they were given."""
-    indices = found.indices.cpu().numpy()
-    return found.distances.cpu().numpy(), np.where(indices < 0, -1, problem.bank.ids[indices.clip(min=0)])
-
-
-def _labels(indices: Tensor, bank_labels: Tensor) -> Tensor:
-    return torch.where(indices < 0, -1, bank_labels[indices.clamp(min=0)])
-
-
-def _top1(hits: list[Hits]) -> Tensor:
-    """(Q,) share of the draws in which each query was right."""
-    return torch.stack([one.top1 for one in hits]).double().mean(0)
-
-
-def _accuracy(hits: list[Hits], exact: Tensor, per_class: Tensor, multi_hot: bool) -> Record:
-    by_query = _top1(hits)
-    by_draw = torch.stack([one.top1 for one in hits]).double().mean(1)
-    top1, loss = by_query.mean().item(), exact - by_query
-    mean_class = per_class.nanmean().item()
-    return {
-        "top1": top1,
-        "top1_se": math.sqrt(top1 * (1 - top1) / len(by_query)),
-        "top1_std": by_draw.std().item() if len(hits) > 1 else None,
-        "top5": torch.stack([one.top5 for one in hits]).double().mean().item(),
-        "macro_top1": None if multi_hot else mean_class,
-        "map": mean_class if multi_hot else None,
-        "accuracy_loss": loss.mean().item(),
-        "accuracy_loss_se": loss.std(correction=0).item() / math.sqrt(len(loss)),
-        **mean_values([one.values for one in hits]),
-    }
-
-
-def _recall(found: SearchResult, exact: SearchResult, problem: EvalTask, k: int) -> Record:
-    k = min(k, problem.reachable)
-    by_distance, by_id = recalls(
-        found.distances[:, :k], found.indices[:, :k], exact.distances[:, :k], exact.indices[:, :k]
-    )
-    return {"recall": by_distance, "recall_ids": by_id}
-
-
-def _retrieval(problem: EvalTask, found: SearchResult, grid: Grid) -> Record:
-    """Retrieval metrics of all queries, in blocks; `r_precision` and `map@r` where the lists reach every R."""
-    if problem.multi_hot:
-        return {}
-    device = found.indices.device
-    wanted, truth = problem.relevant_counts.to(device), problem.queries.labels.to(device)
-    labels = _labels(found.indices, problem.bank.labels.to(device))
-    blocks, weights = [], []
-    for a, b in spans(len(labels), 1 << 16):
-        judged = int((wanted[a:b] > 0).sum())
-        if judged:
-            blocks.append(retrieval_metrics(labels[a:b], truth[a:b], wanted[a:b], grid.ks))
-            weights.append(judged)
-    means = (
-        {name: float(np.average([one[name] for one in blocks], weights=weights)) for name in blocks[0]}
-        if blocks
-        else {}
-    )
-    if int(wanted.max()) > labels.shape[1]:
-        means = {name: value for name, value in means.items() if name not in ("r_precision", "map@r")}
-    return means
-
-
-def _at(retrieval: Record, k: int) -> Record:
-    """The retrieval metrics that a record of this k holds."""
-    at_k = {name: retrieval.get(f"{name}@{k}") for name in ("precision", "hit_rate", "recall", "map", "ndcg")}
-    whole = {name: retrieval.get(name) for name in ("mrr", "r_precision", "map@r")}
-    return {f"retrieval_{name.replace('@', '_')}": value for name, value in (at_k | whole).items()}
-
-
-@cache
-def _surroundings() -> Record:
-    names = ("faiss-knn", "torch", "numpy", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss")
-    return {"versions": {"python": platform.python_version()} | {name: v for name in names if (v := _version(name))}}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _several(given: Any) -> tuple[Any, ...]:
-    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
-        return (given,)
-    return tuple(given)
-
-
-def _grid(k: Any, temperature: Any, weighting: Any, depth: int | None) -> Grid:
-    given = [_several(k), _several(temperature), _several(weighting)]
-    for name, values in zip(("k", "temperature", "weighting"), given, strict=True):
-        if not values:
-            raise ValueError(f"`{name}` needs at least one value, got none")
-    counts = [_positive(one, "`k` and `depth` must be positive integers") for one in given[0]]
-    deepest = [] if depth is None else [_positive(depth, "`k` and `depth` must be positive integers")]
-    for one, weigh in product(given[1], given[2]):
-        check_vote_options(one, weigh)
-    ks, temperatures = tuple(dict.fromkeys(counts)), tuple(dict.fromkeys(float(one) for one in given[1]))
-    return Grid(ks, temperatures, tuple(dict.fromkeys(given[2])), max(*ks, *deepest, 1))
-
-
-def _positive(value: Any, need: str) -> int:
-    try:
-        return as_count(value, "it")
-    except ValueError:
-        raise ValueError(f"{need}, got {shown(value)}") from None
-
-
-def _count_from_zero(value: Any, name: str) -> int:
-    number = as_integer(value, f"`{name}`")
-    if number < 0:
-        raise ValueError(f"`{name}` must be 0 or a positive integer, got {number}")
-    return number
+    indices = result.indices.cpu().numpy()
+    return result.distances.cpu().numpy(), np.where(indices < 0, -1, task.bank.ids[indices.clip(min=0)])
 
 
 def _file_of(features: Any) -> str | None:
     """The file that a memory-mapped array reads."""
     return str(features.filename) if isinstance(features, np.memmap) and features.filename else None
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _variants(specs: tuple[str, ...], sweep: Mapping[str, Iterable[int]]) -> Iterator[Variant]:
-    """Each spec, or where the sweep has parameters of it each point of the sweep."""
-    if not specs:
-        raise ValueError("`index` needs at least one spec, got none")
-    if not isinstance(sweep, Mapping):
-        raise ValueError(f"`sweep` must give values by name, such as {{'nprobe': [1, 4]}}, got {sweep!r}")  # noqa: TRY004
-    points = {name: _several(values) for name, values in sweep.items()}
-    for name, values in points.items():
-        if not values:
-            raise ValueError(f"`sweep` needs at least one value of {name}, got none")
-    sweep = {name: [_positive(v, f"`sweep` must give positive integers for {name}") for v in values]
-             for name, values in points.items()}  # fmt: skip
-    for spec in dict.fromkeys(map(str, specs)):
-        names = [name for name in sweep if has_parameter(spec, name)]
-        for values in product(*(sweep[name] for name in names)):
-            yield Variant(spec, dict(zip(names, values, strict=True)))
-
-
-def _draws(per_class: int | None, tries: int | None, leave_one_out: bool) -> int:
-    if per_class is None:
-        if tries is not None:
-            raise ValueError("`tries` is for few-shot banks: give per_class too")
-        return 1
-    if leave_one_out:
-        raise ValueError("per_class draws a bank for other queries: it does not go with leave_one_out")
-    _positive(per_class, "`per_class` must be positive, an integer")
-    return 5 if tries is None else _positive(tries, "`tries` must be positive, an integer")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from faiss_knn.classify.ranking import scores_for
 from faiss_knn.classify.vote import count_votes, number_rows
 from faiss_knn.offline.lazy_rows import spans
 from faiss_knn.offline.metric_names import plain_defaults
+from faiss_knn.offline.search import SearchResult
+from faiss_knn.offline.task import EvalTask
 
 BLOCK = 1 << 23  # numbers that a block of scores may hold
 
@@ -33,6 +35,30 @@ class Hits:
     top5: Tensor
     per_class: Tensor
     values: dict[str, float]
+
+
+class Judge(Protocol):
+    """Judges votes of the same neighbours under any options."""
+
+    def judge(self, k: int, temperature: float, weighting: str, metrics: Mapping[str, Any]) -> Hits:
+        """Judge one vote, and `metrics` (reset first) on the shares of weight."""
+        ...
+
+
+def make_judge(task: EvalTask, result: SearchResult) -> Judge:
+    """Choose how to judge the votes of a task's neighbours: by class ids, shares of classes, or multi-hot labels."""
+    device = result.indices.device
+    bank_labels, truth = task.bank.labels.to(device), task.queries.labels.to(device)
+    if task.bank.shares is not None:
+        return SharesJudge(result.distances, result.indices, task.bank.shares.to(device), truth)
+    if task.multi_hot:
+        return MultiHotJudge(result.distances, result.indices, bank_labels, truth)
+    return ClassJudge(result.distances, neighbor_labels(result.indices, bank_labels), truth, task.num_classes)
+
+
+def neighbor_labels(indices: Tensor, bank_labels: Tensor) -> Tensor:
+    """Look up the (Q, K) class ids of neighbours, -1 where missing."""
+    return torch.where(indices < 0, -1, bank_labels[indices.clamp(min=0)])
 
 
 class ClassJudge:
@@ -169,6 +195,8 @@ class SharesJudge:
 
 def update(metrics: Mapping[str, Any], shares: Tensor, truth: Tensor) -> None:
     """Show a block of queries to each metric."""
+    if not metrics:
+        return
     with plain_defaults():
         for metric in metrics.values():
             metric.update(scores_for(metric, shares, truth).cpu(), truth.cpu())
@@ -180,6 +208,8 @@ def values_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     Raises:
         ValueError: If one does not give a single number.
     """
+    if not metrics:
+        return {}
     with plain_defaults():
         return {name: scalar(name, metric.compute()) for name, metric in metrics.items()}
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 Record = dict[str, Any]
@@ -96,20 +95,6 @@ def name_tasks(firsts: Sequence[Record]) -> list[str]:
 
 def _shown(value: Any) -> str:
     return "none" if value is None else Path(value).name if isinstance(value, str) else str(value)
-
-
-def mean_values(records: Sequence[Record]) -> Record:
-    """The mean of each number over the records; what is no number is taken from the first."""
-    if len(records) == 1:
-        return dict(records[0])
-    return {name: _mean([record[name] for record in records]) for name in records[0]}
-
-
-def _mean(values: list[Any]) -> Any:
-    if isinstance(values[0], (bool, str, dict)) or any(value is None for value in values):
-        return values[0]
-    mean = float(np.mean(values))
-    return round(mean) if all(isinstance(value, int) for value in values) else mean
 
 
 def index_name(record: Record) -> str:

@@ -1,0 +1,168 @@
+"""What an evaluation is asked to do: its options, checked once, where they are made."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+
+from faiss_knn.classify.vote import check_vote_options
+from faiss_knn.offline.search import SearchOptions, Variant, has_parameter
+from faiss_knn.search.inputs import as_count, as_integer, shown
+
+
+class VoteOptions(NamedTuple):
+    """How the neighbours vote: one record of each index is made under each."""
+
+    k: int
+    temperature: float
+    weighting: str
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """The options of `evaluate`, which describes them, under the same names.
+
+    What was given is checked and made plain: values that repeat are dropped, `depth` is at least the largest k, `tries`
+    is a number where there is a few-shot bank to draw.
+
+    Attributes:
+        variants: The indexes to evaluate: each spec of `index`, at each point of `sweep`.
+        search: How to search.
+
+    Raises:
+        ValueError: If an option is out of range, or two do not go together.
+
+    Example:
+        >>> options = EvalOptions(k=(5, 1, 5), index=("flat", "ivf"), sweep={"nprobe": (1, 4)})
+        >>> options.k, options.depth, [variant.name for variant in options.variants]
+        ((5, 1), 5, ['flat', 'ivf nprobe=1', 'ivf nprobe=4'])
+    """
+
+    k: tuple[int, ...] = (1, 5, 10, 20)
+    temperature: tuple[float, ...] = (0.07,)
+    weighting: tuple[str, ...] = ("inverse",)
+    distance_metric: str = "cosine"
+    index: tuple[str, ...] = ("flat",)
+    num_classes: int | None = None
+    class_names: Sequence[str] | None = None
+    leave_one_out: bool = False
+    per_class: int | None = None
+    tries: int | None = None
+    seed: int = 0
+    metrics: tuple[str, ...] = ()
+    depth: int | None = None
+    sweep: Mapping[str, Iterable[int]] = field(default_factory=dict)
+    nprobe: int | None = None
+    target_recall: float | None = None
+    latency: int = 0
+    device: torch.device | str | None = None
+    storage_dtype: torch.dtype | None = None
+    ignore_index: int | None = None
+    skip_bad_rows: bool = False
+    keep_neighbors: bool = False
+    progress: bool | None = False
+    variants: tuple[Variant, ...] = field(init=False)
+    search: SearchOptions = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._set(**_checked_votes(self.k, self.temperature, self.weighting, self.depth))
+        self._set(variants=tuple(_variants(self.index, self.sweep)))
+        self._set(latency=_count_from_zero(self.latency, "latency"), seed=_count_from_zero(self.seed, "seed"))
+        self._set(
+            search=SearchOptions(
+                self.distance_metric, self.device, self.nprobe, self.target_recall, self.latency, self.progress,
+                self.storage_dtype,
+            )
+        )  # fmt: skip
+        for variant in self.variants:
+            self.search.index(variant)  # refuses bad options before any work
+        self._set(**_checked_draws(self.per_class, self.tries, self.leave_one_out))
+        self._set(metrics=tuple(map(str, self.metrics)))
+        if self.ignore_index is not None:
+            self._set(ignore_index=as_integer(self.ignore_index, "`ignore_index`"))
+
+    def _set(self, **checked: Any) -> None:
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # frozen for all others
+
+    @property
+    def votes(self) -> Iterator[VoteOptions]:
+        """Every k with every temperature and weighting."""
+        return map(VoteOptions._make, product(self.k, self.temperature, self.weighting))
+
+
+def several(given: Any) -> tuple[Any, ...]:
+    """Take one value or several as a tuple.
+
+    Example:
+        >>> several("flat"), several([1, 5])
+        (('flat',), (1, 5))
+    """
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
+        return (given,)
+    return tuple(given)
+
+
+def _checked_votes(
+    ks: tuple[Any, ...], temperatures: tuple[Any, ...], weightings: tuple[Any, ...], depth: int | None
+) -> dict[str, Any]:
+    for name, values in {"k": ks, "temperature": temperatures, "weighting": weightings}.items():
+        if not values:
+            raise ValueError(f"`{name}` needs at least one value, got none")
+    lengths = [_positive(k, "`k` and `depth` must be positive integers") for k in ks]
+    longest = [] if depth is None else [_positive(depth, "`k` and `depth` must be positive integers")]
+    for temperature, weighting in product(temperatures, weightings):
+        check_vote_options(temperature, weighting)
+    return {
+        "k": tuple(dict.fromkeys(lengths)),
+        "temperature": tuple(dict.fromkeys(map(float, temperatures))),
+        "weighting": tuple(dict.fromkeys(weightings)),
+        "depth": max(lengths + longest),
+    }
+
+
+def _variants(specs: tuple[str, ...], sweep: Mapping[str, Iterable[int]]) -> Iterator[Variant]:
+    """Each spec, or where the sweep has parameters of it each point of the sweep."""
+    if not specs:
+        raise ValueError("`index` needs at least one spec, got none")
+    if not isinstance(sweep, Mapping):
+        raise ValueError(f"`sweep` must give values by name, such as {{'nprobe': [1, 4]}}, got {sweep!r}")  # noqa: TRY004
+    points = {name: several(values) for name, values in sweep.items()}
+    for name, values in points.items():
+        if not values:
+            raise ValueError(f"`sweep` needs at least one value of {name}, got none")
+    sweep = {name: [_positive(v, f"`sweep` must give positive integers for {name}") for v in values]
+             for name, values in points.items()}  # fmt: skip
+    for spec in dict.fromkeys(map(str, specs)):
+        names = [name for name in sweep if has_parameter(spec, name)]
+        for values in product(*(sweep[name] for name in names)):
+            yield Variant(spec, dict(zip(names, values, strict=True)))
+
+
+def _checked_draws(per_class: int | None, tries: int | None, leave_one_out: bool) -> dict[str, int | None]:
+    if per_class is None:
+        if tries is not None:
+            raise ValueError("`tries` is for few-shot banks: give per_class too")
+        return {}
+    if leave_one_out:
+        raise ValueError("per_class draws a bank for other queries: it does not go with leave_one_out")
+    return {
+        "per_class": _positive(per_class, "`per_class` must be positive, an integer"),
+        "tries": 5 if tries is None else _positive(tries, "`tries` must be positive, an integer"),
+    }
+
+
+def _positive(value: Any, need: str) -> int:
+    try:
+        return as_count(value, "it")
+    except ValueError:
+        raise ValueError(f"{need}, got {shown(value)}") from None
+
+
+def _count_from_zero(value: Any, name: str) -> int:
+    number = as_integer(value, f"`{name}`")
+    if number < 0:
+        raise ValueError(f"`{name}` must be 0 or a positive integer, got {number}")
+    return number

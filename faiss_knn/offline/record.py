@@ -1,0 +1,171 @@
+"""A record: what one index's neighbours are worth under one vote, field by field."""
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from faiss_knn.measures.retrieval import retrieval_metrics
+from faiss_knn.offline.lazy_rows import spans
+from faiss_knn.offline.options import EvalOptions, VoteOptions
+from faiss_knn.offline.report.results import Record
+from faiss_knn.offline.scores import Hits, neighbor_labels, recalls
+from faiss_knn.offline.search import SearchResult, Variant
+from faiss_knn.offline.task import EvalTask
+
+_QUERY_BLOCK = 1 << 16  # queries whose retrieval metrics are computed at once
+
+
+def setup_fields(task: EvalTask, options: EvalOptions, variant: Variant, vote: VoteOptions) -> Record:
+    """Say what a record is of, which is known before the search: index, vote, options, data.
+
+    Args:
+        task: The first of the draws.
+        options: As checked.
+        variant: Which index.
+        vote: How its neighbours vote.
+    """
+    stored = options.storage_dtype
+    return {
+        "spec": variant.spec,
+        "settings": variant.settings,
+        "k": vote.k,
+        "temperature": vote.temperature,
+        "weighting": vote.weighting,
+        "distance_metric": options.distance_metric,
+        "leave_one_out": task.leave_one_out,
+        "per_class": options.per_class,
+        "tries": options.tries,
+        "seed": options.seed,
+        "options": {
+            "nprobe": options.nprobe,
+            "target_recall": options.target_recall,
+            "latency": options.latency,
+            "storage_dtype": None if stored is None else str(stored).removeprefix("torch."),
+            "depth": options.depth,
+            "metrics": list(dict.fromkeys(options.metrics)),
+        },
+        "data": task.fingerprint,
+        "num_classes": task.num_classes,
+        "n_bank": len(task.bank.rows),
+        "n_queries": len(task.queries.rows),
+        "dim": task.dim,
+        "skipped_bank": task.bank.skipped,
+        "skipped_queries": task.queries.skipped,
+    }
+
+
+def top1_by_query(hits: Sequence[Hits]) -> Tensor:
+    """(Q,) float64 share of the draws in which each query was right."""
+    return torch.stack([one.top1 for one in hits]).double().mean(0)
+
+
+def accuracy_fields(hits: Sequence[Hits], exact_top1: Tensor, class_scores: Tensor, multi_hot: bool) -> Record:
+    """Say how often a vote was right, and how much less often than with exact neighbours.
+
+    Args:
+        hits: Of each draw.
+        exact_top1: (Q,) `top1_by_query` of the exact neighbours under the same vote.
+        class_scores: (C,) means over the draws of `Hits.per_class`.
+        multi_hot: Whether queries may have several classes.
+    """
+    by_query = top1_by_query(hits)
+    by_draw = torch.stack([one.top1 for one in hits]).double().mean(1)
+    top1, loss = by_query.mean().item(), exact_top1 - by_query
+    class_mean = class_scores.nanmean().item()
+    return {
+        "top1": top1,
+        "top1_se": math.sqrt(top1 * (1 - top1) / len(by_query)),
+        "top1_std": by_draw.std().item() if len(hits) > 1 else None,
+        "top5": torch.stack([one.top5 for one in hits]).double().mean().item(),
+        "macro_top1": None if multi_hot else class_mean,
+        "map": class_mean if multi_hot else None,
+        "accuracy_loss": loss.mean().item(),
+        "accuracy_loss_se": loss.std(correction=0).item() / math.sqrt(len(loss)),
+        **mean_values([one.values for one in hits]),
+    }
+
+
+def recall_fields(
+    draws: Sequence[EvalTask], results: Sequence[SearchResult], exact: Sequence[SearchResult], k: int
+) -> Record:
+    """Say how many of the exact neighbours an index found, on average over the draws."""
+    shares = []
+    for task, result, wanted in zip(draws, results, exact, strict=True):
+        near, all_near = result.first(min(k, task.reachable)), wanted.first(min(k, task.reachable))
+        by_distance, by_id = recalls(near.distances, near.indices, all_near.distances, all_near.indices)
+        shares.append({"recall": by_distance, "recall_ids": by_id})
+    return mean_values(shares)
+
+
+def retrieval_means(task: EvalTask, result: SearchResult, ks: Sequence[int]) -> dict[str, float]:
+    """Compute `retrieval_metrics` of all queries in blocks; nothing for multi-hot labels.
+
+    `r_precision` and `map@r` are there where the lists reach every R.
+    """
+    if task.multi_hot:
+        return {}
+    device = result.indices.device
+    relevant, truth = task.relevant_counts.to(device), task.queries.labels.to(device)
+    labels = neighbor_labels(result.indices, task.bank.labels.to(device))
+    blocks, weights = [], []
+    for a, b in spans(len(labels), _QUERY_BLOCK):
+        judged = int((relevant[a:b] > 0).sum())
+        if judged:
+            blocks.append(retrieval_metrics(labels[a:b], truth[a:b], relevant[a:b], ks))
+            weights.append(judged)
+    names = list(blocks[0]) if blocks else []
+    if int(relevant.max()) > labels.shape[1]:
+        names = [name for name in names if name not in ("r_precision", "map@r")]
+    return {name: float(np.average([block[name] for block in blocks], weights=weights)) for name in names}
+
+
+def retrieval_at(means: Mapping[str, float], k: int) -> Record:
+    """Choose the retrieval metrics that a record of this k holds, None for those that are not there."""
+    at_k = {name: means.get(f"{name}@{k}") for name in ("precision", "hit_rate", "recall", "map", "ndcg")}
+    whole = {name: means.get(name) for name in ("mrr", "r_precision", "map@r")}
+    return {f"retrieval_{name.replace('@', '_')}": value for name, value in (at_k | whole).items()}
+
+
+def surroundings() -> Record:
+    """Say with which versions a record was made, and when."""
+    return _versions() | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+@cache
+def _versions() -> Record:
+    names = ("faiss-knn", "torch", "numpy", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss")
+    return {"versions": {"python": platform.python_version()} | {name: v for name in names if (v := _version(name))}}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def mean_values(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Average each number over the records; take what is no number from the first.
+
+    Example:
+        >>> mean_values([{"bytes": 10, "device": "cpu"}, {"bytes": 20, "device": "cpu"}])
+        {'bytes': 15, 'device': 'cpu'}
+    """
+    if len(records) == 1:
+        return dict(records[0])
+    return {name: _mean([record[name] for record in records]) for name in records[0]}
+
+
+def _mean(values: list[Any]) -> Any:
+    if isinstance(values[0], (bool, str, dict)) or any(value is None for value in values):
+        return values[0]
+    mean = float(np.mean(values))
+    return round(mean) if all(isinstance(value, int) for value in values) else mean
