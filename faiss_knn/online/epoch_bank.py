@@ -15,8 +15,7 @@ from faiss_knn.online.memory import Memory
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.ring import QueueStorage
 from faiss_knn.online.unique_samples import newest_per_id, sample_ids
-from faiss_knn.search.engines.faiss_engine import TooFewRowsError
-from faiss_knn.search.index import KNNIndex
+from faiss_knn.search.index import KNNIndex, TooFewRowsError
 
 
 class BankRows:

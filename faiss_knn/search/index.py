@@ -12,28 +12,19 @@ from loguru import logger
 from torch import Tensor
 
 from faiss_knn.search.distance import get_distance
-from faiss_knn.search.engines import faiss_gpu
-from faiss_knn.search.engines.exact import ExactEngine
-from faiss_knn.search.engines.faiss_engine import FaissEngine, ivf_spec
-from faiss_knn.search.engines.fast import FastEngine
-from faiss_knn.search.engines.products import has_fast_bfloat16
+from faiss_knn.search.engines.base import Engine, TooFewRowsError
+from faiss_knn.search.engines.choice import DEFAULT_K, EngineRequest, make_engine
 from faiss_knn.search.engines.rerank import Neighbors
 from faiss_knn.search.engines.specs import check_alive, check_numbers
-from faiss_knn.search.engines.tuning import asked_before, prefers_fast
+from faiss_knn.search.engines.tuning import recall_sample
 from faiss_knn.search.inputs import as_count, as_integer, as_k, as_number, shown
 from faiss_knn.search.precision import full_precision
 from faiss_knn.search.stored_rows import StoredRows, as_queries
 
-__all__ = ["IndexStats", "KNNIndex", "Neighbors"]
+__all__ = ["IndexStats", "KNNIndex", "Neighbors", "TooFewRowsError"]
 
 _STORAGE = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_DEFAULT_K = 20
-_TARGET_RECALL = 0.99
-_UNMET = 0.005  # below the target, where "auto" searches exactly instead
 _KEPT_QUERIES = 256
-_FAST_ROWS = 4096  # below, the exact search takes about as long as any other
-
-Engine = ExactEngine | FastEngine | FaissEngine
 _CHUNK = 4096  # queries prepared at once; an engine bounds its own blocks
 _SCARCE_CHUNK, _LEAST_CHUNK = 512, 32  # where a GPU's memory ran out
 
@@ -147,8 +138,8 @@ class KNNIndex:
         self._shortage = ""
         self._lock = threading.RLock()
         self._measured: float | None = None
-        self._asked: Tensor | None = None
-        self._expected: tuple[int, int | None] = _DEFAULT_K, None
+        self._known_queries: Tensor | None = None
+        self._request = EngineRequest(spec)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
@@ -174,7 +165,7 @@ class KNNIndex:
         self,
         features: Tensor | np.ndarray,
         *,
-        expected_k: int = _DEFAULT_K,
+        expected_k: int = DEFAULT_K,
         expected_queries: int | None = None,
     ) -> Self:
         """Index `features`; a second call indexes others in their place and keeps what was learned while it holds.
@@ -191,21 +182,22 @@ class KNNIndex:
             ValueError: If features are empty, not (N, d), not finite, or zero under cosine; or too few for the spec.
         """
         start = time.perf_counter()
-        queries = None if expected_queries is None else as_integer(expected_queries, "`expected_queries`")
-        self._expected = as_count(expected_k, "`expected_k`"), queries
+        expected_queries = None if expected_queries is None else as_integer(expected_queries, "`expected_queries`")
+        expected_k = as_count(expected_k, "`expected_k`")
+        request = EngineRequest(self.spec, self.nprobe, self.target_recall, expected_k, expected_queries)
         self._step = self.chunk_size if self.chunk_size > 0 else _CHUNK
         try:
-            self._index(features, self.device)
+            self._index(features, self.device, request)
         except torch.cuda.OutOfMemoryError as error:
             reason = _first_line(error)
         else:
             reason = ""
         if reason:  # only now: the traceback held on to what had been allocated
-            self._move_to_cpu(features, reason)
+            self._move_to_cpu(features, request, reason)
         self._build_seconds = time.perf_counter() - start
         return self
 
-    def _index(self, features: Tensor | np.ndarray, device: torch.device | str | None) -> None:
+    def _index(self, features: Tensor | np.ndarray, device: torch.device | str | None, request: EngineRequest) -> None:
         rows = StoredRows(
             features, storage_dtype=self.storage_dtype, device=device, normalized=self._distance.normalized
         )
@@ -213,15 +205,15 @@ class KNNIndex:
             rows.check(self._distance)
             self.release()
             self._measured = None
-            before, self._released = self._released, None
-            self._engine = self._make_engine(rows, before)
-        self._rows = rows
+            previous, self._released = self._released, None
+            self._engine = make_engine(request, rows, self._distance, previous, self._known_queries_for(rows))
+        self._rows, self._request = rows, request
 
-    def _move_to_cpu(self, features: Tensor | np.ndarray, reason: str) -> None:
+    def _move_to_cpu(self, features: Tensor | np.ndarray, request: EngineRequest, reason: str) -> None:
         logger.warning("the GPU's memory does not suffice for {} rows, so the CPU searches: {}", len(features), reason)
         self.release()
         torch.cuda.empty_cache()
-        self._index(features, "cpu")
+        self._index(features, "cpu", request)
 
     def release(self) -> None:
         """Forget the rows and free their memory; what was learned from them is kept for the next `build`."""
@@ -230,53 +222,12 @@ class KNNIndex:
             self._engine, self._released = None, self._engine
         self._rows = None
 
-    def _make_engine(self, rows: StoredRows, before: Engine | None) -> Engine:
-        spec = self._chosen(rows, before)
-        if spec == "flat":
-            return ExactEngine(rows, self._distance)
-        k, _ = self._expected
-        if spec == "fast":
-            tuned = before.tuned if isinstance(before, FastEngine) else None
-            fast = FastEngine(rows, self._distance, k, self._target, tuned, self._asked_of(rows))
-            unmet = self.spec == "auto" and fast.recall < self._target - _UNMET
-            return ExactEngine(rows, self._distance) if unmet else fast
-        if faiss_gpu.lacks_faiss(rows.device):
-            faiss_gpu.warn_without_faiss_gpu(spec)
-            return ExactEngine(rows, self._distance)
-        measured = self.spec == "ivf" or self.target_recall is not None
-        spec = ivf_spec(len(rows)) if spec == "ivf" else spec
-        trained = before if measured and isinstance(before, FaissEngine) else None
-        if trained is not None and not trained.fits(rows, self._distance, spec):
-            trained = None
-        engine = FaissEngine(rows, self._distance, spec, self.nprobe, trained)
-        if measured:
-            engine.tune(k, self._target, self.nprobe, self._asked_of(rows))
-        return engine
-
-    def _asked_of(self, rows: StoredRows) -> Tensor | None:
-        """Return queries asked before that were found wanting, if rows are as wide as they."""
-        if self._asked is None or self._asked.shape[1] != rows.dim:
+    def _known_queries_for(self, rows: StoredRows) -> Tensor | None:
+        """Return queries that an earlier bank was found wanting for, if rows are as wide as they."""
+        known = self._known_queries
+        if known is None or known.shape[1] != rows.dim:
             return None
-        return self._asked.to(rows.device, torch.float64 if rows.dtype == torch.float64 else self._asked.dtype)
-
-    @property
-    def _target(self) -> float:
-        return _TARGET_RECALL if self.target_recall is None else self.target_recall
-
-    def _chosen(self, rows: StoredRows, before: Engine | None) -> str:
-        """Resolve "auto", and "fast" where there is nothing faster than the exact search."""
-        if self.spec not in ("fast", "auto"):
-            return self.spec
-        if self._distance.norm != 2 or rows.streamed or len(rows) < _FAST_ROWS:
-            return "flat"
-        if self.spec == "fast":
-            return "fast"
-        k, queries = self._expected
-        warm = isinstance(before, FastEngine)
-        dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
-        wanted = len(rows) if queries is None else queries
-        on_cpu = rows.device.type == "cpu"
-        return "fast" if on_cpu and prefers_fast(len(rows), rows.dim, wanted, k, dtype, warm=warm) else "flat"
+        return known.to(rows.device, torch.float64 if rows.dtype == torch.float64 else known.dtype)
 
     def search(self, queries: Tensor | np.ndarray, k: int, *, checked: bool = False) -> Neighbors:
         """Find the k nearest rows of each query.
@@ -316,7 +267,7 @@ class KNNIndex:
             with full_precision(rows.device):
                 if engine.tuned_k is not None and k > 2 * engine.tuned_k:
                     with self._lock:
-                        self._tune_anew(engine, k)
+                        self._retune(engine, rows, k)
                 asked = as_queries(queries, rows, self._distance, checked=checked)
                 return [engine.search(part, k) for part in torch.split(asked, self._step)]
         except torch.cuda.OutOfMemoryError as error:
@@ -327,19 +278,15 @@ class KNNIndex:
         """Search in smaller parts from now on, which finds the same, and where they are smallest, on the CPU."""
         rows, _ = self._built()
         if self._step <= _LEAST_CHUNK:
-            self._move_to_cpu(rows.data, self._shortage)
+            self._move_to_cpu(rows.data, self._request, self._shortage)
             return
         self._step = max(_LEAST_CHUNK, min(self._step, _SCARCE_CHUNK) // 4)
         torch.cuda.empty_cache()
         logger.warning("the GPU's memory is short, so {} queries are searched at once: {}", self._step, self._shortage)
 
-    def _tune_anew(self, engine: Engine, k: int) -> None:
-        if engine.tuned_k is None or k <= 2 * engine.tuned_k:
-            return  # another thread has done it
-        if isinstance(engine, FastEngine):
-            engine.tune(k)
-        elif isinstance(engine, FaissEngine):
-            engine.tune(k, self._target, self.nprobe, self._asked)
+    def _retune(self, engine: Engine, rows: StoredRows, k: int) -> None:
+        if engine.tuned_k is not None and k > 2 * engine.tuned_k:  # else another thread has done it
+            engine.retune(k, self._known_queries_for(rows))
 
     def check_spec(self, dim: int) -> None:
         """Check that FAISS can make the index for rows of width `dim`, before there are any.
@@ -375,12 +322,11 @@ class KNNIndex:
         if engine.exact or len(found) == 0:
             return 1.0
         with full_precision(rows.device):
-            asked = as_queries(queries, rows, self._distance)
-            measured = asked_before(ExactEngine(rows, self._distance, lean=True), asked, k)
-            share, error = measured.recall(found)
+            known_queries = as_queries(queries, rows, self._distance)
+            share, error = recall_sample(rows, self._distance, k, known_queries).recall(found)
         self._measured = share
-        if share + 2 * error < self._target:
-            self._asked = asked[:_KEPT_QUERIES].clone()
+        if share + 2 * error < self._request.target:
+            self._known_queries = known_queries[:_KEPT_QUERIES].clone()
         return share
 
     @property

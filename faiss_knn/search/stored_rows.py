@@ -93,8 +93,20 @@ class StoredRows:
     @property
     def lengths(self) -> Tensor:
         """`scaled_lengths` (N,) of the rows, known once they were checked for a distance of directions."""
-        assert self._lengths is not None
+        if self._lengths is None:
+            raise RuntimeError("the rows' lengths are not known before `check` with a distance of directions")
         return self._lengths
+
+    def random_ids(self, count: int) -> Tensor:
+        """Return the numbers of `count` rows at random, ascending, the same ones for a bank of the same size."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        ids = torch.randperm(len(self), generator=generator, device="cpu")[:count].sort().values
+        return ids.to(self.device)
+
+    def sample(self, count: int, distance: Distance) -> Tensor:
+        """Return `count` rows at even steps, or all where there are fewer, as `as_compared` does in float64."""
+        ids = torch.linspace(0, len(self) - 1, min(count, len(self)), dtype=torch.float64, device="cpu").long()
+        return self.as_compared(ids, distance)
 
     def as_compared(self, ids: Tensor, distance: Distance, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return the rows of `ids` (n,), (n, d) float64 or float32, of length 1 if the distance asks for it."""

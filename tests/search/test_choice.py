@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from faiss_knn import KNNIndex, OnlineKNN
-from faiss_knn.search import index as index_module
+from faiss_knn.search.engines import choice
+from faiss_knn.search.engines.choice import prefers_fast
 from faiss_knn.search.engines.products import has_fast_bfloat16
-from faiss_knn.search.engines.tuning import prefers_fast
 from tests.online.parts import Echo, clusters, loader, trainer
 
 LEAST_FAST = 4096
@@ -32,7 +32,7 @@ def decisions(monkeypatch):
         asked.append({"rows": rows, "dim": dim, "queries": queries, "k": k, "dtype": dtype, "warm": warm})
         return True
 
-    monkeypatch.setattr(index_module, "prefers_fast", always)
+    monkeypatch.setattr(choice, "prefers_fast", always)
     return asked
 
 
@@ -55,7 +55,7 @@ def test_manhattan_and_memmaps_are_searched_exactly(decisions, tmp_path, spec):
 @pytest.mark.parametrize("answer", [True, False])
 @pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
 def test_the_cost_model_decides_and_the_stats_say_what_is_used(monkeypatch, answer, distance):
-    monkeypatch.setattr(index_module, "prefers_fast", lambda *sizes, warm: answer)
+    monkeypatch.setattr(choice, "prefers_fast", lambda *sizes, warm: answer)
     rows = bank(5000)
     index = KNNIndex("auto", distance_metric=distance).build(rows)
     plain = KNNIndex("fast" if answer else "flat", distance_metric=distance).build(rows)

@@ -9,10 +9,9 @@ from tests.search.test_index import assert_exact, bank
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
 def scanned_in(request, monkeypatch):
-    for module in ("engines.exact", "engines.fast", "index"):
-        monkeypatch.setattr(
-            f"faiss_knn.search.{module}.has_fast_bfloat16", lambda device: request.param == torch.bfloat16
-        )
+    monkeypatch.setattr(
+        "faiss_knn.search.engines.products.has_fast_bfloat16", lambda device: request.param == torch.bfloat16
+    )
     return str(request.param).removeprefix("torch.")
 
 

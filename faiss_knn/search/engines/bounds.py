@@ -122,8 +122,7 @@ class ProductBounds:
 
     def _place(self, rows: StoredRows) -> None:
         """Choose centre and scale: medians, which a few huge rows do not move."""
-        ids = torch.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)), dtype=torch.float64, device="cpu").long()
-        sample = rows.as_compared(ids, self._distance)
+        sample = rows.sample(_SAMPLE, self._distance)
         self._centre = sample.median(0).values
         sizes = lengths(sample - self._centre)  # whose squares float64 need not hold
         sizes = sizes[(sizes > 0) & sizes.isfinite()]

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from faiss_knn.search.distance import Distance, get_distance, normalize, pair_norms
 from faiss_knn.search.engines.bounds import BOUND_COLUMNS, Bounds, DifferenceBounds, ProductBounds
+from faiss_knn.search.engines.costs import seconds_per_candidate
 from faiss_knn.search.engines.duplicates import Duplicates
 from faiss_knn.search.engines.oversampling import Oversampling
-from faiss_knn.search.engines.products import has_fast_bfloat16
-from faiss_knn.search.engines.projection import effective_rank, leading_directions
-from faiss_knn.search.engines.rerank import PAIR_SECONDS, VALUE_SECONDS, measure, nearest
+from faiss_knn.search.engines.products import scan_dtype
+from faiss_knn.search.engines.projection import SAMPLE_ROWS, effective_rank, leading_directions
+from faiss_knn.search.engines.rerank import measure, nearest
 from faiss_knn.search.engines.scan import best_scores, rows_at_least
 from faiss_knn.search.stored_rows import StoredRows
 
@@ -58,7 +59,7 @@ class ExactEngine:
         # Squared distances are ordered before they are squared: float64 does not hold every square.
         self._is_squared = distance.name == "squared_euclidean"
         self._distance = distance = get_distance("euclidean") if self._is_squared else distance
-        self._dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
+        self._dtype = scan_dtype(rows.device)
         self._duplicates: Duplicates | None = None
         self.uncertified = self._trial_searched = self._trial_uncertified = 0
         self._lean = lean
@@ -84,6 +85,9 @@ class ExactEngine:
                 return {}
             dims = self._rows.dim if self._basis is None else self._basis.shape[1]
             return {"scan_dtype": str(self._dtype).removeprefix("torch."), "scan_dims": dims}
+
+    def retune(self, k: int, known_queries: Tensor | None = None) -> None:
+        """Do nothing: it is exact at any k."""
 
     def release(self) -> None:
         """Drop the rows; nothing can be searched after that."""
@@ -113,7 +117,7 @@ class ExactEngine:
     def _oversampling_for(self, k: int) -> Oversampling:
         if k not in self._oversampling:
             scanned = self._bounds.bytes or self._rows.bytes
-            candidate = PAIR_SECONDS + self._rows.dim * VALUE_SECONDS
+            candidate = seconds_per_candidate(self._rows.dim)
             second_pass = _PASS_SECONDS + scanned * _READ_SECONDS
             self._oversampling[k] = Oversampling(k, candidate, second_pass, len(self._rows) * _COMPARED_SECONDS)
         return self._oversampling[k]
@@ -247,8 +251,7 @@ def _worthwhile_basis(rows: StoredRows, distance: Distance) -> Tensor | None:
     """Return (d, m) leading directions if a few of them hold nearly all the spread, else None."""
     if rows.dim < _WIDE:
         return None
-    ids = torch.linspace(0, len(rows) - 1, min(2048, len(rows)), dtype=torch.float64, device="cpu").long()
-    sample = rows.as_compared(ids, distance)
+    sample = rows.sample(SAMPLE_ROWS, distance)
     sample -= sample.median(0).values
     most = rows.dim // _BASIS_SHARE
     rank = effective_rank(sample)

@@ -10,41 +10,17 @@ from torch import Tensor
 
 from faiss_knn.search.distance import Distance, normalize
 from faiss_knn.search.engines import backend, faiss_gpu
-from faiss_knn.search.engines.exact import ExactEngine
+from faiss_knn.search.engines.base import TooFewRowsError
 from faiss_knn.search.engines.rerank import measure, nearest
 from faiss_knn.search.engines.specs import check_alive
-from faiss_knn.search.engines.tuning import HELD_OUT, HeldOut, asked_before, hold_out, of_queries
+from faiss_knn.search.engines.tuning import recall_sample, recall_source
 from faiss_knn.search.stored_rows import StoredRows
 
 _TRAIN_ROWS_PER_CENTROID = 256  # more do not help k-means, by FAISS's own cap
 _MIN_TRAIN_ROWS = 65536
-_LEAST_ROWS_PER_CENTROID = 39  # by FAISS's own advice
 _LEAST_LINKED_CODES = 1000  # rows of a graph over product quantizers
 _FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-9, 2.0**15  # mean size of the rows' values, and largest
 _GPU_BLOCK_BYTES = 256 << 20  # an index on a GPU grows with every block added
-
-
-def ivf_spec(rows: int) -> str:
-    """Return the inverted lists that "ivf" makes of N rows: 4√N, as far as each can be trained.
-
-    Raises:
-        TooFewRowsError: If there are too few rows for two lists.
-
-    Example:
-        >>> ivf_spec(10_000)
-        'IVF256,Flat'
-    """
-    lists = min(int(4 * rows**0.5), rows // _LEAST_ROWS_PER_CENTROID)
-    if lists < 2:
-        raise TooFewRowsError(
-            f"`features` must hold at least {2 * _LEAST_ROWS_PER_CENTROID} rows for 'ivf' (two lists of "
-            f"{_LEAST_ROWS_PER_CENTROID}), got {rows}: use 'flat'"
-        )
-    return f"IVF{1 << (lists.bit_length() - 1)},Flat"
-
-
-class TooFewRowsError(ValueError):
-    """A bank has too few rows for an index to be trained on."""
 
 
 class FaissEngine:
@@ -136,8 +112,7 @@ class FaissEngine:
         """Return as many rows, taken at random, as training can use."""
         ivf = backend.inner_ivf(self.index)
         count = max(_MIN_TRAIN_ROWS, _TRAIN_ROWS_PER_CENTROID * (ivf.nlist if ivf is not None else 0))
-        chosen = torch.randperm(len(rows), generator=_generator(), device="cpu")[:count].sort().values
-        return rows.take(chosen.to(rows.device))
+        return rows.take(rows.random_ids(count))
 
     def _most_probes(self, ivf: Any) -> int:
         return int(ivf.nlist) if self.device.type == "cpu" else min(int(ivf.nlist), faiss_gpu.MAX_NPROBE)
@@ -167,35 +142,35 @@ class FaissEngine:
         if self._resources is not None:
             self.index, self._resources = faiss_gpu.to_cpu(self.index), None  # what was trained waits there
 
-    def tune(self, k: int, target: float, nprobe: int | None, asked: Tensor | None = None) -> None:
+    def retune(self, k: int, known_queries: Tensor | None = None) -> None:
+        """Tune for another k as `tune` did before, on known queries (n, d) where there are any."""
+        self.tune(k, self._target, self._given_nprobe, known_queries)
+
+    def tune(self, k: int, target: float, nprobe: int | None, known_queries: Tensor | None = None) -> None:
         """Measure the recall: at `nprobe`, or at the first of 1, 2, 4, … lists that meets the target for certain.
 
         Args:
             k: Neighbours that the recall is of.
             target: The recall to meet by more than its standard error, where there is something to tune.
             nprobe: Lists to visit; None: to be tuned.
-            asked: (n, d) queries to measure on; None: held-out rows.
+            known_queries: (n, d) queries to measure on; None: held-out rows.
         """
-        held_out = self._held_out(k if self.device.type == "cpu" else min(k, faiss_gpu.MAX_K // 2), asked)
+        self._target, self._given_nprobe = target, nprobe
+        most_k = k if self.device.type == "cpu" else min(k, faiss_gpu.MAX_K // 2)
+        sample = recall_sample(self._rows, self._distance, most_k, known_queries)
         ivf = backend.inner_ivf(self.index)
         tried: list[int | None] = [nprobe]
         if ivf is not None and nprobe is None:
             most = self._most_probes(ivf)
             tried = [*(1 << power for power in range(most.bit_length() - 1)), most]
-        depth = held_out.neighbors.shape[1]
+        depth = sample.neighbors.shape[1]
         for probes in tried:
             self.nprobe = self._set_nprobe(probes)
-            _, found = self.search(held_out.queries, min(depth + held_out.further, len(self._rows)))
-            self.recall, error = held_out.recall(held_out.counted(found, depth))
+            _, found = self.search(sample.queries, min(depth + sample.further, len(self._rows)))
+            self.recall, error = sample.recall(sample.counted(found, depth))
             if self.recall - error >= target:
                 break
-        self.tuned_k, self.recall_of = k, of_queries(asked)
-
-    def _held_out(self, k: int, asked: Tensor | None) -> HeldOut:
-        exact = ExactEngine(self._rows, self._distance, lean=True)
-        if asked is not None:
-            return asked_before(exact, asked, min(k, len(self._rows)))
-        return hold_out(self._rows, exact, self._distance, k, HELD_OUT)
+        self.tuned_k, self.recall_of = k, recall_source(known_queries)
 
     def _train(self, sample: Tensor, spec: str) -> None:
         with self._enough_rows(spec):
@@ -247,7 +222,3 @@ class FaissEngine:
 
 def _prepared(rows: Tensor, distance: Distance) -> Tensor:
     return normalize(rows) if distance.normalized else rows.to(torch.float64, copy=True)
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(0)

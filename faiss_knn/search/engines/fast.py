@@ -8,19 +8,18 @@ from torch import Tensor
 
 from faiss_knn.search.distance import Distance
 from faiss_knn.search.engines.bounds import BOUND_COLUMNS, ProductBounds
-from faiss_knn.search.engines.exact import ExactEngine
-from faiss_knn.search.engines.products import has_fast_bfloat16
-from faiss_knn.search.engines.projection import leading_directions
+from faiss_knn.search.engines.costs import search_cost
+from faiss_knn.search.engines.products import scan_dtype
+from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions
 from faiss_knn.search.engines.rerank import measure_quickly, nearest
 from faiss_knn.search.engines.scan import best_scores
-from faiss_knn.search.engines.tuning import HELD_OUT, RECHECK, HeldOut, asked_before, hold_out, of_queries, search_cost
+from faiss_knn.search.engines.tuning import HELD_OUT, RECHECK, RecallSample, recall_sample, recall_source
 from faiss_knn.search.stored_rows import StoredRows
 
 _SHARES = (0.125, 0.25, 0.375, 0.5)  # of the dimensions, scanned instead of all
 _FACTORS = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0)
 _CHUNK = 512
 _KEPT = 1 << 18
-_SAMPLE = 2048
 
 
 class Tuned(NamedTuple):
@@ -49,8 +48,8 @@ class FastEngine:
         distance: One that is measured by euclidean norms.
         k: The k that the recall is met for.
         target: The recall to meet.
-        before: What was chosen for an earlier bank: kept if it still meets the target.
-        asked: (n, d) queries of an earlier bank to measure on; None: rows of the bank.
+        previous: What was chosen for an earlier bank: kept if it still meets the target.
+        known_queries: (n, d) queries of an earlier bank to measure on; None: rows of the bank.
     """
 
     exact = False
@@ -65,20 +64,20 @@ class FastEngine:
         distance: Distance,
         k: int,
         target: float,
-        before: Tuned | None = None,
-        asked: Tensor | None = None,
+        previous: Tuned | None = None,
+        known_queries: Tensor | None = None,
     ) -> None:
-        self._asked = asked
-        self.recall_of = of_queries(asked)
+        self._known_queries = known_queries
+        self.recall_of = recall_source(known_queries)
         self._rows = rows
         self.device = rows.device
         self._distance = distance
         self._target = target
-        self._dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
+        self._dtype = scan_dtype(rows.device)
         self.recall = 0.0
-        if before is not None and before.basis is not None:
-            before = before._replace(basis=before.basis.to(rows.device))
-        self._warm = before is not None and self._kept(before, k)
+        if previous is not None and previous.basis is not None:
+            previous = previous._replace(basis=previous.basis.to(rows.device))
+        self._warm = previous is not None and self._still_meets_target(previous, k)
         if not self._warm:
             self.tune(k)
         self.bytes = rows.bytes + self._bounds.bytes
@@ -105,63 +104,65 @@ class FastEngine:
         """Drop the rows and keep what was tuned; nothing can be searched after that."""
         del self._rows, self._bounds
 
-    def _kept(self, before: Tuned, k: int) -> bool:
+    def _still_meets_target(self, previous: Tuned, k: int) -> bool:
         """Take over an earlier choice if a few held-out rows confirm it."""
-        if before.k < k or (before.basis is not None and len(before.basis) != self._rows.dim):
+        if previous.k < k or (previous.basis is not None and len(previous.basis) != self._rows.dim):
             return False
-        self.tuned = before
-        self._bounds = self._made(before.basis)
-        held_out = self._held_out(None if before.basis is not None else self._bounds, k, RECHECK)
-        kept = before.candidates(k)
-        found = self._scan(self._bounds, held_out.queries, min(kept + held_out.further, len(self._rows)))
-        self.recall, error = held_out.recall(held_out.counted(found, kept))
+        self.tuned = previous
+        self._bounds = self._made(previous.basis)
+        sample = self._sample(None if previous.basis is not None else self._bounds, k, RECHECK)
+        kept = previous.candidates(k)
+        found = self._scan(self._bounds, sample.queries, min(kept + sample.further, len(self._rows)))
+        self.recall, error = sample.recall(sample.counted(found, kept))
         return self.recall + 2 * error >= self._target  # unless they refute it
 
     def _made(self, basis: Tensor | None) -> ProductBounds:
         return ProductBounds(self._rows, self._distance, self._dtype, basis=basis)
 
+    def retune(self, k: int, known_queries: Tensor | None = None) -> None:
+        """Tune for another k, on known queries (n, d) where there are any."""
+        if known_queries is not None:
+            self._known_queries, self.recall_of = known_queries, recall_source(known_queries)
+        self.tune(k)
+
     def tune(self, k: int) -> None:
         """Choose directions and candidates: the cheapest by the cost model among those that meet the target."""
         self._bounds = bounds = self._made(None)
-        held_out = self._held_out(bounds, k, HELD_OUT)
-        k = held_out.neighbors.shape[1]
-        choices = [(self._rows.dim, *self._least_factor(bounds, held_out))]
+        sample = self._sample(bounds, k, HELD_OUT)
+        k = sample.neighbors.shape[1]
+        choices = [(self._rows.dim, *self._least_factor(bounds, sample))]
         basis = self._directions()
         rotated = self._made(basis)
         for share in _SHARES:
             dims = max(
                 1, round(share * self._rows.dim / 32) * 32 - BOUND_COLUMNS
             )  # with the other columns a multiple of 32
-            choices.append((dims, *self._least_factor(rotated, held_out, dims)))
+            choices.append((dims, *self._least_factor(rotated, sample, dims)))
         good = [choice for choice in choices if choice[1] < _FACTORS[-1]] or choices[:1]
         dims, factor, self.recall = min(good, key=lambda choice: self._cost(choice[0], choice[1] * k))
         self.tuned = Tuned(None if dims == self._rows.dim else basis[:, :dims].contiguous(), factor, k)
         if self.tuned.basis is not None:
             self._bounds = self._made(self.tuned.basis)
 
-    def _held_out(self, bounds: ProductBounds | None, k: int, count: int) -> HeldOut:
-        exact = ExactEngine(self._rows, self._distance, lean=True, bounds=bounds)
-        if self._asked is not None:
-            return asked_before(exact, self._asked, min(k, len(self._rows)))
-        return hold_out(self._rows, exact, self._distance, k, count)
+    def _sample(self, bounds: ProductBounds | None, k: int, count: int) -> RecallSample:
+        return recall_sample(self._rows, self._distance, k, self._known_queries, count=count, bounds=bounds)
 
     def _directions(self) -> Tensor:
-        ids = torch.linspace(
-            0, len(self._rows) - 1, min(_SAMPLE, len(self._rows)), dtype=torch.float64, device="cpu"
-        ).long()
-        sample = self._rows.as_compared(ids, self._distance)
+        sample = self._rows.sample(SAMPLE_ROWS, self._distance)
         return leading_directions(sample - sample.median(0).values, max(1, self._rows.dim // 2))[0]
 
     def _cost(self, dims: int, candidates: float) -> float:
         return search_cost(len(self._rows), self._rows.dim, dims, int(candidates), self._dtype)
 
-    def _least_factor(self, bounds: ProductBounds, held_out: HeldOut, dims: int | None = None) -> tuple[float, float]:
+    def _least_factor(
+        self, bounds: ProductBounds, sample: RecallSample, dims: int | None = None
+    ) -> tuple[float, float]:
         """Return the smallest factor that meets the target with the first `dims` directions, and its recall."""
-        k = held_out.neighbors.shape[1]
-        most = min(math.ceil(_FACTORS[-1] * k) + held_out.further, len(self._rows))
-        found = held_out.counted(self._scan(bounds, held_out.queries, most, dims), most)
+        k = sample.neighbors.shape[1]
+        most = min(math.ceil(_FACTORS[-1] * k) + sample.further, len(self._rows))
+        found = sample.counted(self._scan(bounds, sample.queries, most, dims), most)
         for factor in _FACTORS:
-            share, error = held_out.recall(found[:, : math.ceil(factor * k)])
+            share, error = sample.recall(found[:, : math.ceil(factor * k)])
             if share - error >= self._target:
                 break
         return factor, share

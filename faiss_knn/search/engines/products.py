@@ -86,6 +86,11 @@ def _numpy_threads() -> Callable[[], int] | None:
     return None
 
 
+def scan_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype that a scan multiplies in: bfloat16 where that is the faster one, else float32."""
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Tell whether bfloat16 products are faster than float32 ones: AMX or AVX-512 on a CPU, tensor cores."""
     if device.type == "cuda":

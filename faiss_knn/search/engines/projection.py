@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 _GRAM = 512
-_SAMPLE = 2048
+SAMPLE_ROWS = 2048  # that directions are found from
 _POWERS = 2
 
 
@@ -31,7 +31,7 @@ def leading_directions(sample: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         (d, count) float32 directions, the leading first, and (count,) float64 energies, shares of the whole spread.
     """
-    sample = sample[:_SAMPLE].double()
+    sample = sample[:SAMPLE_ROWS].double()
     sample = sample / sample.norm().clamp(min=1e-300)  # float32 products below neither over- nor underflow
     rows = sample.float()
     generator = torch.Generator("cpu").manual_seed(0)

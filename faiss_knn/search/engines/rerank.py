@@ -8,9 +8,6 @@ from torch import Tensor
 from faiss_knn.search.distance import Distance, normalize, pair_norms
 from faiss_knn.search.stored_rows import StoredRows
 
-# What measuring takes on two modern cores, per pair and per value of it.
-PAIR_SECONDS, VALUE_SECONDS = 130e-9, 0.8e-9
-
 _PAIR_BYTES = 4 << 20  # float64 rows gathered at once: more makes the heap shrink and grow with every search
 _GPU_PAIR_BYTES = 128 << 20
 _SHORT = 2048  # dimensions that float32 sums may have

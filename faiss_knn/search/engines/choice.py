@@ -1,0 +1,162 @@
+"""From a spec to an engine: who searches a bank, by what was asked, what the bank is and what was learned before."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from faiss_knn.search.distance import Distance
+from faiss_knn.search.engines import faiss_gpu
+from faiss_knn.search.engines.base import Engine, TooFewRowsError
+from faiss_knn.search.engines.costs import search_cost
+from faiss_knn.search.engines.exact import ExactEngine
+from faiss_knn.search.engines.faiss_engine import FaissEngine
+from faiss_knn.search.engines.fast import FastEngine
+from faiss_knn.search.engines.products import scan_dtype
+from faiss_knn.search.engines.tuning import HELD_OUT, RECHECK
+from faiss_knn.search.stored_rows import StoredRows
+
+DEFAULT_K = 20
+_TARGET_RECALL = 0.99
+_UNMET = 0.005  # below the target, where "auto" searches exactly instead
+_FAST_ROWS = 4096  # below, the exact search takes about as long as any other
+_LEAST_ROWS_PER_LIST = 39  # by FAISS's own advice
+_BUILD_VALUE = 4e-9  # seconds per value of a build: check, centre, cast, write
+_TUNING_SCANS = 3  # scans of the held-out queries that a first tuning takes
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What is asked of an engine.
+
+    Attributes:
+        spec: "flat", "ivf", "fast", "auto" or a FAISS factory string.
+        nprobe: Inverted lists to visit; None: tuned, or FAISS's default.
+        target_recall: Share of the exact neighbours to find; None: 0.99 where there is something to tune for it.
+        expected_k: The k to find it at.
+        expected_queries: How many queries the bank will be searched for; None: as many as it has rows.
+    """
+
+    spec: str
+    nprobe: int | None = None
+    target_recall: float | None = None
+    expected_k: int = DEFAULT_K
+    expected_queries: int | None = None
+
+    @property
+    def target(self) -> float:
+        """The recall to meet."""
+        return _TARGET_RECALL if self.target_recall is None else self.target_recall
+
+
+def make_engine(
+    request: EngineRequest,
+    rows: StoredRows,
+    distance: Distance,
+    previous: Engine | None = None,
+    known_queries: Tensor | None = None,
+) -> Engine:
+    """Choose an engine and make it over a bank.
+
+    Args:
+        request: What is asked of it.
+        rows: The bank, checked.
+        distance: Which distance.
+        previous: The engine of an earlier bank, released: what it learned is taken over where it still holds.
+        known_queries: (n, d) queries asked of an earlier bank, to measure the recall on; None: rows of the bank.
+
+    Raises:
+        TooFewRowsError: If the bank is too small for the spec.
+        ValueError: If FAISS has no such index, or nprobe does not fit it.
+    """
+    spec = _resolved(request, rows, distance, warm=isinstance(previous, FastEngine))
+    if spec == "fast":
+        return _fast(request, rows, distance, previous, known_queries)
+    if spec != "flat" and faiss_gpu.lacks_faiss(rows.device):
+        faiss_gpu.warn_without_faiss_gpu(spec)
+        spec = "flat"
+    if spec == "flat":
+        return ExactEngine(rows, distance)
+    return _faiss(request, rows, distance, previous, known_queries)
+
+
+def _resolved(request: EngineRequest, rows: StoredRows, distance: Distance, *, warm: bool) -> str:
+    """Resolve "auto", and "fast" where nothing is faster than the exact search."""
+    if request.spec not in ("fast", "auto"):
+        return request.spec
+    if distance.norm != 2 or rows.streamed or len(rows) < _FAST_ROWS:
+        return "flat"
+    if request.spec == "fast":
+        return "fast"
+    queries = len(rows) if request.expected_queries is None else request.expected_queries
+    pays = rows.device.type == "cpu" and prefers_fast(
+        len(rows), rows.dim, queries, request.expected_k, scan_dtype(rows.device), warm=warm
+    )
+    return "fast" if pays else "flat"
+
+
+def prefers_fast(rows: int, dim: int, queries: int, k: int, dtype: torch.dtype, *, warm: bool) -> bool:
+    """Decide for "auto" whether a build and `queries` searches are cheaper with "fast" than with "flat".
+
+    flat:  build N·d + Q · (scan of d dimensions + 1.5k candidates)
+    fast:  build N·d, tuning (some scans of the held-out queries, fewer when warm) + Q · (scan of d/2 + 2k)
+
+    "ivf" is never chosen: at a recall worth reporting it visits a quarter of its lists, one query at a time, and takes
+    longer than an exact scan by products; what it saves at fewer lists it costs in accuracy.
+
+    Args:
+        rows: N.
+        dim: d.
+        queries: How many will be searched until the next build.
+        k: Neighbours of each.
+        dtype: That a scan computes in.
+        warm: Whether an earlier tuning is at hand, which need only be checked.
+    """
+    flat = search_cost(rows, dim, dim, k + k // 2 + 10, dtype)
+    fast = search_cost(rows, dim, dim // 2, 2 * k, dtype)
+    tuning = (RECHECK if warm else _TUNING_SCANS * HELD_OUT) * flat + (1 if warm else 2) * rows * dim * _BUILD_VALUE
+    return tuning + queries * fast < queries * flat
+
+
+def _fast(
+    request: EngineRequest, rows: StoredRows, distance: Distance, previous: Engine | None, known_queries: Tensor | None
+) -> Engine:
+    """Make "fast"; or the exact engine where "auto" would miss its target with it."""
+    tuned = previous.tuned if isinstance(previous, FastEngine) else None
+    engine = FastEngine(rows, distance, request.expected_k, request.target, tuned, known_queries)
+    is_unmet = request.spec == "auto" and engine.recall < request.target - _UNMET
+    return ExactEngine(rows, distance) if is_unmet else engine
+
+
+def _faiss(
+    request: EngineRequest, rows: StoredRows, distance: Distance, previous: Engine | None, known_queries: Tensor | None
+) -> Engine:
+    """Make a FAISS index, tuned and measured where a recall is asked for: only then is an earlier one taken over."""
+    is_measured = request.spec == "ivf" or request.target_recall is not None
+    spec = ivf_spec(len(rows)) if request.spec == "ivf" else request.spec
+    trained = previous if is_measured and isinstance(previous, FaissEngine) else None
+    if trained is not None and not trained.fits(rows, distance, spec):
+        trained = None
+    engine = FaissEngine(rows, distance, spec, request.nprobe, trained)
+    if is_measured:
+        engine.tune(request.expected_k, request.target, request.nprobe, known_queries)
+    return engine
+
+
+def ivf_spec(rows: int) -> str:
+    """Return the inverted lists that "ivf" makes of N rows: 4√N, as far as each can be trained.
+
+    Raises:
+        TooFewRowsError: If there are too few rows for two lists.
+
+    Example:
+        >>> ivf_spec(10_000)
+        'IVF256,Flat'
+    """
+    lists = min(int(4 * rows**0.5), rows // _LEAST_ROWS_PER_LIST)
+    if lists < 2:
+        raise TooFewRowsError(
+            f"`features` must hold at least {2 * _LEAST_ROWS_PER_LIST} rows for 'ivf' (two lists of "
+            f"{_LEAST_ROWS_PER_LIST}), got {rows}: use 'flat'"
+        )
+    return f"IVF{1 << (lists.bit_length() - 1)},Flat"
