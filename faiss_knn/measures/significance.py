@@ -1,0 +1,237 @@
+"""How sure a difference of accuracies is: intervals, tests, and how many queries it would take.
+
+Two classifiers that answered the same queries differ only where one of them is right alone. So all that is needed of
+them are three numbers, `Pairs`, whatever the number of queries.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from faiss_knn.search.inputs import shown
+
+
+class Pairs(NamedTuple):
+    """How often two classifiers were right on the same queries.
+
+    Attributes:
+        only_a: Queries on which the first alone was right.
+        only_b: Queries on which the second alone was right.
+        total: All queries, with those on which both or none was right.
+
+    Example:
+        >>> pairs = Pairs(only_a=30, only_b=12, total=1000)
+        >>> pairs.difference
+        0.018
+    """
+
+    only_a: int
+    only_b: int
+    total: int
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the first less accuracy of the second."""
+        return (self.only_a - self.only_b) / self.total
+
+
+def count_pairs(correct_a: npt.ArrayLike, correct_b: npt.ArrayLike) -> Pairs:
+    """Count on which queries one of two classifiers alone was right.
+
+    Args:
+        correct_a: (Q,) bool, whether the first was right on each query.
+        correct_b: (Q,) bool, the second, on the same queries in the same order.
+
+    Raises:
+        ValueError: If the two are no bool arrays of one length, or empty.
+
+    Example:
+        >>> count_pairs([True, True, False, True], [True, False, True, False])
+        Pairs(only_a=2, only_b=1, total=4)
+    """
+    a, b = np.asarray(correct_a), np.asarray(correct_b)
+    for name, values in (("correct_a", a), ("correct_b", b)):
+        if values.ndim != 1 or values.dtype != np.bool_ or not len(values):
+            raise ValueError(f"`{name}` must be (Q,) bool, one per query, got {values.dtype} {values.shape}")
+    if len(a) != len(b):
+        raise ValueError(f"`correct_b` must be of the same queries as `correct_a`, {len(a)}, got {len(b)}")
+    return Pairs(int((a & ~b).sum()), int((b & ~a).sum()), len(a))
+
+
+def wilson_interval(correct: float, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Bound an accuracy by Wilson's score interval.
+
+    Unlike accuracy ± standard errors it stays within 0 and 1, and does not shrink to a point where all or none are
+    right (Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22, equation 2).
+
+    Args:
+        correct: Right answers, in [0, total]; a mean over draws need not be whole.
+        total: Answers.
+        confidence: Share of such intervals that hold the true accuracy.
+
+    Returns:
+        Lowest and highest accuracy, in [0, 1].
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> low, high = wilson_interval(90, 100)
+        >>> round(low, 4), round(high, 4)
+        (0.8256, 0.9448)
+    """
+    z = _z_two_sided(confidence)
+    if total < 1:
+        raise ValueError(f"`total` must be 1 or more, got {shown(total)}")
+    if not 0 <= correct <= total:
+        raise ValueError(f"`correct` must be in [0, total={total}], got {shown(correct)}")
+    share = correct / total
+    middle = share + z**2 / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    low, high = ((middle - half) / (1 + z**2 / total), (middle + half) / (1 + z**2 / total))
+    return (0.0 if correct == 0 else low), (1.0 if correct == total else high)  # rounding aside they are just that
+
+
+def mcnemar_p(only_a: int, only_b: int) -> float:
+    """Test whether two classifiers are equally often right alone: McNemar's exact two-sided p.
+
+    If they are equally good, each of the n = only_a + only_b queries on which they differ falls to either side like a
+    fair coin: p = min(1, 2 · P[Binomial(n, 1/2) ≤ min(only_a, only_b)]) (McNemar 1947, Psychometrika 12; exact by the
+    binomial distribution). Both numbers come from `count_pairs`.
+
+    Raises:
+        ValueError: If a count is negative.
+
+    Example:
+        >>> round(mcnemar_p(30, 12), 5), mcnemar_p(7, 7)
+        (0.00792, 1.0)
+    """
+    for name, count in (("only_a", only_a), ("only_b", only_b)):
+        if count < 0:
+            raise ValueError(f"`{name}` must be a number of queries, 0 or more, got {shown(count)}")
+    n, fewer = only_a + only_b, min(only_a, only_b)
+    i = np.arange(1, fewer + 1)
+    logarithms = np.cumsum(np.log(n - i + 1) - np.log(i), dtype=np.float64)  # of n over i
+    logarithms = np.append(0.0, logarithms) - n * math.log(2)
+    largest = float(logarithms.max())
+    tail = math.exp(largest) * float(np.exp(logarithms - largest).sum())
+    return min(1.0, 2 * tail)
+
+
+def bootstrap_interval(
+    pairs: Pairs, confidence: float = 0.95, *, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Bound a difference of accuracies by a paired bootstrap over the queries.
+
+    A draw of Q queries with replacement has a difference that depends only on how many of them the first, the second,
+    or neither is right on alone, and these three counts are multinomial: so draws of counts are draws of queries, in
+    O(draws) memory. The interval lies between percentiles (Efron and Tibshirani 1993, "An Introduction to the
+    Bootstrap", section 13.3). Where no query is right alone it is the point 0.
+
+    Args:
+        pairs: Of the two classifiers.
+        confidence: Share of such intervals that hold the true difference.
+        draws: How many.
+        seed: Of the draws.
+
+    Returns:
+        Lowest and highest difference, first less second.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> low, high = bootstrap_interval(Pairs(30, 12, 1000))
+        >>> round(low, 3), round(high, 3)
+        (0.006, 0.031)
+    """
+    _check_pairs(pairs)
+    _z_two_sided(confidence)
+    if draws < 1:
+        raise ValueError(f"`draws` must be 1 or more, got {shown(draws)}")
+    shares = [pairs.only_a / pairs.total, pairs.only_b / pairs.total]
+    counts = np.random.default_rng(seed).multinomial(pairs.total, [*shares, max(0.0, 1 - sum(shares))], size=draws)
+    differences = (counts[:, 0] - counts[:, 1]) / pairs.total
+    low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p values for how many there are, so that one below α by chance is as rare as with a single one.
+
+    The i-th smallest of m is multiplied by m − i + 1, and none is less than a smaller one's (Holm 1979, "A simple
+    sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6).
+
+    Returns:
+        The corrected values in the order given, at most 1.
+
+    Raises:
+        ValueError: If a value is no probability.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    values = np.asarray(p_values, dtype=np.float64)
+    if values.ndim != 1 or not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"`p_values` must be probabilities in [0, 1], got {list(p_values)}")
+    order = np.argsort(values, kind="stable")
+    corrected = np.empty_like(values)
+    corrected[order] = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)).clip(max=1)
+    found: list[float] = corrected.tolist()
+    return found
+
+
+def queries_needed(pairs: Pairs, confidence: float = 0.95, *, power: float = 0.8, comparisons: int = 1) -> int | None:
+    """Estimate how many queries would separate two classifiers that differ as these do.
+
+    With δ the difference of accuracies and ψ the share of queries on which one alone is right, McNemar's test finds the
+    difference with the given power from n = (z_{1−α/2} √ψ + z_{power} √(ψ − δ²))² / δ² queries on (Miettinen 1968,
+    Biometrics 24; Connor 1987, Biometrics 43, equation 5), where α = (1 − confidence) / comparisons.
+
+    Args:
+        pairs: Of the two classifiers. Both δ and ψ are as observed: an estimate, and a rough one where few differ.
+        confidence: 1 − α of the test.
+        power: Probability that the test finds the difference.
+        comparisons: How many tests are made together.
+
+    Returns:
+        Queries, or None where the two are equally often right: no number would separate them.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> queries_needed(Pairs(only_a=130, only_b=110, total=5000))
+        23545
+    """
+    _check_pairs(pairs)
+    if not 0 < power < 1:
+        raise ValueError(f"`power` must be in (0, 1), got {shown(power)}")
+    if comparisons < 1:
+        raise ValueError(f"`comparisons` must be 1 or more, got {shown(comparisons)}")
+    z_alpha = _z_two_sided(confidence, comparisons)
+    difference = abs(pairs.difference)
+    if difference == 0:
+        return None
+    differing = (pairs.only_a + pairs.only_b) / pairs.total
+    spread = z_alpha * math.sqrt(differing) + NormalDist().inv_cdf(power) * math.sqrt(
+        max(0.0, differing - difference**2)
+    )
+    return math.ceil((spread / difference) ** 2)
+
+
+def _z_two_sided(confidence: Any, comparisons: int = 1) -> float:
+    """How many standard deviations from the middle hold this share of a normal distribution."""
+    if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be in (0, 1), such as 0.95, got {shown(confidence)}")
+    return NormalDist().inv_cdf(1 - (1 - confidence) / (2 * comparisons))
+
+
+def _check_pairs(pairs: Pairs) -> None:
+    if min(pairs) < 0 or pairs.total < max(1, pairs.only_a + pairs.only_b):
+        raise ValueError(f"`pairs` must count queries, none of them twice, got {tuple(pairs)}")
