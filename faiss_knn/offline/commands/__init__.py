@@ -1,0 +1,1 @@
+"""The commands of the `faiss-knn` program: what each takes, does and prints."""

@@ -1,0 +1,150 @@
+"""`faiss-knn eval`: read features, evaluate them, write and show what came out."""
+
+import argparse
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from faiss_knn.offline.features import Features
+    from faiss_knn.offline.options import EvalOptions
+    from faiss_knn.offline.report.report import EvalReport
+
+# torch and the readers are imported when there is something to evaluate, so that --help and bad usage answer at once.
+
+
+def run(given: argparse.Namespace, *, first: bool) -> int:
+    """Run the command.
+
+    Args:
+        given: Its arguments.
+        first: Whether this process writes and prints: one of each group does.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ValueError: If the data cannot be used.
+        OSError: If a file cannot be read or written.
+    """
+    from faiss_knn.distributed import all_or_none, broadcast_object
+    from faiss_knn.offline.evaluate import evaluate_with, task_for
+    from faiss_knn.offline.features import read_class_names
+    from faiss_knn.offline.report.report import Ledger
+
+    ledger = None
+    with all_or_none():
+        bank, queries = _read(given)
+        names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
+        if given.out is not None and not given.dry_run and first:
+            ledger = Ledger(given.out, given.resume, overwrite=given.overwrite)
+    if given.dry_run:
+        if first:
+            print(_dry_run(given, bank, queries, names))
+        return 0
+    options = _options(given, names, progress=None if first else False)
+    report = evaluate_with(
+        options,
+        task_for(options, bank.rows, bank.labels, *((queries.rows, queries.labels) if queries else (None, None))),
+        {name: path and str(path) for name, path in (("bank_file", given.bank), ("query_file", given.queries))},
+        done=broadcast_object(ledger.done if ledger is not None else []),
+        on_record=None if ledger is None else ledger.add,
+    )
+    if ledger is not None:
+        report.save(given.out)
+    if first:
+        _show(report, given.out, [] if ledger is None or ledger.warning is None else [ledger.warning])
+    return 0
+
+
+def _options(given: argparse.Namespace, class_names: list[str] | None, progress: bool | None) -> "EvalOptions":
+    import torch
+
+    from faiss_knn.offline.options import EvalOptions
+
+    return EvalOptions(
+        k=tuple(given.k),
+        temperature=tuple(given.temperature),
+        weighting=tuple(given.weighting),
+        distance_metric=given.distance,
+        index=tuple(given.index),
+        num_classes=given.num_classes,
+        class_names=class_names,
+        leave_one_out=given.leave_one_out,
+        per_class=given.per_class,
+        tries=given.tries,
+        seed=given.seed,
+        metrics=tuple(given.metric),
+        depth=given.depth,
+        sweep=dict(given.sweep),
+        nprobe=given.nprobe,
+        target_recall=given.target_recall,
+        latency=given.latency,
+        device=_device(given.device),
+        storage_dtype=None if given.storage_dtype is None else getattr(torch, given.storage_dtype),
+        ignore_index=given.ignore_index,
+        skip_bad_rows=given.skip_bad_rows,
+        keep_neighbors=given.save_neighbors,
+        progress=progress,
+    )
+
+
+def _read(given: argparse.Namespace) -> "tuple[Features, Features | None]":
+    from faiss_knn.offline.features import digits, read_features
+    from faiss_knn.offline.formats import DataError
+
+    keys = {"features_key": given.features_key, "labels_key": given.labels_key, "allow_partial": given.allow_partial}
+    if given.bank is None:
+        bank, queries = digits()
+        return bank, None if given.leave_one_out else queries
+    read = [(read_features(given.bank, "bank", labels=given.labels, **keys), "--labels")]
+    if not given.leave_one_out:
+        read.append((read_features(given.queries, "queries", labels=given.query_labels, **keys), "--query-labels"))
+    for features, option in read:
+        if features.labels is None:
+            raise DataError(
+                f"{features.source}: holds no labels: give them with {option}, or name them with --labels-key"
+            )
+    return read[0][0], None if given.leave_one_out else read[1][0]
+
+
+def _dry_run(given: argparse.Namespace, bank: "Features", queries: "Features | None", names: list[str] | None) -> str:
+    from faiss_knn.offline.estimate import estimate
+    from faiss_knn.offline.task import make_task
+
+    task = make_task(
+        bank.rows,
+        bank.labels,
+        None if queries is None else queries.rows,
+        None if queries is None else queries.labels,
+        num_classes=given.num_classes,
+        class_names=names,
+        leave_one_out=given.leave_one_out,
+        ignore_index=given.ignore_index,
+    )
+    return estimate(task, max(*given.k, given.depth or 1), given.index)
+
+
+def _device(name: str) -> str | None:
+    import torch
+
+    if name == "auto":
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        return f"cuda:{local_rank % gpus}" if gpus else None
+    return name
+
+
+def _show(report: "EvalReport", out: Path | None, notes: list[str]) -> None:
+    if out is not None and find_spec("matplotlib") is None:
+        notes = [*notes, "the report is without plots, which need matplotlib: pip install 'faiss-knn[plot]'"]
+    for note in (*report.warnings, *notes):
+        print(f"faiss-knn: warning: {note}", file=sys.stderr)
+    try:
+        print(report.table())
+        if out is not None:
+            print(f"\nwritten to {out}: report.html")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,139 @@
+"""The arguments of `faiss-knn eval`: what there are, and which go together."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from faiss_knn.offline.commands.arguments import count, positive, share, sweep, temperature, whole
+
+EPILOG = """\
+Files: .npy .npz .pt .safetensors .parquet .arrow .feather .csv .tsv .jsonl .h5 .fvecs .bvecs .fbin .u8bin, or a folder
+of such files in the order of their numbers (of extract, of save_to_disk of the datasets library, of DINO or VISSL).
+Labels are in the file (labels, targets, y; test_labels, ...) or in --labels and --query-labels; -1 means
+unlabelled. Without files, the handwritten digits of scikit-learn are evaluated.
+
+examples:
+  faiss-knn eval bank.npz queries.npz --k 1 5 20 --index flat ivf --sweep nprobe=1,4,16 --out results
+  faiss-knn eval features.npy --labels labels.npy --leave-one-out
+
+What makes a number suspect (queries that are in the bank, classes that it lacks, ...) is said on stderr. A folder given
+to --out only grows: a second command adds to it, and what it has of the same data and settings gives way to the new.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all arguments, in groups."""
+    _add_data(parser.add_argument_group("data"))
+    _add_vote(parser.add_argument_group("vote and metrics"))
+    _add_search(parser.add_argument_group("search"))
+    _add_output(parser.add_argument_group("output"))
+
+
+def _add_data(group: Any) -> None:
+    group.add_argument("bank", nargs="?", type=Path, metavar="BANK", help="features that are searched")
+    group.add_argument("queries", nargs="?", type=Path, metavar="QUERIES", help="features that are classified")
+    group.add_argument("--labels", type=Path, metavar="FILE", help="the bank's labels, if not in BANK")
+    group.add_argument("--query-labels", type=Path, metavar="FILE", help="the queries' labels, if not in QUERIES")
+    group.add_argument(
+        "--features-key", metavar="NAME", help="array or column of the features; emb_ for emb_0, emb_1, ...; a,b,c"
+    )
+    group.add_argument("--labels-key", metavar="NAME", help="array or column that holds the labels")
+    group.add_argument(
+        "--allow-partial", action=argparse.BooleanOptionalAction, default=False,
+        help="read what an extraction that was cut off has saved so far",
+    )  # fmt: skip
+    group.add_argument("--class-names", type=Path, metavar="FILE", help="class names, one a line or JSON")
+    group.add_argument("--ignore-index", type=whole, metavar="ID", help="a class id that means unlabelled, beside -1")
+    group.add_argument(
+        "--skip-bad-rows", action=argparse.BooleanOptionalAction, default=False,
+        help="leave out and count rows that are not finite, or zero under cosine, instead of refusing them",
+    )  # fmt: skip
+    group.add_argument("--num-classes", type=positive, metavar="C", help="default: what the labels need")
+    group.add_argument(
+        "--leave-one-out", action=argparse.BooleanOptionalAction, default=False,
+        help="BANK alone: its rows are the queries, none is its own neighbour",
+    )  # fmt: skip
+    group.add_argument("--per-class", type=positive, metavar="N", help="few-shot: banks of N rows per class")
+    group.add_argument("--tries", type=positive, metavar="T", help="few-shot banks to draw (default 5)")
+    group.add_argument("--seed", type=count, default=0, help="of the draws, which no two seeds share (default 0)")
+
+
+def _add_vote(group: Any) -> None:
+    group.add_argument("--k", type=positive, nargs="+", default=[1, 5, 10, 20], help="default 1 5 10 20")
+    group.add_argument("--temperature", type=temperature, nargs="+", default=[0.07], metavar="T", help="default 0.07")
+    group.add_argument(
+        "--weighting", nargs="+", default=["inverse"], choices=["inverse", "softmax", "uniform"], help="default inverse"
+    )
+    group.add_argument(
+        "--metric", nargs="+", default=[], metavar="NAME",
+        help="further torchmetrics.classification metrics, such as MulticlassF1Score or MulticlassAUROC",
+    )  # fmt: skip
+    group.add_argument(
+        "--depth", type=positive, metavar="K", help="neighbours for retrieval metrics (default: largest k)"
+    )
+
+
+def _add_search(group: Any) -> None:
+    group.add_argument(
+        "--distance", default="cosine", choices=["cosine", "euclidean", "squared_euclidean", "manhattan"],
+        help="default cosine",
+    )  # fmt: skip
+    group.add_argument(
+        "--index", nargs="+", default=["flat"], metavar="SPEC", help="flat, ivf, fast, auto or FAISS factory strings"
+    )
+    group.add_argument("--nprobe", type=positive, help="inverted lists that IVF indexes visit")
+    group.add_argument("--target-recall", type=share, metavar="R", help="recall that approximate indexes are tuned to")
+    group.add_argument(
+        "--sweep",
+        nargs="+",
+        type=sweep,
+        default=[],
+        metavar="NAME=V,V",
+        help="search parameters to try: nprobe=1,4,16 k_factor=1,5",
+    )
+    group.add_argument(
+        "--storage-dtype", choices=["float16", "bfloat16", "float32", "float64"],
+        help="dtype of the bank's rows in the index (default: what the features need)",
+    )  # fmt: skip
+    group.add_argument(
+        "--latency", type=count, default=0, metavar="N", help="time N queries one at a time, for p50 and p95"
+    )
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto (default): cuda if there is one")
+
+
+def _add_output(group: Any) -> None:
+    group.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="add to results.jsonl, and write .csv, report.md, .html and plots of all that is in it",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=False,
+        help="leave out what --out has of the same data (its whole content) and settings",
+    )  # fmt: skip
+    group.add_argument(
+        "--overwrite", action=argparse.BooleanOptionalAction, default=False, help="forget what --out has"
+    )
+    group.add_argument(
+        "--save-neighbors", action=argparse.BooleanOptionalAction, default=False, help="write neighbors.npz to --out"
+    )
+    group.add_argument("--config", type=Path, metavar="YAML", help="options by their long names; the command line wins")
+    group.add_argument(
+        "--dry-run", action=argparse.BooleanOptionalAction, default=False, help="print sizes and an estimate, and stop"
+    )
+
+
+def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Exit with status 2 and one line on stderr if arguments do not go together."""
+    if given.leave_one_out and given.queries is not None:
+        parser.error("--leave-one-out takes BANK alone: leave out QUERIES")
+    if given.bank is not None and given.queries is None and not given.leave_one_out:
+        parser.error("QUERIES is missing: name the queries' file, or add --leave-one-out")
+    if given.leave_one_out and given.per_class is not None:
+        parser.error("--per-class does not go with --leave-one-out")
+    if given.tries is not None and given.per_class is None:
+        parser.error("--tries needs --per-class")
+    if given.resume and given.overwrite:
+        parser.error("--resume goes on with what --out has, --overwrite forgets it: leave out one of them")
+    for name in ("resume", "overwrite", "save_neighbors"):
+        if getattr(given, name) and given.out is None:
+            parser.error(f"--{name.replace('_', '-')} needs --out")
