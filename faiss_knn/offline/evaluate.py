@@ -26,7 +26,7 @@ from faiss_knn.offline.report.report import EvalReport
 from faiss_knn.offline.report.results import Record, record_key
 from faiss_knn.offline.scores import make_judge
 from faiss_knn.offline.search import EXACT, SearchResult, Variant, search_task
-from faiss_knn.offline.task import EvalTask, check_values, make_task, warning_facts
+from faiss_knn.offline.task import EvalTask, check_values, few_shot_facts, make_task, warning_facts
 
 __all__ = ["EvalReport", "evaluate", "evaluate_with", "task_for"]
 
@@ -170,6 +170,8 @@ def evaluate_with(
     evaluation = _Evaluation(task, options, files)
     first = evaluation.draws[0]
     report = EvalReport(task.class_names, warning_facts(first, options.k), class_ids=task.class_ids)
+    if options.per_class is not None:
+        report.checks |= few_shot_facts(evaluation.task, options.per_class)
     earlier = {record_key(record): record for record in done}
     for variant in options.variants:
         keys = [record_key(evaluation.setup(variant, vote)) for vote in options.votes]
@@ -201,7 +203,8 @@ class _Evaluation:
         self.options = options
         self.files = files
         self.metrics = make_metrics(options.metrics, task.num_classes, task.multi_hot) if options.metrics else {}
-        self.draws = _drawn(check_values(task, options.distance_metric, options.skip_bad_rows), options)
+        self.task = check_values(task, options.distance_metric, options.skip_bad_rows)
+        self.draws = _drawn(self.task, options)
         self._exact_top1: dict[VoteOptions, Tensor] = {}
 
     def setup(self, variant: Variant, vote: VoteOptions) -> Record:
@@ -276,7 +279,8 @@ def _drawn(task: EvalTask, options: EvalOptions) -> list[EvalTask]:
     """The task itself, or its few-shot banks, each drawn with random numbers of its own."""
     if options.per_class is None or options.tries is None:
         return [task]
-    randoms = np.random.SeedSequence(options.seed).spawn(options.tries)
+    all_alike = int(task.bank_counts.max()) <= options.per_class  # each draw is the whole bank
+    randoms = np.random.SeedSequence(options.seed).spawn(1 if all_alike else options.tries)
     return [task.few_shot(options.per_class, random) for random in randoms]
 
 

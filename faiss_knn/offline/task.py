@@ -444,3 +444,18 @@ def warning_facts(problem: EvalTask, ks: Sequence[int]) -> dict[str, Any]:
     if problem.leave_one_out and not problem.multi_hot:
         found["lone_queries"] = int((problem.relevant_counts == 0).sum())
     return found
+
+
+def few_shot_facts(problem: EvalTask, per_class: int) -> dict[str, Any]:
+    """What makes few-shot draws from a bank suspect: classes with too few rows.
+
+    Returns:
+        `classes_short` (classes with fewer bank rows than `per_class`), `smallest_class` (the least rows of a class),
+        `draws_alike` (whether no class has more rows, so that each draw is the whole bank).
+    """
+    present = problem.bank_counts[problem.bank_counts > 0]
+    return {
+        "classes_short": int((present < per_class).sum()),
+        "smallest_class": int(present.min()),
+        "draws_alike": int(present.max()) <= per_class,
+    }

@@ -164,6 +164,22 @@ def test_no_two_seeds_share_a_draw():
     assert not any(np.isclose(seconds, firsts))
 
 
+def test_draws_of_more_rows_than_classes_have_are_no_draws():
+    bank, labels = np.arange(24.0).reshape(12, 2) + 1, np.repeat([0, 1, 2], [3, 4, 5])
+    whole = evaluate(bank, labels, bank + 0.1, labels, k=3)
+    report = evaluate(bank, labels, bank + 0.1, labels, k=3, per_class=1000)
+    assert (report.records[0]["top1"], report.records[0]["top1_std"]) == (whole.records[0]["top1"], None)
+    short = "3 classes have fewer bank rows than the 1,000 that a draw takes (the smallest 3)"
+    assert [warning for warning in report.warnings if short in warning]
+    assert [warning for warning in report.warnings if "No class has more than 1,000 bank rows" in warning]
+    some = evaluate(bank, labels, bank + 0.1, labels, k=3, per_class=4)
+    assert some.records[0]["top1_std"] is not None
+    assert [w for w in some.warnings if w.startswith("1 classes have fewer bank rows than the 4")]
+    assert not [w for w in some.warnings if "No class has more" in w]
+    enough = evaluate(bank, labels, bank + 0.1, labels, k=3, per_class=2)
+    assert not [w for w in enough.warnings if "draw" in w]
+
+
 def test_a_few_shot_draw_has_rows_of_each_class_once():
     bank, bank_labels, queries, query_labels = blobs(4)
     report = evaluate(bank, bank_labels, queries, query_labels, k=60, per_class=4, tries=1, keep_neighbors=True)

@@ -101,6 +101,41 @@ def test_other_content_under_the_same_name_is_other_data(files, tmp_path, capsys
     assert "data " in (out / "report.md").read_text()
 
 
+def rows_of_costs(out):
+    """The cells of the report's table of costs, by index."""
+    lines = (out / "report.md").read_text().split("## What each index costs")[1].split("\n## ")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {row[0].split()[0]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
+
+
+def test_indexes_are_compared_at_one_depth(files, tmp_path):
+    out = tmp_path / "out"
+    near = " --weighting softmax --temperature 0.0001"  # the nearest decides: k = 1 is as good as 20, and the first
+    run(files, out, "--k 1 --index HNSW4" + near)
+    run(files, out, "--k 1 20 --index flat IVF32,Flat" + near)
+    found = rows_of_costs(out)
+    assert found["HNSW4"]["recall@20"] == found["HNSW4"]["queries/s"] == found["HNSW4"]["lost at worst"] == "–"
+    by_key = {(record["spec"], record["k"]): record for record in records(out)}
+    assert found["IVF32,Flat"]["recall@20"] == f"{100 * by_key['IVF32,Flat', 20]['recall']:.2f}"
+    assert "not searched for 20 neighbours at k = 20" in (out / "report.md").read_text()
+    on_front = {
+        row["spec"] for row in csv.DictReader((out / "results.csv").read_text().splitlines()) if row["pareto"] == "True"
+    }
+    assert "flat" in on_front
+    assert "HNSW4" not in on_front
+    run(files, out, "--k 20 --index HNSW4" + near)
+    found = rows_of_costs(out)
+    alone = next(r for r in records(out) if (r["spec"], r["k"]) == ("HNSW4", 20))
+    assert found["HNSW4"]["recall@20"] == f"{100 * alone['recall']:.2f}"
+
+
+def test_indexes_that_share_no_depth_have_a_report(files, tmp_path):
+    run(files, tmp_path / "out", "--k 1 --index flat")
+    run(files, tmp_path / "out", "--k 20 --index HNSW4 IVF4,Flat")
+    assert rows_of_costs(tmp_path / "out")["flat"]["recall@20"] == "–"
+    assert not (tmp_path / "out" / "cost.png").exists()
+
+
 def test_made_again_it_replaces_the_old_record(files, tmp_path):
     out = tmp_path / "out"
     run(files, out, "--k 1 --index flat IVF4,Flat")

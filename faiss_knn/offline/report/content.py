@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from faiss_knn.offline.report.results import (
     Record,
     Results,
-    at_largest_k,
+    at_common_k,
     best_of,
+    depth_of,
     index_name,
     pareto_front,
     record_key,
@@ -82,6 +83,8 @@ def _summary(report: Results) -> Section:
     best = headline(report)
     where = f"{best['n_queries']:,} queries before a bank of {best['n_bank']:,} rows, {best['dim']:,} dimensions"
     drawn = f"; banks of {best['per_class']} rows per class, {best['tries']} draws" if best["per_class"] else ""
+    if report.checks.get("classes_short"):
+        drawn = drawn.replace("banks of", "banks of up to")
     how = f"{where}, {best['num_classes']:,} classes, {best['distance_metric']} distance{drawn}."
     spread = f" ± {percent(best['top1_se'])} (standard error)"
     if best["top1_std"] is not None:
@@ -112,7 +115,12 @@ def warnings_of(report: Results) -> list[str]:
     if not report.records:
         return []
     first = report.records[-1]
-    return [*_of_copies(first), *(_of_classes(report, first) if report.checks else []), *_of_rows(first, report.checks)]
+    return [
+        *_of_copies(first),
+        *(_of_classes(report, first) if report.checks else []),
+        *_of_draws(first["per_class"], report.checks),
+        *_of_rows(first, report.checks),
+    ]
 
 
 def _of_copies(first: Record) -> list[str]:
@@ -157,6 +165,22 @@ def _of_classes(report: Results, first: Record) -> list[str]:
     return found
 
 
+def _of_draws(per_class: int, checks: Record) -> list[str]:
+    """What few-shot draws are not, where classes have no more rows than a draw takes."""
+    found = []
+    if checks.get("classes_short"):
+        found.append(
+            f"{checks['classes_short']:,} classes have fewer bank rows than the {per_class:,} that a draw takes "
+            f"(the smallest {checks['smallest_class']:,}): each draw has all of theirs."
+        )
+    if checks.get("draws_alike"):
+        found.append(
+            f"No class has more than {per_class:,} bank rows: every draw is the whole bank, so that it was searched "
+            "once and no deviation is given. Draw fewer rows per class."
+        )
+    return found
+
+
 def _of_rows(first: Record, checks: Record) -> list[str]:
     found = []
     if checks.get("unlabelled_bank") or checks.get("unlabelled_queries"):
@@ -174,30 +198,42 @@ def _costs(report: Results) -> Section:
     best = headline(report)
     at = ("k", "temperature", "weighting")
     on_front = pareto_front(report.records)
-    deep = at_largest_k(report.records)
-    rows = []
-    for name, records in searches(report.records).items():
+    compared = at_common_k(report.records)
+    by_index = searches(report.records)
+    shared = set.intersection(*({tuple(r[x] for x in at) for r in by_index[name]} for name in compared))
+    rows, left_out = [], False
+    for name, records in by_index.items():
         r = next((record for record in records if all(record[x] == best[x] for x in at)), None)
         if r is None:
             continue  # of a command that asked for other settings
-        worst = max(records, key=lambda record: float(record["accuracy_loss"]))
+        same = compared.get(name)
+        left_out |= same is None
+        losses = [record for record in records if same and tuple(record[x] for x in at) in shared]
+        worst = max(losses, key=lambda record: float(record["accuracy_loss"]), default=None)
         rows.append(
             [
                 name + (" ★" if name in on_front else ""),
-                points_lost(r), percent(r["accuracy_loss_se"]), points_lost(worst), percent(r["top1"]),
-                percent(deep[name]["recall"]), percent(deep[name]["recall_ids"]),
-                f"{r['qps']:,.0f}", f"{r['build_s']:.3g}", f"{r['search_s']:.3g}", format_bytes(r["bytes"]),
-                built_as(r),
+                points_lost(r), percent(r["accuracy_loss_se"]), points_lost(worst) if worst else "–",
+                percent(r["top1"]), percent(same["recall"] if same else None),
+                percent(same["recall_ids"] if same else None),
+                f"{same['qps']:,.0f}" if same else "–", f"{r['build_s']:.3g}",
+                f"{same['search_s']:.3g}" if same else "–", format_bytes(r["bytes"]), built_as(r),
             ]
         )  # fmt: skip
-    depth = max(record["k"] for record in report.records)
-    headings = ["index", "top-1 lost", "±", "lost at worst", "top-1", f"recall@{depth}", "by id",
+    common = next(iter(compared.values()))
+    headings = ["index", "top-1 lost", "±", "lost at worst", "top-1", f"recall@{common['k']}", "by id",
                 "queries/s", "build s", "search s", "size", "built as"]  # fmt: skip
-    text = (
+    text: tuple[str, ...] = (
         f"Accuracy lost is top-1 of the exact neighbours less top-1 of this index, in points, on the same queries with "
         f"{setting(best)}; at worst, over all settings here. Recall is the share of the exact neighbours found, where "
         "another row of the same distance is no miss. ★: no other index has more recall at more queries per second.",
     )
+    if left_out:
+        depth = depth_of(common)
+        text = (
+            *text,
+            f"–: not searched for {depth} neighbours at k = {common['k']}, as the others: not to be compared.",
+        )
     return Section("What each index costs", text, (), Table(headings, rows), "cost")
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from faiss_knn.offline.report.content import class_scores, headline
-from faiss_knn.offline.report.results import Record, Results, at_largest_k, index_name, pareto_names, searches
+from faiss_knn.offline.report.results import Record, Results, at_common_k, index_name, pareto_names, searches
 
 _LIGHT = {"paper": "#ffffff", "ink": "#1c2430", "soft": "#5b6675", "grid": "#dde3ea"}
 _DARK = {"paper": "#12161c", "ink": "#e4e9f0", "soft": "#9aa7b8", "grid": "#2c3540"}
@@ -33,7 +33,7 @@ Style = dict[str, str]
 def draw(report: Results) -> dict[str, Callable[[Style], Figure]]:
     """The plots that a report has something for, by name."""
     plots: dict[str, Callable[[Style], Figure]] = {}
-    if len(searches(report.records)) > 1:
+    if len(searches(report.records)) > 1 and _cost_points(report):
         plots["cost"] = lambda style: _cost(report, style)
     if len({record["k"] for record in report.records}) > 1:
         plots["k"] = lambda style: _over_k(report, style)
@@ -103,17 +103,23 @@ def _over_k(report: Results, style: Style) -> Figure:
     return figure
 
 
-def _cost(report: Results, style: Style) -> Figure:
+def _cost_points(report: Results) -> dict[str, tuple[float, float, float]]:
+    """Recall, queries per second and points of top-1 lost, of each index that can be compared in all three."""
     best = headline(report)
     at = ("k", "temperature", "weighting")
     lost = {index_name(r): 100 * r["accuracy_loss"] for r in report.records if all(r[x] == best[x] for x in at)}
-    deep = at_largest_k(report.records)
-    points = {name: (deep[name]["recall"], deep[name]["qps"]) for name in lost}
+    compared = at_common_k(report.records)
+    return {name: (compared[name]["recall"], compared[name]["qps"], lost[name]) for name in lost if name in compared}
+
+
+def _cost(report: Results, style: Style) -> Figure:
+    found = _cost_points(report)
+    points = {name: (recall, speed) for name, (recall, speed, _) in found.items()}
     figure, axes = _axes(style, "Recall against speed, and the accuracy lost", 3.5)
     best_drawn = pareto_names(points)  # an index that was asked for with other settings has no loss here, and no dot
     line = sorted(points[name] for name in best_drawn)
     axes.plot(*zip(*line, strict=True), color=style["soft"], linewidth=1, zorder=1)
-    losses = list(lost.values())
+    losses = [loss for _, _, loss in found.values()]
     dots = axes.scatter(
         *zip(*points.values(), strict=True), c=losses, cmap="viridis_r", s=70, zorder=2, edgecolors=style["ink"],
         linewidths=0.8, vmin=min(0, *losses), vmax=max(0.1, *losses),
@@ -127,7 +133,7 @@ def _cost(report: Results, style: Style) -> Figure:
     bar.set_label("top-1 lost, points", color=style["soft"], fontsize=10)
     bar.ax.tick_params(colors=style["soft"], labelsize=9)
     bar.outline.set_edgecolor(style["grid"])
-    _label(axes, style, f"recall at k = {max(r['k'] for r in deep.values())}", "queries per second")
+    _label(axes, style, f"recall at k = {next(iter(at_common_k(report.records).values()))['k']}", "queries per second")
     _name_points(figure, axes, sorted(points.items(), key=lambda p: p[0] not in best_drawn), style)
     return figure
 

@@ -128,11 +128,23 @@ def pareto_names(points: dict[str, tuple[float, float]]) -> set[str]:
     }
 
 
-def at_largest_k(records: Iterable[Record]) -> dict[str, Record]:
-    """A record of the largest k for each index: where its recall is hardest to keep."""
-    return {name: max(found, key=lambda r: int(r["k"])) for name, found in searches(records).items()}
+def depth_of(record: Record) -> int:
+    """How many neighbours the search behind a record looked for."""
+    return int((record.get("options") or {}).get("depth") or record["k"])
+
+
+def at_common_k(records: Iterable[Record]) -> dict[str, Record]:
+    """A record of each index whose recall and speed can be compared: of one k, from searches of one depth.
+
+    These are the depth and k that the most indexes have; of equals the deepest, where recall is hardest to keep. An
+    index that was only searched at other depths has no record here.
+    """
+    found: dict[tuple[int, int], dict[str, Record]] = {}
+    for record in records:
+        found.setdefault((depth_of(record), record["k"]), {}).setdefault(index_name(record), record)
+    return found[max(found, key=lambda depth_and_k: (len(found[depth_and_k]), *depth_and_k))] if found else {}
 
 
 def pareto_front(records: Iterable[Record]) -> set[str]:
-    """Index names on the Pareto front of recall at the largest k against queries per second."""
-    return pareto_names({name: (record["recall"], record["qps"]) for name, record in at_largest_k(records).items()})
+    """Index names on the Pareto front of recall against queries per second, of those that can be compared."""
+    return pareto_names({name: (record["recall"], record["qps"]) for name, record in at_common_k(records).items()})
