@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.measures.retrieval import retrieval_metrics
+from faiss_knn.measures.significance import wilson_interval
 from faiss_knn.offline.lazy_rows import spans
 from faiss_knn.offline.options import EvalOptions, VoteOptions
 from faiss_knn.offline.report.results import Record
@@ -80,9 +81,12 @@ def accuracy_fields(hits: Sequence[Hits], exact_top1: Tensor, class_scores: Tens
     by_draw = torch.stack([one.top1 for one in hits]).double().mean(1)
     top1, loss = by_query.mean().item(), exact_top1 - by_query
     class_mean = class_scores.nanmean().item()
+    low, high = wilson_interval(min(by_query.sum().item(), len(by_query)), len(by_query))  # of draws, by their mean
     return {
         "top1": top1,
         "top1_se": math.sqrt(top1 * (1 - top1) / len(by_query)),
+        "top1_low": low,
+        "top1_high": high,
         "top1_std": by_draw.std().item() if len(hits) > 1 else None,
         "top5": torch.stack([one.top5 for one in hits]).double().mean().item(),
         "macro_top1": None if multi_hot else class_mean,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from faiss_knn import KNNIndex, evaluate
 from faiss_knn.offline import search as search_step
@@ -57,6 +58,8 @@ def test_every_setting_equals_float64_arithmetic(metric):
         assert record["top5"] == pytest.approx(top5.mean(), abs=1e-12)
         assert record["macro_top1"] == pytest.approx(oracle.macro(top1, query_labels), abs=1e-12)
         assert record["top1_se"] == pytest.approx(top1.std() / np.sqrt(len(top1)))
+        bounds = binomtest(int(top1.sum()), len(top1)).proportion_ci(0.95, method="wilson")
+        assert (record["top1_low"], record["top1_high"]) == pytest.approx(tuple(bounds))
         assert (record["recall"], record["accuracy_loss"], record["exact"]) == (1.0, 0.0, True)
         assert (record["num_classes"], record["n_bank"], record["n_queries"], record["dim"]) == (7, 90, 40, 5)
 

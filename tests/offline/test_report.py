@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from faiss_knn import evaluate
+from faiss_knn.offline.report.content import sections
 from faiss_knn.offline.report.ledger import Ledger
 from faiss_knn.offline.report.results import index_name, pareto_front, pareto_names
 from faiss_knn.offline.report.tables import text_table
@@ -147,6 +149,21 @@ def test_report_in_a_notebook_and_as_a_frame(report):
     assert len(str(report).splitlines()) == 1 + len(report.records)
     with pytest.raises(ValueError, match="`by` must be a field of the records with a value, got 'map'"):
         report.best("map")
+
+
+def test_accuracy_comes_with_its_interval(report, folder):
+    best = report.best()
+    shown = f"{100 * best['top1_low']:.2f}–{100 * best['top1_high']:.2f}"
+    assert shown in report.table()
+    assert f"95 % interval {shown}" in (folder / "report.md").read_text()
+
+
+def test_records_made_without_an_interval_are_still_shown(report):
+    before = [{name: v for name, v in record.items() if "top1_" not in name or name.endswith(("_se", "_std"))}
+              for record in report.records]  # fmt: skip
+    older = replace(report, records=before)
+    assert "–" in older.table()
+    assert "interval" not in sections(older)[0].text[0]
 
 
 def test_pareto_front():

@@ -14,7 +14,7 @@ from faiss_knn.offline.report.results import (
     record_key,
     searches,
 )
-from faiss_knn.offline.report.tables import format_bytes, percent, points_lost, rows_of
+from faiss_knn.offline.report.tables import format_bytes, interval, percent, points_lost, rows_of
 
 _MANY = 30  # rows of a table by class
 
@@ -89,6 +89,8 @@ def _summary(report: Results) -> Section:
     spread = f" ± {percent(best['top1_se'])} (standard error)"
     if best["top1_std"] is not None:
         spread = f" ± {percent(best['top1_std'])} (deviation over the draws)"
+    if best.get("top1_low") is not None:
+        spread += f", 95 % interval {interval(best)}"
     if best["map"] is not None:
         spread = ""
     top = f"{title_of(report)}{spread}, with {setting(best)} on index {index_name(best)}."

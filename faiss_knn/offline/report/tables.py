@@ -24,6 +24,7 @@ def rows_of(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         "vote",
         "top1",
         "±",
+        "95 %",
         "top5",
         score,
         "lost",
@@ -43,7 +44,7 @@ def rows_of(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
             [
                 name + (" *" if name in on_front else ""),
                 str(r["k"]), f"{r['temperature']:g}", r["weighting"],
-                percent(r["top1"]), percent(spread), percent(r["top5"]), percent(r[score]),
+                percent(r["top1"]), percent(spread), interval(r), percent(r["top5"]), percent(r[score]),
                 points_lost(r), percent(r["recall"]), f"{r['build_s']:.3g}", f"{r['search_s']:.3g}",
                 f"{r['qps']:,.0f}", format_bytes(r["bytes"]), *(_measured(r, name) for name in measured),
             ]
@@ -65,6 +66,13 @@ def _measured(record: Record, name: str) -> str:
 def percent(value: float | None) -> str:
     """A share as a percentage with two decimals."""
     return "–" if value is None or math.isnan(value) else f"{100 * value:.2f}"
+
+
+def interval(record: Record) -> str:
+    """The 95 % interval of a record's top-1, in percent; a dash for records that were made without it."""
+    if record.get("top1_low") is None:
+        return "–"
+    return f"{percent(record['top1_low'])}–{percent(record['top1_high'])}"
 
 
 def points_lost(record: Record) -> str:
