@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from faiss_knn.measures.recall import recalls
 from faiss_knn.measures.retrieval import retrieval_metrics
 from faiss_knn.measures.significance import wilson_interval
 from faiss_knn.offline.lazy_rows import spans
 from faiss_knn.offline.options import EvalOptions, VoteOptions
 from faiss_knn.offline.report.results import Record
-from faiss_knn.offline.scores import Hits, neighbor_labels, recalls
+from faiss_knn.offline.scores import Hits, neighbor_labels
 from faiss_knn.offline.search import SearchResult, Variant
 from faiss_knn.offline.task import EvalTask
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from faiss_knn.classify.ranking import scores_for
 from faiss_knn.classify.vote import count_votes, number_rows
+from faiss_knn.measures.average_precision import average_precisions
+from faiss_knn.measures.class_means import class_means
 from faiss_knn.offline.lazy_rows import spans
 from faiss_knn.offline.metric_names import plain_defaults
 from faiss_knn.offline.search import SearchResult
@@ -93,7 +93,7 @@ class ClassJudge:
         counted = reached & (own[:, 0] > 0)
         top1 = counted & (above == 0)
         values = self._values(k, temperature, weighting, metrics)
-        return Hits(top1, counted & (above < 5), mean_by_class(top1, self.truth, self.num_classes), values)
+        return Hits(top1, counted & (above < 5), class_means(top1, self.truth, self.num_classes), values)
 
     def _numbering(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """(Q, k) numbers in [0, k) of the neighbours' classes, (Q,) the true class's, (Q,) whether it is there."""
@@ -189,7 +189,7 @@ class SharesJudge:
             first.append(hits[:, 0])
             fifth.append(hits[:, :5].any(1))
         top1 = torch.cat(first)
-        per_class = mean_by_class(top1, self.truth, num_classes)
+        per_class = class_means(top1, self.truth, num_classes)
         return Hits(top1, torch.cat(fifth), per_class, values_of(metrics))
 
 
@@ -225,71 +225,8 @@ def scalar(name: str, value: Any) -> float:
     return float(value)
 
 
-def mean_by_class(values: Tensor, truth: Tensor, num_classes: int) -> Tensor:
-    """(C,) float64 means of (Q,) values over the queries of each class, NaN where there is none."""
-    counts = torch.bincount(truth, minlength=num_classes)
-    return torch.bincount(truth, values.double(), minlength=num_classes) / counts
-
-
 def class_shares(
     distances: Tensor, found: Tensor, labels: Tensor, num_classes: int, temperature: float, weighting: str
 ) -> Tensor:
     """(Q, C) shares of the neighbours' weight; `labels` are (Q, k) class ids or (Q, k, C), see `count_votes`."""
     return count_votes(distances, found, labels, num_classes, temperature=temperature, weighting=weighting).shares
-
-
-def average_precisions(scores: Tensor, truth: Tensor) -> Tensor:
-    """(C,) float64 average precision of each class over the queries, NaN for a class that no query has.
-
-    Queries of equal score form one threshold, as in scikit-learn's `average_precision_score`.
-
-    Args:
-        scores: (Q, C).
-        truth: (Q, C) 0 and 1.
-
-    Example:
-        >>> average_precisions(torch.tensor([[0.9], [0.8], [0.1]]), torch.tensor([[1], [0], [1]]))
-        tensor([0.8333], dtype=torch.float64)
-    """
-    columns = zip(scores.T.cpu().numpy(), truth.T.cpu().numpy(), strict=True)
-    return torch.tensor([_average_precision(s, t) for s, t in columns], dtype=torch.float64, device="cpu")
-
-
-def _average_precision(scores: npt.NDArray[Any], truth: npt.NDArray[Any]) -> float:
-    if not truth.any():
-        return float("nan")
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)  # the last query of each threshold
-    hits = np.cumsum(truth[order])[last]
-    precision = hits / (np.flatnonzero(last) + 1)
-    return float((np.diff(hits, prepend=0) * precision).sum() / hits[-1])
-
-
-def recalls(distances: Tensor, indices: Tensor, exact_distances: Tensor, exact_indices: Tensor) -> tuple[float, float]:
-    """Share of the exact neighbours that an index found, counted by distance and by id.
-
-    By distance a neighbour counts if it is no farther than the last exact one (to a relative 1e-5, for indexes that
-    keep float32 distances), so that another row of the same distance is no miss.
-
-    Args:
-        distances: (Q, k) found, inf where missing.
-        indices: (Q, k) found, -1 where missing.
-        exact_distances: (Q, k).
-        exact_indices: (Q, k).
-
-    Raises:
-        ValueError: If a row is found twice by one query: neither count would mean anything.
-
-    Example:
-        >>> found = torch.tensor([[0.1, 0.2]]), torch.tensor([[4, 7]])
-        >>> recalls(*found, torch.tensor([[0.1, 0.2]]), torch.tensor([[4, 5]]))
-        (1.0, 0.5)
-    """
-    ordered = indices.sort(dim=1).values
-    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-        raise ValueError("the index returned a row twice for one query: its recall cannot be measured")
-    farthest = exact_distances[:, -1:]
-    near = (distances <= farthest * (1 + 1e-5)) & (indices >= 0)
-    size = max(1, BLOCK // indices.shape[1] ** 2)
-    same = sum(int((indices[a:b, :, None] == exact_indices[a:b, None, :]).sum()) for a, b in spans(len(indices), size))
-    return float(near.sum()) / indices.numel(), same / indices.numel()

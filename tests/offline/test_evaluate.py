@@ -242,18 +242,6 @@ def test_an_index_is_compared_with_exact_neighbours_of_the_same_queries():
     assert [record["accuracy_loss"] for record in report.records[4:]] == [0, 0, 0, 0]
 
 
-def test_another_row_of_the_same_distance_is_no_miss():
-    from faiss_knn.offline.scores import recalls
-
-    exact = torch.tensor([[0.5, 1.0, 1.0]]), torch.tensor([[4, 1, 2]])
-    assert recalls(torch.tensor([[0.5, 1.0, 1.0]]), torch.tensor([[4, 3, 7]]), *exact) == (1.0, pytest.approx(1 / 3))
-    assert recalls(torch.tensor([[0.5, 1.1, float("inf")]]), torch.tensor([[4, 9, -1]]), *exact)[0] == pytest.approx(
-        1 / 3
-    )
-    with pytest.raises(ValueError, match="a row twice"):
-        recalls(torch.tensor([[0.5, 0.5, 1.0]]), torch.tensor([[4, 4, 1]]), *exact)
-
-
 def test_one_search_serves_every_setting(monkeypatch):
     built = []
     monkeypatch.setattr(KNNIndex, "build", _counting(KNNIndex.build, built))

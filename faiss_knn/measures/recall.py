@@ -1,0 +1,42 @@
+"""Recall of an index: which share of the exact neighbours it found."""
+
+from torch import Tensor
+
+_BLOCK = 1 << 23  # pairs of ids that are compared at once
+
+
+def recalls(distances: Tensor, indices: Tensor, exact_distances: Tensor, exact_indices: Tensor) -> tuple[float, float]:
+    """Count the exact neighbours that an index found, by distance and by id.
+
+    By distance a neighbour counts if it is no farther than the last exact one (to a relative 1e-5, for indexes that
+    keep float32 distances), so that another row of the same distance is no miss. The tuning of an index has only ids,
+    and needs the share of each query to tell how sure it is: its own count is `search.engines.tuning.recall_by_query`.
+
+    Args:
+        distances: (Q, k) found, inf where missing.
+        indices: (Q, k) found, -1 where missing.
+        exact_distances: (Q, k) ascending.
+        exact_indices: (Q, k), none missing.
+
+    Returns:
+        Two shares of all Q·k exact neighbours: counted by distance, and by id.
+
+    Raises:
+        ValueError: If a row is found twice by one query: neither count would mean anything.
+
+    Example:
+        >>> import torch
+        >>> distances = torch.tensor([[0.1, 0.2]])
+        >>> recalls(distances, torch.tensor([[4, 7]]), distances, torch.tensor([[4, 5]]))
+        (1.0, 0.5)
+    """
+    ordered = indices.sort(dim=1).values
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise ValueError("the index returned a row twice for one query: its recall cannot be measured")
+    near = (distances <= exact_distances[:, -1:] * (1 + 1e-5)) & (indices >= 0)
+    size = max(1, _BLOCK // indices.shape[1] ** 2)  # queries of a block
+    same = sum(
+        int((indices[a : a + size, :, None] == exact_indices[a : a + size, None, :]).sum())
+        for a in range(0, len(indices), size)
+    )
+    return float(near.sum()) / indices.numel(), same / indices.numel()
