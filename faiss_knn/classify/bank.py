@@ -127,7 +127,7 @@ class FeatureBank:
 
         Nothing is looked at, so that no GPU waits. See `VotingBank`.
         """
-        return self._numbered_as_given(self.index.search(queries, k, checked=True))
+        return self._numbered_as_given(self.index._search_checked(queries, k))
 
     def _numbered_as_given(self, found: Neighbors) -> Neighbors:
         if self._rows is None:

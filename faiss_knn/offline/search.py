@@ -321,7 +321,7 @@ def _searched_blocks(
 
 def _search_block(index: KNNIndex, queries: Any, k: int, variant: Variant) -> tuple[Tensor, Tensor]:
     """Distances in float64, so that pieces of a bank can be merged in their order, and indices."""
-    distances, indices = index.nearest(queries, k * variant.settings.get("k_factor", 1))
+    distances, indices = index._search_in_float64(queries, k * variant.settings.get("k_factor", 1))
     return distances[:, :k], indices[:, :k]
 
 

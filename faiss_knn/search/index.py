@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import threading
 import time
 from typing import Any, Self
 
@@ -11,13 +10,14 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from faiss_knn.search.access import Access
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.engines.base import Engine, TooFewRowsError
 from faiss_knn.search.engines.choice import DEFAULT_K, EngineRequest, make_engine
-from faiss_knn.search.engines.rerank import Neighbors
+from faiss_knn.search.engines.rerank import Neighbors, ordered_by
 from faiss_knn.search.engines.specs import check_alive, check_numbers
 from faiss_knn.search.engines.tuning import recall_sample
-from faiss_knn.search.inputs import as_count, as_integer, as_k, as_number, shown
+from faiss_knn.search.inputs import as_count, as_integer, as_k, as_number, first_line, shown
 from faiss_knn.search.precision import full_precision
 from faiss_knn.search.stored_rows import StoredRows, as_queries
 
@@ -81,11 +81,9 @@ class KNNIndex:
             measured, and nprobe tuned where the string has inverted lists. `stats.recall` says what was measured.
         storage_dtype: Dtype of the stored rows; None: the features' own, float64 as float32 where that neither merges
             rows, nor moves them by more than a millionth of their spread, nor changes what is near what
-            (`stats.storage_dtype` says which).
-            torch.float16 and torch.bfloat16 take half the memory of float32 and round each coordinate by up to 2⁻¹¹
-            and 2⁻⁸ of its size (float16 refuses values above 65,504): distances are exact, but those of the rounded
-            rows, so
-            neighbours nearer to each other than that can change places.
+            (`stats.storage_dtype` says which). torch.float16 and torch.bfloat16 take half the memory of float32 and
+            round each coordinate by up to 2⁻¹¹ and 2⁻⁸ of its size (float16 refuses values above 65,504): distances are
+            exact, but those of the rounded rows, so neighbours nearer to each other than that can change places.
         chunk_size: Queries searched at once; -1: chosen so that memory stays bounded. Where a GPU's memory runs out
             all the same, smaller parts are searched, then the CPU searches, each with a warning.
 
@@ -130,23 +128,25 @@ class KNNIndex:
         self.storage_dtype = storage_dtype
         self.chunk_size = min(chunk_size, sys.maxsize)
         self._distance = get_distance(distance_metric)
+        self._is_squared = distance_metric == "squared_euclidean"
+        self._ordering = ordered_by(self._distance)
         self._engine: Engine | None = None
         self._released: Engine | None = None
         self._rows: StoredRows | None = None
         self._build_seconds = 0.0
         self._step = _CHUNK
-        self._shortage = ""
-        self._lock = threading.RLock()
+        self._changes = 0
+        self._access = Access()
         self._measured: float | None = None
         self._known_queries: Tensor | None = None
         self._request = EngineRequest(spec)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        return {name: value for name, value in vars(self).items() if name != "_access"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._lock = threading.RLock()
+        self._access = Access()
 
     @property
     def distance_metric(self) -> str:
@@ -189,7 +189,7 @@ class KNNIndex:
         try:
             self._index(features, self.device, request)
         except torch.cuda.OutOfMemoryError as error:
-            reason = _first_line(error)
+            reason = first_line(error)
         else:
             reason = ""
         if reason:  # only now: the traceback held on to what had been allocated
@@ -206,7 +206,7 @@ class KNNIndex:
             self.release()
             self._measured = None
             previous, self._released = self._released, None
-            self._engine = make_engine(request, rows, self._distance, previous, self._known_queries_for(rows))
+            self._engine = make_engine(request, rows, self._ordering, previous, self._known_queries_for(rows))
         self._rows, self._request = rows, request
 
     def _move_to_cpu(self, features: Tensor | np.ndarray, request: EngineRequest, reason: str) -> None:
@@ -229,14 +229,12 @@ class KNNIndex:
             return None
         return known.to(rows.device, torch.float64 if rows.dtype == torch.float64 else known.dtype)
 
-    def search(self, queries: Tensor | np.ndarray, k: int, *, checked: bool = False) -> Neighbors:
+    def search(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
         """Find the k nearest rows of each query.
 
         Args:
             queries: (B, d) of any float dtype, anywhere.
             k: How many; at most N are returned.
-            checked: Whether the caller knows that every query is finite in float32 and, under cosine, not zero: to
-                look once more would make a GPU wait.
 
         Returns:
             `Neighbors` on the queries' device: (B, min(k, N)) float32 distances, ascending, and int64 indices. Equal
@@ -246,47 +244,81 @@ class KNNIndex:
         Raises:
             ValueError: If k < 1, the width differs from the bank's, or a query is not finite, or zero under cosine.
         """
-        return self.nearest(queries, k, checked=checked).single()
+        return self._reported(self._nearest(queries, k)).single()
 
-    def nearest(self, queries: Tensor | np.ndarray, k: int, *, checked: bool = False) -> Neighbors:
-        """Search like `search`, with the distances in float64 as they were ordered: for merging parts of a bank."""
+    def _search_checked(self, queries: Tensor, k: int) -> Neighbors:
+        """Search queries that are known to be finite in float32 and, under cosine, not zero: no GPU is waited for."""
+        return self._reported(self._nearest(queries, k, is_checked=True)).single()
+
+    def _search_in_float64(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
+        """Search like `search`, with distances in float64, so that parts of a bank can be joined in their order."""
+        return self._reported(self._nearest(queries, k))
+
+    def _reported(self, neighbors: Neighbors) -> Neighbors:
+        """Return distances for what neighbours are ordered by: squares for their roots, where those are asked for."""
+        if not self._is_squared:
+            return neighbors
+        squares = neighbors.distances.square().clamp_(max=torch.finfo(torch.float64).max)
+        return Neighbors(squares.masked_fill_(neighbors.indices < 0, torch.inf), neighbors.indices)
+
+    def _nearest(self, queries: Tensor | np.ndarray, k: int, *, is_checked: bool = False) -> Neighbors:
+        """Find the k nearest rows by (distance, index), the distances in float64 and, instead of squares, their roots.
+
+        Where a GPU's memory does not suffice, it is tried again with less.
+        """
         rows, _ = self._built()
         k = min(as_k(k), len(rows))
-        found = self._try(queries, k, checked=checked)
-        while found is None:
-            self._spare_memory()
-            found = self._try(queries, k, checked=checked)
+        while True:
+            state = self._changes
+            try:
+                self._retune_for(k)
+                return self._search_parts(queries, k, is_checked=is_checked)
+            except torch.cuda.OutOfMemoryError as error:
+                shortage = first_line(error)
+            self._spare_memory(state, shortage)  # only now: the traceback held on to what had been allocated
+
+    def _search_parts(self, queries: Tensor | np.ndarray, k: int, *, is_checked: bool) -> Neighbors:
+        with self._access.shared():
+            rows, engine = self._built()
+            with full_precision(rows.device):
+                prepared = as_queries(queries, rows, self._distance, checked=is_checked)
+                parts = [engine.search(part, k) for part in torch.split(prepared, self._step)]
+        distances, indices = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         device = queries.device if isinstance(queries, Tensor) else rows.device
-        distances, indices = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
         return Neighbors(distances.to(device), indices.to(device))
 
-    def _try(self, queries: Tensor | np.ndarray, k: int, *, checked: bool) -> list[tuple[Tensor, Tensor]] | None:
-        """Return what is found, part by part; None if a GPU's memory did not suffice."""
-        rows, engine = self._built()
-        try:
-            with full_precision(rows.device):
-                if engine.tuned_k is not None and k > 2 * engine.tuned_k:
-                    with self._lock:
-                        self._retune(engine, rows, k)
-                asked = as_queries(queries, rows, self._distance, checked=checked)
-                return [engine.search(part, k) for part in torch.split(asked, self._step)]
-        except torch.cuda.OutOfMemoryError as error:
-            self._shortage = _first_line(error)
-            return None
+    def _spare_memory(self, state: int, shortage: str) -> None:
+        """Search in smaller parts from now on, which finds the same, and where they are smallest, on the CPU.
 
-    def _spare_memory(self) -> None:
-        """Search in smaller parts from now on, which finds the same, and where they are smallest, on the CPU."""
-        rows, _ = self._built()
-        if self._step <= _LEAST_CHUNK:
-            self._move_to_cpu(rows.data, self._request, self._shortage)
-            return
-        self._step = max(_LEAST_CHUNK, min(self._step, _SCARCE_CHUNK) // 4)
-        torch.cuda.empty_cache()
-        logger.warning("the GPU's memory is short, so {} queries are searched at once: {}", self._step, self._shortage)
+        Args:
+            state: The number of changes when the memory ran out: another thread may have made the next one since.
+            shortage: What ran out.
+        """
+        with self._access.alone():
+            if self._changes != state:
+                return
+            self._changes += 1
+            if self._step <= _LEAST_CHUNK:
+                self._move_to_cpu(self._built()[0].data, self._request, shortage)
+                return
+            self._step = max(_LEAST_CHUNK, min(self._step, _SCARCE_CHUNK) // 4)
+            torch.cuda.empty_cache()
+            logger.warning("the GPU's memory is short, so {} queries are searched at once: {}", self._step, shortage)
 
-    def _retune(self, engine: Engine, rows: StoredRows, k: int) -> None:
-        if engine.tuned_k is not None and k > 2 * engine.tuned_k:  # else another thread has done it
-            engine.retune(k, self._known_queries_for(rows))
+    def _retune_for(self, k: int) -> None:
+        """Tune anew for a k of more than twice the one that the engine was tuned for."""
+        with self._access.shared():
+            if not self._is_tuned_for_less(k):
+                return
+        with self._access.alone():
+            if self._is_tuned_for_less(k):  # no other thread has done it meanwhile
+                rows, engine = self._built()
+                with full_precision(rows.device):
+                    engine.retune(k, self._known_queries_for(rows))
+
+    def _is_tuned_for_less(self, k: int) -> bool:
+        tuned_k = self._built()[1].tuned_k
+        return tuned_k is not None and k > 2 * tuned_k
 
     def check_spec(self, dim: int) -> None:
         """Check that FAISS can make the index for rows of width `dim`, before there are any.
@@ -316,14 +348,17 @@ class KNNIndex:
             >>> index.stats.recall_of
             'queries'
         """
-        rows, engine = self._built()
+        rows, _ = self._built()
         k = min(as_k(k), len(rows))
-        found = self.nearest(queries, k).indices.to(rows.device)
-        if engine.exact or len(found) == 0:
-            return 1.0
-        with full_precision(rows.device):
-            known_queries = as_queries(queries, rows, self._distance)
-            share, error = recall_sample(rows, self._distance, k, known_queries).recall(found)
+        found = self._nearest(queries, k).indices
+        with self._access.shared():
+            rows, engine = self._built()
+            if engine.exact or len(found) == 0:
+                return 1.0
+            with full_precision(rows.device):
+                known_queries = as_queries(queries, rows, self._distance)
+                sample = recall_sample(rows, self._ordering, k, known_queries)
+                share, error = sample.recall(found.to(rows.device))
         self._measured = share
         if share + 2 * error < self._request.target:
             self._known_queries = known_queries[:_KEPT_QUERIES].clone()
@@ -332,7 +367,10 @@ class KNNIndex:
     @property
     def stats(self) -> IndexStats:
         """What the index is and what it cost; grows with searches (`uncertified`)."""
-        rows, engine = self._built()
+        with self._access.shared():
+            return self._stats(*self._built())
+
+    def _stats(self, rows: StoredRows, engine: Engine) -> IndexStats:
         return IndexStats(
             spec=engine.spec,
             exact=engine.exact,
@@ -352,7 +390,3 @@ class KNNIndex:
         if self._rows is None or self._engine is None:
             raise RuntimeError("the index is empty: call build(features) first")
         return self._rows, self._engine
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -30,6 +30,11 @@ def shown(value: Any) -> str:
     return kind
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error says in its first line, or what it is."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def as_integer(value: Any, argument: str) -> int:
     """Return an integer of Python, numpy or torch as an int.
 
@@ -143,7 +148,7 @@ def as_device(device: torch.device | str) -> torch.device:
         return torch.empty(0, device=device).device
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # AssertionError: a build without CUDA
         raise ValueError(
-            f"`device` must be one that PyTorch can use here, got {shown(device)}: {str(error).splitlines()[0]}"
+            f"`device` must be one that PyTorch can use here, got {shown(device)}: {first_line(error)}"
         ) from error
 
 

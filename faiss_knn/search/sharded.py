@@ -20,6 +20,7 @@ from faiss_knn.distributed import (
     send_rows,
     swap_rows,
 )
+from faiss_knn.search.engines.rerank import nearest
 from faiss_knn.search.index import KNNIndex, Neighbors
 
 
@@ -160,7 +161,7 @@ class ShardedIndex:
         answers = self._answer(queries, counts, kind, found, device)
         rank, size = rank_and_size(self.group)
         answers = swap_rows(answers, counts, [counts[rank]] * size, self.group)
-        return _merge(answers.view(size, counts[rank], 2, found), found)
+        return self.index._reported(_merge(answers.view(size, counts[rank], 2, found), found)).single()
 
     def _check(self, kind: RowsHeader | None, ks: Sequence[int]) -> None:
         if self.dim is None:
@@ -188,7 +189,7 @@ class ShardedIndex:
 
     def _local(self, queries: Tensor, k: int, out: Tensor) -> None:
         rank, _ = rank_and_size(self.group)
-        distances, indices = self.index.nearest(queries, k)
+        distances, indices = self.index._nearest(queries, k)
         found = indices.shape[1]
         out[:, 0, :found] = distances.view(torch.int64)
         out[:, 1, :found] = torch.where(indices < 0, indices, indices + sum(self.counts[:rank]))
@@ -208,9 +209,7 @@ def _turns(counts: list[int], row_bytes: int, block_bytes: int) -> Iterator[list
 def _merge(answers: Tensor, k: int) -> Neighbors:
     """(ranks, B, 2, k) -> the k nearest of each query, by (distance, index)."""
     distances, indices = (part.transpose(0, 1).flatten(1) for part in answers.unbind(2))
-    # Shards lie in index order and each is sorted by (distance, index): a stable sort by distance keeps the order.
-    distances, order = distances.contiguous().view(torch.float64).sort(dim=1, stable=True)
-    return Neighbors(distances[:, :k], indices.gather(1, order[:, :k])).single()
+    return Neighbors(*nearest(distances.contiguous().view(torch.float64), indices, k))
 
 
 def _matrix_shape(kind: RowsHeader, name: str) -> tuple[int, ...]:

@@ -87,6 +87,16 @@ def test_shards_are_merged_by_the_unrounded_distance(ranks: Ranks) -> None:
     assert ranks.run(closest_in_float64) == [[1, 0], [1, 0]]
 
 
+def beyond_float64() -> list[list[int]]:
+    rows = torch.tensor([[3e200], [2e200], [1e200]], dtype=torch.float64)
+    shards = ShardedIndex(KNNIndex(distance_metric="squared_euclidean")).build(part(rows, [1, 2]))
+    return shards.search(torch.zeros(1, 1, dtype=torch.float64), 3).indices.tolist()
+
+
+def test_shards_are_merged_in_order_where_float64_does_not_hold_the_squares(ranks: Ranks) -> None:
+    assert ranks.run(beyond_float64, ranks=2) == [[[2, 1, 0]]] * 2
+
+
 def dealt(counts: list[list[int]]) -> Any:
     rank, _ = rank_and_size()
     mine = torch.arange(sum(counts[rank])) + 100 * rank

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from faiss_knn.search.distance import get_distance
-from faiss_knn.search.engines.bounds import ProductBounds, rounded_up
+from faiss_knn.search.engines.bounds import DifferenceBounds, ProductBounds, rounded_up
 from faiss_knn.search.engines.projection import leading_directions
 from faiss_knn.search.stored_rows import StoredRows
 
@@ -173,3 +173,11 @@ def test_upper_bounds_are_rounded_up(dtype):
     below = (rounded.view(torch.int16 if dtype == torch.bfloat16 else torch.int32) - 1).view(dtype).double()
     assert (below < values)[values > 0].all()
     assert torch.equal(rounded_up(rounded.double(), dtype), rounded)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 2_200_000), (torch.float32, 4_300_000)])
+def test_nothing_is_proven_where_sums_may_be_off_by_half(dtype, dim):
+    rows = StoredRows(torch.ones(3, dim) * torch.tensor([[1.0], [2.0], [3.0]]))
+    norms = torch.ones(3, dtype=torch.float64)
+    for bounds in (ProductBounds(rows, get_distance("euclidean"), dtype), DifferenceBounds(rows)):
+        assert (bounds.least_score(bounds.prepare(rows.data), norms) == -torch.inf).all()

@@ -1,5 +1,7 @@
 """What a machine without a GPU can show of the GPU path: tensors handed over, and what is done when memory runs out."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
@@ -110,6 +112,27 @@ def test_where_no_part_is_small_enough_the_cpu_searches(monkeypatch, logged):
     assert torch.equal(found.indices, expected.indices)
     assert torch.equal(found.distances, expected.distances)
     assert "does not suffice for 500 rows, so the CPU searches" in "\n".join(logged)
+
+
+def test_threads_that_run_out_of_memory_together_change_the_index_once(monkeypatch, logged):
+    rows, queries, threads = torch.randn(6000, 16), torch.randn(300, 16), 5
+    index = KNNIndex().build(rows)
+    expected = index.search(queries, 5)
+    search, first, together = ExactEngine.search, index._engine, threading.Barrier(threads)
+
+    def never_enough(self, queries, k):
+        if self is first:
+            together.wait(20)
+            raise OUT_OF_MEMORY
+        return search(self, queries, k)
+
+    monkeypatch.setattr(ExactEngine, "search", never_enough)
+    with ThreadPoolExecutor(threads) as pool:
+        answers = list(pool.map(index.search, [queries] * threads, [5] * threads))
+    assert all(torch.equal(found.indices, expected.indices) for found in answers)
+    said = "\n".join(logged)
+    assert [said.count(f"so {part} queries are searched") for part in (128, 32)] == [1, 1]
+    assert said.count("so the CPU searches") == 1
 
 
 def test_a_bank_that_does_not_fit_is_built_on_the_cpu(monkeypatch, logged):

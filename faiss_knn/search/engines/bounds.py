@@ -39,7 +39,12 @@ _DOUBLE, _SINGLE, _HALF = 2.0**-53, 2.0**-24, 2.0**-8  # unit roundoff of float6
 # What a product's terms and sums are off by, in units of float32's roundoff: twice, for units that do not round to
 # nearest; twice again, for tensor cores that cut off what they align. And 1 %, for terms of second order.
 _PRODUCT_ROUNDINGS, _HALF_PRODUCT_ROUNDINGS = 2.02, 4.04
+_UNIT_ERROR, _SINGLE_UNIT_ERROR = 2.0**-50, 2.0**-21  # of a vector divided by its length, in float64 and float32
+_LEAST_BLUR = 2.0**-50  # of u, whose typical size is 1: what scaling loses of numbers that leave float32's range
 _SECOND_ORDER = 1.01  # |û| and |v̂| instead of |u| and |v|
+_MOST_ERROR = (
+    0.5  # of products, sums and projections, relative: beyond it, at millions of dimensions, nothing is proven
+)
 BOUND_COLUMNS = 5  # beside the vector, at most
 # Values of a block made at once: as fast as smaller ones that stay in cache, and each block costs a dozen barriers
 # between threads, which a busy machine makes expensive.
@@ -111,6 +116,7 @@ class ProductBounds:
         self._gamma = (_HALF_PRODUCT_ROUNDINGS if half else _PRODUCT_ROUNDINGS) * (self._width + 8) * _SINGLE
         self._norm_error = 1.01 * (rows.dim + 8) * _SINGLE  # of |u|² summed in float32
         self._tilt = 0.0 if basis is None else _tilt(basis)
+        self._is_proof = max(self._gamma, self._norm_error, self._tilt) <= _MOST_ERROR
         self._passed_over: Tensor | None = None
         if passed_over is not None:
             self._passed_over = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -138,8 +144,9 @@ class ProductBounds:
         self._work = torch.float64 if unsafe or rows.dtype == torch.float64 else torch.float32
         self._centre = self._centre.to(self._work).double()
         # Unit vectors are off by some 2^-22 (2^-50) before they are centred, however small they are after.
-        self._unit_error = self._scale * 2.0**-50 if self._distance.normalized else 0.0
-        self._blur = 2.0**-50 + self._unit_error * (1.0 if self._work == torch.float64 else 2.0**29)
+        self._unit_error = self._scale * _UNIT_ERROR if self._distance.normalized else 0.0
+        of_rows = _UNIT_ERROR if self._work == torch.float64 else _SINGLE_UNIT_ERROR
+        self._blur = _LEAST_BLUR + (self._scale * of_rows if self._distance.normalized else 0.0)
         self._shift = 0.5 * (size * self._scale) ** 2
 
     def _as_compared(self, block: Tensor, start: int) -> Tensor:
@@ -239,6 +246,8 @@ class ProductBounds:
 
     def least_score(self, prepared: PreparedQueries, norms: Tensor) -> Tensor:
         """Return (B,) float64: every row within this norm of differences has at least such a score."""
+        if not self._is_proof:
+            return torch.full_like(prepared.square, -torch.inf)
         square = (norms * self._scale + self._unit_error).square() * (1 + self._slack)
         least = self._shift - (square - prepared.square * (1 - self._slack)) / 2
         # Of a query beyond reach, or a distance that is no number, nothing is known.
@@ -264,7 +273,7 @@ class DifferenceBounds:
         self._rows = rows
         self._dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         # Each difference is rounded once, their sum d times; both relative to the distance.
-        self._gamma = (rows.dim + 16) * (2.0**-50 if self._dtype == torch.float64 else 2.0**-22)
+        self._gamma = (rows.dim + 16) * (8 * _DOUBLE if self._dtype == torch.float64 else 4 * _SINGLE)
 
     def prepare(self, queries: Tensor) -> PreparedQueries:
         """Prepare queries (B, d)."""
@@ -276,8 +285,10 @@ class DifferenceBounds:
         """Return (stop - start, B) scores of a block of rows."""
         return torch.cdist(self._rows.block(start, stop).to(self._dtype), prepared.vectors, p=1.0).neg_()
 
-    def least_score(self, prepared: PreparedQueries, norms: Tensor) -> Tensor:  # noqa: ARG002
+    def least_score(self, prepared: PreparedQueries, norms: Tensor) -> Tensor:
         """Return (B,) float64: every row within this norm of differences has at least such a score."""
+        if self._gamma > _MOST_ERROR:
+            return torch.full_like(prepared.square, -torch.inf)
         # A float32 sum that overflowed says no more than that.
         return torch.where(norms < 1e38, -norms * (1 + self._gamma), -torch.inf)
 
@@ -303,4 +314,4 @@ def _tilt(basis: Tensor) -> float:
     dim, count = basis.shape
     exact = basis.double()
     skew = float((exact.T @ exact - torch.eye(count, dtype=torch.float64, device=basis.device)).norm())
-    return float(1.01 * dim * 2.0**-24 * count**0.5 + 2 * skew)
+    return float(1.01 * dim * _SINGLE * count**0.5 + 2 * skew)

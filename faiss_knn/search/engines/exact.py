@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faiss_knn.search.distance import Distance, get_distance, normalize, pair_norms
+from faiss_knn.search.distance import Distance, normalize, pair_norms
 from faiss_knn.search.engines.bounds import BOUND_COLUMNS, Bounds, DifferenceBounds, ProductBounds
 from faiss_knn.search.engines.costs import seconds_per_candidate
 from faiss_knn.search.engines.duplicates import Duplicates
@@ -56,9 +56,7 @@ class ExactEngine:
     ) -> None:
         self._rows = rows
         self.device = rows.device
-        # Squared distances are ordered before they are squared: float64 does not hold every square.
-        self._is_squared = distance.name == "squared_euclidean"
-        self._distance = distance = get_distance("euclidean") if self._is_squared else distance
+        self._distance = distance
         self._dtype = scan_dtype(rows.device)
         self._duplicates: Duplicates | None = None
         self.uncertified = self._trial_searched = self._trial_uncertified = 0
@@ -148,8 +146,6 @@ class ExactEngine:
                 del bounds  # so that a tighter one can take its place
                 self._learn(oversampling, needed, count)
             done = part.stop
-        if self._is_squared:
-            distances = distances.square().clamp_(max=torch.finfo(torch.float64).max)  # inf is for what was not found
         return distances, ids
 
     def _search_chunk(self, queries: Tensor, k: int, bounds: Bounds, count: int) -> tuple[Tensor, Tensor, list[int]]:

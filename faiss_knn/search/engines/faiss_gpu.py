@@ -10,8 +10,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from faiss_knn.search.engines.backend import faiss
-from faiss_knn.search.engines.backend import reason as backend_reason
+from faiss_knn.search.engines.backend import faiss, reason
 
 MAX_K = MAX_NPROBE = 2048  # of FAISS's own kernels; some of them abort the process beyond it
 _FLAT = {"IndexFlat", "IndexFlatL2", "IndexFlatIP"}
@@ -88,7 +87,7 @@ def to_gpu(index: Any, device: torch.device, *, half: bool = False) -> tuple[Any
         The index on the GPU and what it must keep alive; None, with a warning, if FAISS has no such index there.
     """
     library = faiss()
-    reason = f"{type(index).__name__} exists on the CPU only"
+    why = f"{type(index).__name__} exists on the CPU only"
     if type(index).__name__ in _KINDS:
         resources = _resources.get(device.index) or Resources()
         _resources[device.index] = resources
@@ -101,8 +100,8 @@ def to_gpu(index: Any, device: torch.device, *, half: bool = False) -> tuple[Any
         except RuntimeError as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            reason = backend_reason(error)
-    logger.warning("FAISS searches this index on the CPU, not on {}: {}", device, reason)
+            why = reason(error)
+    logger.warning("FAISS searches this index on the CPU, not on {}: {}", device, why)
     return None
 
 

@@ -1,11 +1,12 @@
 """From candidates to neighbours: exact distances of the stored rows, ordered by (distance, index)."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from faiss_knn.search.distance import Distance, normalize, pair_norms
+from faiss_knn.search.distance import Distance, get_distance, normalize, pair_norms
 from faiss_knn.search.stored_rows import StoredRows
 
 _PAIR_BYTES = 4 << 20  # float64 rows gathered at once: more makes the heap shrink and grow with every search
@@ -34,6 +35,16 @@ class Neighbors(NamedTuple):
         """Round distances to float32; those beyond it become its largest number, for inf means that none was found."""
         most = torch.finfo(torch.float32).max
         return Neighbors(self.distances.clamp(max=most).float().masked_fill(self.indices < 0, torch.inf), self.indices)
+
+
+def ordered_by(distance: Distance) -> Distance:
+    """Return the distance that neighbours are ordered by: instead of squares their roots, under the same name.
+
+    Float64 does not hold every square: of very near or very far rows it would merge them.
+    """
+    root = get_distance("euclidean")
+    is_squared = distance.name == "squared_euclidean"
+    return replace(distance, from_norm=root.from_norm, to_norm=root.to_norm) if is_squared else distance
 
 
 def measure(
