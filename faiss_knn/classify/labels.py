@@ -16,10 +16,11 @@ from torch import Tensor
 
 from faiss_knn.search.inputs import as_count, as_integer, check_dense, shown
 
-Names = npt.NDArray[np.str_]
+Names = npt.NDArray[np.str_] | npt.NDArray[np.object_]  # of dtype object with None where a row is unlabelled, else str
 
 UNLABELLED = -1
 _FILL = "fill what is missing with -1, which leaves the row out"
+_NAME_OR_NONE = "give every row a name (str), or None where it has no label"
 _TOO_LARGE = "must be below 2^63, got larger ones: renumber the classes"
 _MOST_CLASSES = 2**31 - 1
 _SHARE_SUM_TOLERANCE = 1e-2  # bfloat16 shares add up to 1 within 2^-8
@@ -45,12 +46,15 @@ def as_labels(values: Any, what: str, *, float_ids: bool = False, ignore_index: 
     """
     read = read_labels(values, what, float_ids=float_ids, ignore_index=ignore_index)
     if not isinstance(read, Tensor):
-        raise ValueError(f"{what} must be class ids, got names such as {str(read.flat[0])!r}: number them first")  # noqa: TRY004
+        raise ValueError(f"{what} must be class ids, got names such as {first_name(read)!r}: number them first")  # noqa: TRY004
     return read
 
 
 def read_labels(values: Any, what: str, *, float_ids: bool = False, ignore_index: int | None = None) -> Tensor | Names:
-    """Read labels as `as_labels` does, or (N,) names of classes as an array of str.
+    """Read labels as `as_labels` does, or (N,) names of classes.
+
+    A name that is missing as Python, numpy and pandas say it (None, NaN, NaT, NA, a masked entry, an empty place of a
+    Categorical), or -1 among names, is None.
 
     Raises:
         ValueError: As `as_labels`, but not for names.
@@ -149,14 +153,27 @@ def number_classes(*labels: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def number_names(names: Names) -> tuple[Names, Tensor]:
-    """Return the (C,) different names in sorted order, and (N,) int64 numbers for the (N,) names.
+    """Return the (C,) different names in sorted order, and (N,) int64 numbers for the (N,) names, -1 for None.
 
     Example:
-        >>> number_names(np.array(["dog", "cat", "dog"]))
-        (array(['cat', 'dog'], dtype='<U3'), tensor([1, 0, 1]))
+        >>> number_names(np.array(["dog", None, "cat", "dog"], object))
+        (array(['cat', 'dog'], dtype='<U3'), tensor([ 1, -1,  0,  1]))
     """
-    classes, numbers = np.unique(names, return_inverse=True)
-    return classes, torch.from_numpy(numbers.astype(np.int64))
+    named = is_named(names)
+    classes, found = np.unique(names[named].astype(str), return_inverse=True)
+    numbers = np.full(len(names), UNLABELLED, np.int64)
+    numbers[named] = found
+    return classes, torch.from_numpy(numbers)
+
+
+def is_named(names: Names) -> npt.NDArray[np.bool_]:
+    """Tell which of (N,) names are not None."""
+    return np.fromiter((name is not None for name in names), bool, len(names))
+
+
+def first_name(names: Names) -> str:
+    """The first name that is not None, for messages."""
+    return str(names[is_named(names)][0])
 
 
 def as_class_count(num_classes: Any) -> int:
@@ -181,7 +198,7 @@ def as_dense(values: Any, what: str) -> Tensor:
     """
     read = _from_tensor(values, what) if isinstance(values, Tensor) else _from_array(values, what)
     if not isinstance(read, Tensor):
-        raise ValueError(f"{what} must be numbers, got text such as {str(read.flat[0])!r}")  # noqa: TRY004
+        raise ValueError(f"{what} must be numbers, got text such as {first_name(read)!r}")  # noqa: TRY004
     return read
 
 
@@ -194,9 +211,9 @@ def _from_tensor(values: Tensor, what: str) -> Tensor:
 
 def _from_array(values: Any, what: str) -> Tensor | Names:
     array = _plain(values, what)
-    if array.ndim == 2 and array.shape[1] == 1 and array.dtype.kind == "U":
+    if array.ndim == 2 and array.shape[1] == 1 and array.dtype.kind in "UO":
         array = array[:, 0]
-    if array.dtype.kind == "U":
+    if array.dtype.kind in "UO":  # objects are names, some of them None
         if array.ndim != 1 or not len(array):
             raise ValueError(f"{what} must be (N,) class ids or names, got {array.dtype} of shape {array.shape}")
         return array
@@ -211,8 +228,14 @@ def _from_array(values: Any, what: str) -> Tensor | Names:
 
 
 def _plain(values: Any, what: str) -> npt.NDArray[Any]:
+    if np.ma.is_masked(values) and values.dtype.kind in "UO":
+        names = values.data.astype(object)
+        names[np.ma.getmaskarray(values)] = None
+        return _from_objects(names, what)
     if np.ma.is_masked(values):
         raise ValueError(f"{what} must not have masked entries: fill them with -1, which leaves those rows out")
+    if (coded := _with_empty_places(values)) is not None:
+        return coded
     try:
         array = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -227,7 +250,9 @@ def _from_objects(array: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
     """Labels of dtype object, as pandas gives names and nullable integers, in a dtype of their own."""
     if all(isinstance(value, str) for value in array.flat):
         return array.astype(str)
-    kind = str if array.size and isinstance(array.flat[0], str) else (int, np.integer, np.bool_)
+    if isinstance(next((value for value in array.flat if not _is_missing(value)), None), str):
+        return _from_names(array, what)
+    kind = (int, np.integer, np.bool_)
     for row, value in enumerate(array.flat):
         if not isinstance(value, kind):
             raise ValueError(  # noqa: TRY004
@@ -237,6 +262,38 @@ def _from_objects(array: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
         return array.astype(np.int64)
     except OverflowError as error:
         raise ValueError(f"{what} {_TOO_LARGE}") from error
+
+
+def _from_names(array: npt.NDArray[Any], what: str) -> npt.NDArray[np.object_]:
+    """Names with None where one is missing."""
+    names = np.empty(array.shape, object)
+    for row, value in enumerate(array.flat):
+        if isinstance(value, str):
+            names.flat[row] = str(value)
+        elif not _is_missing(value):
+            raise ValueError(
+                f"{what} must be all integers or all names, got {shown(value)} at place {row}: {_NAME_OR_NONE}"
+            )
+    return names
+
+
+def _is_missing(value: Any) -> bool:
+    """Tell whether a value among names says that there is none: None, NaN, NaT and NA of pandas, or -1."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    if isinstance(value, (float, np.floating)):
+        return bool(np.isnan(value))
+    return isinstance(value, (int, np.integer)) and int(value) == UNLABELLED
+
+
+def _with_empty_places(values: Any) -> npt.NDArray[np.int64] | None:
+    """The class ids of a pandas Categorical, also in a Series, that has empty places; None for everything else."""
+    categorical = getattr(values, "array", values)
+    codes = getattr(categorical, "codes", None)
+    if not isinstance(codes, np.ndarray) or not hasattr(categorical, "categories") or not (codes < 0).any():
+        return None
+    categories = np.asarray(categorical.categories)
+    return np.where(codes < 0, UNLABELLED, categories[codes]) if categories.dtype.kind == "i" else None
 
 
 def _from_floats(values: Tensor, what: str, float_ids: bool) -> Tensor:

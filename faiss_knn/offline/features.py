@@ -23,6 +23,8 @@ _FEATURES = (
     *("features", "embeddings", "embedding", "embeds", "embed", "emb", "feats", "feat"),
     *("x", "X", "data", "vectors", "vector"),
 )
+# Columns of numbers that are no features by what they are called: numbers of rows and samples, folds and splits.
+_BOOKKEEPING = re.compile(r"(.*[_. -])?(id|ids|idx|index|row|fold|split)|unnamed: 0|__index_level_\d+__|level_0|", re.I)
 _NAMED_FORMATS = (".npz", ".safetensors", ".h5", ".hdf5")
 _LISTED = 20
 _COLUMNS_HINT = " (columns belong together where their names differ in a number at the end, or list them: a,b,c)"
@@ -60,8 +62,9 @@ def read_features(
     `bank`, `gallery`, or `test`, `queries`, `query`, `val`: `train_features`, `X_train`, `train/features`, or `train`
     alone, as in the HDF5 files of ann-benchmarks), then `features`, `embeddings`, `x`; and `labels`, `targets`, `y`.
     A file with a single array of vectors needs no names. In a table, a column of lists is an array, and so are columns
-    that differ in a number at the end of their names alone (`emb_0`, `emb_1`: the array `emb_*`). Nothing but the two
-    arrays is read.
+    that differ in a number at the end of their names alone (`emb_0`, `emb_1`: the array `emb_*`). Where other columns
+    of numbers stand beside these, but for labels, ids and splits, `features_key` must say which are the features.
+    Nothing but the two arrays is read.
 
     Args:
         path: A file (.npy .npz .pt .pth .safetensors .parquet .arrow .feather .csv .tsv .jsonl .h5 .hdf5 .fvecs .bvecs
@@ -205,10 +208,35 @@ def _read_file(path: Path, role: Role, features_key: str | None, labels_key: str
         name = _only_vectors(path, arrays) if usual is None else usual
         rows = _as_rows(path, arrays[name], was_named=False)
     labels = _labels_beside(path, arrays, role, name, labels_key) if with_labels else None
+    if features_key is None:
+        _check_left_out(path, arrays, name, labels)
     names = labels.class_names if labels is not None else None
     if "class_names" in arrays:
         names = [str(x) for x in np.asarray(read_array(path, arrays["class_names"]))]
     return Features(rows, None if labels is None else _as_labels(path, labels), names, str(path))
+
+
+def _check_left_out(path: Path, arrays: Arrays, features: str, labels: Member | None) -> None:
+    """Refuse numbered columns as the features where the table has other columns of numbers, which may be features too.
+
+    Labels and what `_BOOKKEEPING` names may stand beside them.
+    """
+    if not arrays[features].columns:
+        return
+    left_out = [
+        name
+        for name, member in arrays.items()
+        if len(member.shape) == 1 and member.dtype.kind in "fiu" and member is not labels
+        if not _BOOKKEEPING.fullmatch(name) and re.split(r"[_./]", name.lower())[-1] not in LABEL_NAMES
+    ]
+    if left_out:
+        shown = ", ".join(left_out[:_LISTED]) + (", …" if len(left_out) > _LISTED else "")
+        columns = arrays[features].columns
+        raise DataError(
+            f"{path}: {len(columns)} columns {features} are numbered, but there are {len(left_out)} other columns of "
+            f"numbers, {shown}: name the features with --features-key: {features} for the numbered ones alone, or all "
+            "of them with commas between (a,b,c)"
+        )
 
 
 def _labels_beside(path: Path, arrays: Arrays, role: Role, features: str, key: str | None) -> Member | None:

@@ -14,7 +14,9 @@ from torch import Tensor
 from faiss_knn.classify.labels import (
     Names,
     as_class_count,
+    first_name,
     is_labelled,
+    is_named,
     is_soft,
     most_likely,
     number_classes,
@@ -279,15 +281,18 @@ def _numbered(
         return tensors, names
     if tensors:
         raise ValueError("`bank_labels` and `query_labels` must both be class ids or both be names")
+    words = [labels for labels in read if not isinstance(labels, Tensor)]
     if ignore_index is not None:
-        raise ValueError(f"`ignore_index` is for class ids, but the labels are names, such as {str(read[0][0])!r}")
-    names = names or [str(name) for name in np.unique(np.concatenate(read))]
+        raise ValueError(f"`ignore_index` is for class ids, but the labels are names, such as {first_name(words[0])!r}")
+    named = [array[is_named(array)].astype(str) for array in words]
+    names = names or [str(name) for name in np.unique(np.concatenate(named))]
     number = {name: i for i, name in enumerate(names)}
-    unknown = next((str(word) for array in read for word in np.unique(array) if str(word) not in number), None)
+    unknown = next((str(word) for array in named for word in np.unique(array) if str(word) not in number), None)
     if unknown is not None:
         raise ValueError(f"label {unknown!r} is not among the class names, {names[:3]} ({len(names)} of them)")
     return [
-        torch.tensor([number[str(word)] for word in array], dtype=torch.int64, device="cpu") for array in read
+        torch.tensor([-1 if word is None else number[str(word)] for word in array], dtype=torch.int64, device="cpu")
+        for array in words
     ], names
 
 

@@ -87,7 +87,7 @@ def test_class_ids_are_renumbered_in_their_order():
         (np.array([2**63], np.uint64), "below 2\\^63"),
         ([2**70], "below 2\\^63"),
         ([1, "cat"], "all integers or all names, got 'cat' at place 1"),
-        (["cat", None], "all integers or all names, got None at place 1"),
+        (["cat", 3], "all integers or all names, got 3 at place 1: give every row a name .*None"),
         (pd.Series([1, None], dtype="Int64"), "got float64 with NaN at place 1: fill what is missing with -1"),
         ([1.0, 2.0], "must be integers, got torch.float64: cast them"),
         ([[1], [2, 3]], "must be one array, got list"),

@@ -36,8 +36,9 @@ def records(folder):
 def test_without_files_it_evaluates_the_digits(capsys):
     assert main(["eval", "--k", "1", "5"]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[0].split()[:3] == ["index", "k", "T"]
-    assert out.splitlines()[1].split()[:5] == ["flat", "1", "0.07", "inverse", "99.33"]
+    assert out.splitlines()[0] == "bank 1,347 x 64, queries 450 x 64"
+    assert out.splitlines()[1].split()[:3] == ["index", "k", "T"]
+    assert out.splitlines()[2].split()[:5] == ["flat", "1", "0.07", "inverse", "99.33"]
     assert err == ""  # no progress in a pipe
 
 
@@ -277,7 +278,7 @@ def test_few_shot_warns_of_the_banks_that_were_drawn(files, capsys):
 
 def test_metrics_and_latency_are_in_the_table(files, capsys):
     assert main(["eval", *files, "--k", "1", "5", "--metric", "MulticlassF1Score", "--latency", "3"]) == 0
-    heading, first, _ = capsys.readouterr().out.splitlines()
+    heading, first, _ = capsys.readouterr().out.splitlines()[1:]
     assert heading.split()[-5:] == ["MulticlassF1Score", "p50", "ms", "p95", "ms"]
     assert all(float(cell) > 0 for cell in first.split()[-3:])
 
@@ -308,9 +309,9 @@ def test_labels_of_a_name_in_a_file_of_their_own(files, tmp_path, capsys):
     shown = []
     for key in ("fine", "coarse"):
         assert main([*arguments, str(tmp_path / "labels.npz"), "--labels-key", key]) == 0
-        shown.append(capsys.readouterr().out.splitlines()[1].split()[4])
+        shown.append(capsys.readouterr().out.splitlines()[2].split()[4])
     assert main(["eval", files[0], "--leave-one-out", "--k", "3"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[4] == shown[0] != shown[1]
+    assert capsys.readouterr().out.splitlines()[2].split()[4] == shown[0] != shown[1]
 
 
 @pytest.mark.parametrize("way", ["a file", "a file's child", "results.jsonl is a folder"])
@@ -382,7 +383,7 @@ def test_a_part_of_an_extraction_is_evaluated_on_request_alone(tmp_path, capsys)
     assert main(arguments) == 1
     assert "was cut off after 24 rows" in capsys.readouterr().err
     assert main([*arguments, "--allow-partial"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["flat", "1"]
+    assert capsys.readouterr().out.splitlines()[2].split()[:2] == ["flat", "1"]
 
 
 def test_a_config_that_is_a_pipe_is_refused(tmp_path, capsys):

@@ -48,8 +48,8 @@ WIDE = {
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("prefix", ["emb_", "f", "feature.", "", "Größe "])
 def test_numbered_columns_are_the_features_and_no_others(tmp_path, name, prefix):
-    """Also in another order than that of their numbers; the columns beside them are floats like them."""
-    table = frame(prefix, score=RNG.standard_normal(12), weight=1.5, split="train", fold=LABELS + 0.0)
+    """Also in another order than that of their numbers; beside them are ids, splits and text."""
+    table = frame(prefix, image_id=np.arange(12), source="web", split="train", fold=LABELS + 0.0)
     WIDE[name](tmp_path / name, table[sorted(table.columns)])
     found = read_features(tmp_path / name)
     np.testing.assert_allclose(found.rows[0:12], ROWS, rtol=1e-6)
@@ -135,6 +135,15 @@ DOUBTFUL = {
     "two groups": (lambda: frame("f", g0=ROWS[:, 0], g1=ROWS[:, 0]), r"cannot tell which of .*f\* .*g\* "),
     "a group and a list": (lambda: frame("f", vec=list(ROWS)), "cannot tell which of"),
     "a gap": (lambda: frame().drop(columns="emb_4"), "columns emb_0 to emb_10 lack number 4"),
+    "other numbers": (
+        lambda: frame("V", Amount=ROWS[:, 0], Time=np.arange(12)),
+        r"11 columns V\* are numbered, but there are 2 other columns of numbers, Amount, Time: .*(a,b,c)",
+    ),
+    "other numbers of a usual name": (
+        lambda: frame("x", y_fraction=ROWS[:, 0]),
+        r"11 columns x\* are numbered, but there are 1 other columns of numbers, y_fraction",
+    ),
+    "letters and numbers": (lambda: frame("f", fa=ROWS[:, 0], fb=ROWS[:, 1]), "2 other columns of numbers, fa, fb"),
     "labels among the numbers": (labels_among_numbers, "column '11' holds whole numbers, unlike others"),
 }
 
@@ -169,6 +178,11 @@ def test_what_is_doubtful_can_be_asked_for(tmp_path):
     found = read_features(tmp_path / "a.parquet", features_key="height,width")
     np.testing.assert_array_equal(found.rows, ROWS[:, :2])
     np.testing.assert_array_equal(found.labels, LABELS)
+    frame("V", Amount=ROWS[:, 0], digit=LABELS).drop(columns="label").to_parquet(tmp_path / "c.parquet")
+    for key, width in (("V", 11), ("V0,V3,Amount", 3)):
+        assert read_features(tmp_path / "c.parquet", features_key=key, labels_key="digit").rows.shape == (12, width)
+    frame("V", digit=LABELS).drop(columns="label").to_parquet(tmp_path / "d.parquet")
+    assert read_features(tmp_path / "d.parquet", labels_key="digit").rows.shape == (12, 11)
     frame().drop(columns="emb_4").to_parquet(tmp_path / "b.parquet")
     assert read_features(tmp_path / "b.parquet", features_key="emb_").rows.shape == (12, 10)
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from faiss_knn import evaluate
+from faiss_knn import FeatureBank, evaluate
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.standard_normal((4, 6))
@@ -52,6 +52,38 @@ def test_labels_of_any_kind_give_the_same_numbers(kind):
         assert scores(report) == [pytest.approx(s) for s in scores(PLAIN)]
     assert report.records[0]["num_classes"] == 4
     assert all(len(by_class) == 4 for by_class in report.per_class.values())
+
+
+def gaps(filler):
+    return lambda names: np.array([filler if i % 5 == 0 else name for i, name in enumerate(names)], object)
+
+
+MISSING = {
+    **{repr(filler): gaps(filler) for filler in (None, float("nan"), np.float32("nan"), pd.NA, pd.NaT, -1)},
+    "list": lambda names: gaps(None)(names).tolist(),
+    "list with NaN": lambda names: gaps(float("nan"))(names).tolist(),
+    "column": lambda names: gaps(None)(names)[:, None],
+    "series": lambda names: pd.Series(gaps(None)(names)),
+    "series of strings": lambda names: pd.Series(gaps(None)(names), dtype="string"),
+    "categorical": lambda names: pd.Categorical(gaps(None)(names), categories=NAMES),
+    "categorical series": lambda names: pd.Series(gaps(None)(names), dtype="category"),
+    "masked": lambda names: np.ma.masked_array(names, mask=np.arange(len(names)) % 5 == 0),
+    "categorical numbers": lambda names: pd.Categorical(
+        [None if name is None else NAMES.tolist().index(name) for name in gaps(None)(names)]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_rows_whose_name_is_missing_are_unlabelled(kind):
+    bank, queries = (MISSING[kind](NAMES[labels]) for labels in (BANK_LABELS, QUERY_LABELS))
+    plain = [np.where(np.arange(len(y)) % 5 == 0, -1, y) for y in (BANK_LABELS, QUERY_LABELS)]
+    expected = evaluate(BANK, plain[0], QUERIES, plain[1], k=(1, 5))
+    found = evaluate(BANK, bank, QUERIES, queries, k=(1, 5))
+    assert scores(found) == scores(expected)
+    assert (found.checks["unlabelled_bank"], found.checks["unlabelled_queries"]) == (16, 6)
+    assert found.class_names in (NAMES.tolist(), None)
+    assert FeatureBank(BANK, bank).predict(QUERIES).equal(FeatureBank(BANK, plain[0]).predict(QUERIES))
 
 
 def test_large_class_ids_are_numbered_and_named_by_id(tmp_path):

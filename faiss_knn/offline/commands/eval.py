@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from faiss_knn.offline.features import Features
     from faiss_knn.offline.options import EvalOptions
-    from faiss_knn.offline.report.report import EvalReport
+    from faiss_knn.offline.report.report import EvalReport, Record
 
 # torch and the readers are imported when there is something to evaluate, so that --help and bad usage answer at once.
 
@@ -136,12 +136,19 @@ def _device(name: str) -> str | None:
     return name
 
 
+def _sizes(record: "Record") -> str:
+    """What was compared: rows and widths, in which a wrong choice of columns shows."""
+    bank, queries, dim = record["n_bank"], record["n_queries"], record["dim"]
+    return f"bank {bank:,} x {dim:,}, queries {queries:,} x {dim:,}"
+
+
 def _show(report: "EvalReport", out: Path | None, notes: list[str]) -> None:
     if out is not None and find_spec("matplotlib") is None:
         notes = [*notes, "the report is without plots, which need matplotlib: pip install 'faiss-knn[plot]'"]
     for note in (*report.warnings, *notes):
         print(f"faiss-knn: warning: {note}", file=sys.stderr)
     try:
+        print(_sizes(report.records[0]))
         print(report.table())
         if out is not None:
             print(f"\nwritten to {out}: report.html")
