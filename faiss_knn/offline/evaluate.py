@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -235,17 +235,18 @@ class _Evaluation:
                 exact_hits = hits if results is exact else [judge.judge(*vote, {}) for judge in exact_judges]
                 self._exact_top1[vote] = top1_by_query(exact_hits)
             class_scores = torch.stack([one.per_class for one in hits]).mean(0)
-            yield (
-                self.setup(variant, vote)
-                | accuracy_fields(hits, self._exact_top1[vote], class_scores, self.draws[0].multi_hot)
-                | recall[vote.k]
-                | retrieval_at(retrieval, vote.k)
-                | cost
-                | {"duplicates": self._copies.equal, "near_duplicates": self._copies.near}
-                | self.files
-                | surroundings(),
-                class_scores.tolist(),
-            )
+            fields = {
+                **self.setup(variant, vote),
+                **accuracy_fields(hits, self._exact_top1[vote], class_scores, self.draws[0].multi_hot),
+                **recall[vote.k],
+                **retrieval_at(retrieval, vote.k),
+                **cost,
+                "duplicates": self._copies.equal,
+                "near_duplicates": self._copies.near,
+                **self.files,
+                **surroundings(),
+            }
+            yield cast("Record", fields), class_scores.tolist()
 
     @property
     def _depth(self) -> int:

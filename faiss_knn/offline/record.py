@@ -69,7 +69,7 @@ def top1_by_query(hits: Sequence[Hits]) -> Tensor:
     return torch.stack([one.top1 for one in hits]).double().mean(0)
 
 
-def accuracy_fields(hits: Sequence[Hits], exact_top1: Tensor, class_scores: Tensor, multi_hot: bool) -> Record:
+def accuracy_fields(hits: Sequence[Hits], exact_top1: Tensor, class_scores: Tensor, multi_hot: bool) -> dict[str, Any]:
     """Say how often a vote was right, and how much less often than with exact neighbours.
 
     Args:
@@ -100,7 +100,7 @@ def accuracy_fields(hits: Sequence[Hits], exact_top1: Tensor, class_scores: Tens
 
 def recall_fields(
     draws: Sequence[EvalTask], results: Sequence[SearchResult], exact: Sequence[SearchResult], k: int
-) -> Record:
+) -> dict[str, Any]:
     """Say how many of the exact neighbours an index found, on average over the draws."""
     shares = []
     for task, result, wanted in zip(draws, results, exact, strict=True):
@@ -132,20 +132,20 @@ def retrieval_means(task: EvalTask, result: SearchResult, ks: Sequence[int]) -> 
     return {name: float(np.average([block[name] for block in blocks], weights=weights)) for name in names}
 
 
-def retrieval_at(means: Mapping[str, float], k: int) -> Record:
+def retrieval_at(means: Mapping[str, float], k: int) -> dict[str, Any]:
     """Choose the retrieval metrics that a record of this k holds, None for those that are not there."""
     at_k = {name: means.get(f"{name}@{k}") for name in ("precision", "hit_rate", "recall", "map", "ndcg")}
     whole = {name: means.get(name) for name in ("mrr", "r_precision", "map@r")}
     return {f"retrieval_{name.replace('@', '_')}": value for name, value in (at_k | whole).items()}
 
 
-def surroundings() -> Record:
+def surroundings() -> dict[str, Any]:
     """Say with which versions a record was made, and when."""
     return _versions() | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 @cache
-def _versions() -> Record:
+def _versions() -> dict[str, Any]:
     names = ("faiss-knn", "torch", "numpy", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss")
     return {"versions": {"python": platform.python_version()} | {name: v for name in names if (v := _version(name))}}
 

@@ -16,6 +16,7 @@ from faiss_knn import KNNIndex, evaluate
 from faiss_knn.offline import search as search_step
 from faiss_knn.offline.features import digits
 from faiss_knn.offline.lazy_rows import Shards
+from faiss_knn.offline.report.results import Record
 
 _spec = importlib.util.spec_from_file_location("offline_oracle", Path(__file__).with_name("oracle.py"))
 oracle = importlib.util.module_from_spec(_spec)
@@ -458,3 +459,9 @@ BANK, LABELS, QUERIES, TRUTH = [[1.0, 2.0], [3.0, 4.0]], [0, 1], [[1.0, 1.0]], [
 def test_bad_input_is_named(given, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(*given, **{"k": 1} | options)
+
+
+def test_a_record_holds_the_fields_described_in_their_order():
+    rows = np.eye(4, dtype=np.float32)
+    report = evaluate(rows, [0, 1, 0, 1], rows[:2], [0, 1], k=1, latency=1)
+    assert list(report.records[0]) == list(Record.__annotations__)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from faiss_knn.offline.report.results import (
     Record,
@@ -13,6 +14,8 @@ from faiss_knn.offline.report.results import (
     pareto_front,
     record_key,
     searches,
+    value_of,
+    vote_of,
 )
 from faiss_knn.offline.report.tables import format_bytes, interval, percent, points_lost, rows_of
 
@@ -71,7 +74,7 @@ def overview(names: Sequence[str], parts: Sequence[Results]) -> Section:
     rows = []
     for name, part in zip(names, parts, strict=True):
         best = headline(part)
-        files = [str(best.get(side) or "–") for side in ("bank_file", "query_file")]
+        files = [str(value_of(best, side) or "–") for side in ("bank_file", "query_file")]
         score = percent(best["map"] if best["map"] is not None else best["top1"])
         rows.append([name, *files, best["distance_metric"], score, setting(best), index_name(best)])
     headings = ["evaluation", "bank", "queries", "distance", "best", "with", "index"]
@@ -167,7 +170,7 @@ def _of_classes(report: Results, first: Record) -> list[str]:
     return found
 
 
-def _of_draws(per_class: int, checks: Record) -> list[str]:
+def _of_draws(per_class: int | None, checks: dict[str, Any]) -> list[str]:
     """What few-shot draws are not, where classes have no more rows than a draw takes."""
     found = []
     if checks.get("classes_short"):
@@ -183,7 +186,7 @@ def _of_draws(per_class: int, checks: Record) -> list[str]:
     return found
 
 
-def _of_rows(first: Record, checks: Record) -> list[str]:
+def _of_rows(first: Record, checks: dict[str, Any]) -> list[str]:
     found = []
     if checks.get("unlabelled_bank") or checks.get("unlabelled_queries"):
         found.append(
@@ -198,19 +201,18 @@ def _of_rows(first: Record, checks: Record) -> list[str]:
 
 def _costs(report: Results) -> Section:
     best = headline(report)
-    at = ("k", "temperature", "weighting")
     on_front = pareto_front(report.records)
     compared = at_common_k(report.records)
     by_index = searches(report.records)
-    shared = set.intersection(*({tuple(r[x] for x in at) for r in by_index[name]} for name in compared))
+    shared = set.intersection(*({vote_of(r) for r in by_index[name]} for name in compared))
     rows, left_out = [], False
     for name, records in by_index.items():
-        r = next((record for record in records if all(record[x] == best[x] for x in at)), None)
+        r = next((record for record in records if vote_of(record) == vote_of(best)), None)
         if r is None:
             continue  # of a command that asked for other settings
         same = compared.get(name)
         left_out |= same is None
-        losses = [record for record in records if same and tuple(record[x] for x in at) in shared]
+        losses = [record for record in records if same and vote_of(record) in shared]
         worst = max(losses, key=lambda record: float(record["accuracy_loss"]), default=None)
         rows.append(
             [
@@ -262,7 +264,9 @@ def _retrieval(report: Results) -> list[Section]:
     by_search = {(index_name(r), r["k"]): r for r in report.records if r["retrieval_precision"] is not None}
     if not by_search:
         return []
-    rows = [[name, str(k), *(percent(r[f"retrieval_{x}"]) for x in names)] for (name, k), r in by_search.items()]
+    rows = [
+        [name, str(k), *(percent(value_of(r, f"retrieval_{x}")) for x in names)] for (name, k), r in by_search.items()
+    ]
     text = [
         "Neighbours of the query's class are relevant; means over the queries whose class has bank rows, in percent."
     ]

@@ -5,10 +5,10 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from faiss_knn.offline.report.results import Record, Results, record_key, task_key
 
@@ -142,7 +142,9 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
 
 
-def _by_task(held: dict[str, Record], scores: dict[str, list[float]], tasks: dict[str, Record]) -> list[Results]:
+def _by_task(
+    held: dict[str, Record], scores: dict[str, list[float]], tasks: dict[str, dict[str, Any]]
+) -> list[Results]:
     groups: dict[str, list[Record]] = {}
     for record in held.values():
         groups.setdefault(task_key(record), []).append(record)
@@ -164,7 +166,7 @@ def _records(path: Path) -> tuple[dict[str, Record], list[str]]:
     return records, odd
 
 
-def _is_record(one: Any) -> bool:
+def _is_record(one: Any) -> TypeGuard[Record]:
     if not isinstance(one, dict) or not one.keys() >= set(_PRESENT):
         return False
     is_number = all(isinstance(one.get(name), (int, float)) for name in _NUMBERS)
@@ -172,7 +174,7 @@ def _is_record(one: Any) -> bool:
     return is_number and is_word and all(isinstance(one.get(name), dict) for name in _NESTED)
 
 
-def _by_class(path: Path) -> tuple[dict[str, list[float]], dict[str, Record]]:
+def _by_class(path: Path) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
     """Scores by record, and what is told of each task."""
     lines = [one for one in _lines(path)[0] if isinstance(one, dict)]
     scores = {one["record"]: one["scores"] for one in lines if isinstance(one.get("scores"), list)}
@@ -201,7 +203,7 @@ def _append(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _line(record: Record) -> str:
+def _line(record: Mapping[str, Any]) -> str:
     return json.dumps({name: _plain(value) for name, value in record.items()}) + "\n"
 
 

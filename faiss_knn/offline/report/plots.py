@@ -12,7 +12,16 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from faiss_knn.offline.report.content import class_scores, headline
-from faiss_knn.offline.report.results import Record, Results, at_common_k, index_name, pareto_names, searches
+from faiss_knn.offline.report.results import (
+    Record,
+    Results,
+    at_common_k,
+    index_name,
+    pareto_names,
+    searches,
+    value_of,
+    vote_of,
+)
 
 _LIGHT = {"paper": "#ffffff", "ink": "#1c2430", "soft": "#5b6675", "grid": "#dde3ea"}
 _DARK = {"paper": "#12161c", "ink": "#e4e9f0", "soft": "#9aa7b8", "grid": "#2c3540"}
@@ -91,7 +100,8 @@ def _over_k(report: Results, style: Style) -> Figure:
         ordered = sorted(records, key=lambda r: int(r["k"]))
         label = f"{weighting}, T = {temperature:g}" if several and weighting != "uniform" else weighting
         axes.plot(
-            [r["k"] for r in ordered], [100 * r[by] for r in ordered], color=_LINES[i % 8], marker=_MARKS[i % 8],
+            [r["k"] for r in ordered], [100 * value_of(r, by) for r in ordered],
+            color=_LINES[i % 8], marker=_MARKS[i % 8],
             markersize=5, linewidth=1.6, label=label,
         )  # fmt: skip
     ks = sorted({r["k"] for r in report.records})
@@ -106,8 +116,7 @@ def _over_k(report: Results, style: Style) -> Figure:
 def _cost_points(report: Results) -> dict[str, tuple[float, float, float]]:
     """Recall, queries per second and points of top-1 lost, of each index that can be compared in all three."""
     best = headline(report)
-    at = ("k", "temperature", "weighting")
-    lost = {index_name(r): 100 * r["accuracy_loss"] for r in report.records if all(r[x] == best[x] for x in at)}
+    lost = {index_name(r): 100 * r["accuracy_loss"] for r in report.records if vote_of(r) == vote_of(best)}
     compared = at_common_k(report.records)
     return {name: (compared[name]["recall"], compared[name]["qps"], lost[name]) for name in lost if name in compared}
 

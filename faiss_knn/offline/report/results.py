@@ -4,11 +4,81 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy.typing as npt
 
-Record = dict[str, Any]
+
+class Record(TypedDict, total=False):
+    """What one index is worth under one vote, in the order in which it is written.
+
+    After `accuracy_loss_se` stand the torchmetrics that were asked for, each under the name that was given, such as
+    "MulticlassF1Score". `value_of` reads a field whose name is not known beforehand.
+    """
+
+    spec: str  # of the index, as given
+    settings: dict[str, int]  # its point of a sweep, such as {"nprobe": 4}
+    k: int  # neighbours that vote
+    temperature: float
+    weighting: str
+    distance_metric: str
+    leave_one_out: bool
+    per_class: int | None  # rows of each class in a few-shot bank
+    tries: int | None  # few-shot banks drawn
+    seed: int
+    options: dict[str, Any]  # nprobe, target_recall, latency, storage_dtype, depth and metrics, as asked for
+    data: str  # fingerprint of all features and labels
+    num_classes: int
+    n_bank: int
+    n_queries: int
+    dim: int
+    skipped_bank: int  # rows left out as not finite or, under cosine, zero
+    skipped_queries: int
+    top1: float  # share of the queries of which the class of highest score is right
+    top1_se: float  # its binomial standard error
+    top1_low: float  # its 95 % interval
+    top1_high: float
+    top1_std: float | None  # its deviation over the few-shot banks
+    top5: float
+    macro_top1: float | None  # mean of the classes' top-1
+    map: float | None  # mean of the classes' average precision, for multi-hot labels
+    accuracy_loss: float  # top-1 of the exact neighbours less this one
+    accuracy_loss_se: float  # its standard error, query by query
+    recall: float  # share of the exact neighbours found; another row of the same distance is no miss
+    recall_ids: float  # the same, counted by id
+    retrieval_precision: float | None  # the retrieval fields are those of `retrieval_metrics`, at k where it has a k
+    retrieval_hit_rate: float | None
+    retrieval_recall: float | None
+    retrieval_map: float | None
+    retrieval_ndcg: float | None
+    retrieval_mrr: float | None
+    retrieval_r_precision: float | None
+    retrieval_map_r: float | None
+    spec_used: str  # the index that the spec came to
+    exact: bool
+    nprobe: int | None  # as used
+    parameters: dict[str, Any]  # further ones, as used
+    backend: str
+    device: str
+    storage_dtype: str  # of the bank's rows in the index
+    bytes: int  # that the index holds
+    build_s: float  # seconds
+    search_s: float  # seconds for all queries
+    qps: float  # queries per second
+    latency_p50_ms: float  # milliseconds of one query alone, if they were timed
+    latency_p95_ms: float
+    duplicates: int  # queries that are in the bank, number by number
+    near_duplicates: int  # or but for rounding or, under cosine, scale
+    bank_file: str | None
+    query_file: str | None
+    versions: dict[str, str]
+    created: str  # when, UTC
+
+
+def value_of(record: Record, name: str) -> Any:
+    """Read a field by name, None where it is not there."""
+    return record.get(name)
+
 
 _TASK = ("data", "leave_one_out", "per_class", "tries", "seed", "distance_metric", "num_classes")
 _IDENTITY = (
@@ -37,7 +107,7 @@ class Results:
     """
 
     class_names: list[str] | None
-    checks: Record
+    checks: dict[str, Any]
     records: list[Record] = field(default_factory=list)
     per_class: dict[str, list[float]] = field(default_factory=dict)
     neighbors: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = field(default_factory=dict)
@@ -50,15 +120,20 @@ class Results:
         return str(self.class_ids[number] if self.class_ids else number)
 
 
+def vote_of(record: Record) -> tuple[int, float, str]:
+    """A record's k, temperature and weighting."""
+    return record["k"], record["temperature"], record["weighting"]
+
+
 def record_key(record: Record) -> str:
     """What a record is of, without what came out; equal for a record read back from a file."""
-    return json.dumps([record.get(name) for name in _IDENTITY], sort_keys=True)
+    return json.dumps([value_of(record, name) for name in _IDENTITY], sort_keys=True)
 
 
 def task_key(record: Record) -> str:
     """What a record's index, k, temperature and weighting were tried on; see `record_key`."""
     stored = (record.get("options") or {}).get("storage_dtype")
-    return json.dumps([*(record.get(name) for name in _TASK), stored])
+    return json.dumps([*(value_of(record, name) for name in _TASK), stored])
 
 
 def best_of(records: Sequence[Record], by: str) -> Record:
@@ -67,25 +142,22 @@ def best_of(records: Sequence[Record], by: str) -> Record:
     Raises:
         ValueError: If no record has that field.
     """
-    scored = [record for record in records if record.get(by) is not None]
+    scored = [record for record in records if value_of(record, by) is not None]
     if not scored:
         raise ValueError(f"`by` must be a field of the records with a value, got {by!r}")
-    return max(scored, key=lambda record: float(record[by]))
+    return max(scored, key=lambda record: float(value_of(record, by)))
 
 
 def newest_of_each(records: Iterable[Record]) -> list[Record]:
     """The last record of each index, k, temperature and weighting: one made anew at another depth is no second row."""
-    found: dict[tuple[Any, ...], Record] = {}
-    for record in records:
-        found[index_name(record), record["k"], record["temperature"], record["weighting"]] = record
-    return list(found.values())
+    return list({(index_name(record), *vote_of(record)): record for record in records}.values())
 
 
 def name_tasks(firsts: Sequence[Record]) -> list[str]:
     """What tells tasks apart, in words, from a record of each: the fields in which they differ."""
-    differing = [name for name in _TASK_WORDS if len({str(record.get(name)) for record in firsts}) > 1]
+    differing = [name for name in _TASK_WORDS if len({str(value_of(record, name)) for record in firsts}) > 1]
     names = [
-        ", ".join(word for name in differing if (word := _TASK_WORDS[name].format(_shown(record.get(name)))))
+        ", ".join(word for name in differing if (word := _TASK_WORDS[name].format(_shown(value_of(record, name)))))
         for record in firsts
     ]
     if len(set(names)) < len(names):  # other content under the same names

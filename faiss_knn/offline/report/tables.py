@@ -7,7 +7,15 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from faiss_knn.offline.report.results import Record, index_name, newest_of_each, pareto_front, searches, task_key
+from faiss_knn.offline.report.results import (
+    Record,
+    index_name,
+    newest_of_each,
+    pareto_front,
+    searches,
+    task_key,
+    value_of,
+)
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets take the beginning of a formula for
 _LATENCY = {"latency_p50_ms": "p50 ms", "latency_p95_ms": "p95 ms"}
@@ -44,7 +52,7 @@ def rows_of(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
             [
                 name + (" *" if name in on_front else ""),
                 str(r["k"]), f"{r['temperature']:g}", r["weighting"],
-                percent(r["top1"]), percent(spread), interval(r), percent(r["top5"]), percent(r[score]),
+                percent(r["top1"]), percent(spread), interval(r), percent(r["top5"]), percent(value_of(r, score)),
                 points_lost(r), percent(r["recall"]), f"{r['build_s']:.3g}", f"{r['search_s']:.3g}",
                 f"{r['qps']:,.0f}", format_bytes(r["bytes"]), *(_measured(r, name) for name in measured),
             ]
@@ -59,7 +67,7 @@ def extra_fields(records: Sequence[Record]) -> list[str]:
 
 
 def _measured(record: Record, name: str) -> str:
-    value = record.get(name)
+    value = value_of(record, name)
     return "–" if value is None else f"{value:.2f}" if name in _LATENCY else f"{value:.4f}"
 
 
