@@ -48,7 +48,7 @@ def test_eval_commands_run(command, tmp_path):
     features, labels = load_digits(return_X_y=True)
     np.savez(tmp_path / "train.npz", features=features[:1347], labels=labels[:1347])
     np.savez(tmp_path / "test.npz", features=features[1347:], labels=labels[1347:])
-    header, *rows = run(shlex.split(command), tmp_path).splitlines()
+    _, header, *rows = run(shlex.split(command), tmp_path).splitlines()
     assert header.split()[:5] == ["index", "k", "T", "vote", "top1"]
     assert rows
     assert not (tmp_path / "report").exists() or (tmp_path / "report/report.html").stat().st_size
