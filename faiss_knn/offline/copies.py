@@ -29,26 +29,26 @@ class Copies(NamedTuple):
     near: int
 
 
-def count_copies(problem: EvalTask, distances: Tensor, indices: Tensor, distance_metric: str) -> Copies:
+def count_copies(task: EvalTask, distances: Tensor, indices: Tensor, distance_metric: str) -> Copies:
     """Compare each query with its nearest bank row.
 
     It is a near copy if no difference is beyond the rounding of bfloat16 and the row is nearer, by far, than where
     queries ordinarily have another neighbour: in a bank whose rows all lie that close together, none is.
 
     Args:
-        problem: Bank and queries.
+        task: Bank and queries.
         distances: (Q, K) of the exact neighbours, ascending.
         indices: (Q, K) places in the bank.
         distance_metric: Of the distances.
     """
     bound = _FAR_NEARER * _ordinary(distances, distance_metric)
     equal = near = 0
-    for a, b in spans(len(problem.queries.rows), 4096):
+    for a, b in spans(len(task.queries.rows), 4096):
         nearest = indices[a:b, 0].cpu().numpy()
         order = np.argsort(nearest, kind="stable")  # files are read in ascending order
         places, back = np.unique(nearest[order], return_inverse=True)
-        rows = _on_host(read_rows(problem.bank.pick(places).rows))[back]
-        queries = _on_host(read_rows(problem.queries.rows, a, b))[order]
+        rows = _on_host(read_rows(task.bank.pick(places).rows))[back]
+        queries = _on_host(read_rows(task.queries.rows, a, b))[order]
         same = (rows == queries).all(1)
         equal += int(same.sum())
         near += int((_is_near(rows, queries, bound, distance_metric) & ~same).sum())

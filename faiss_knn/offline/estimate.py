@@ -11,23 +11,23 @@ from faiss_knn.offline.task import EvalTask
 _OVERHEAD = 1.5  # of an exact search over the bare matrix product: selection, the exact distances of what is kept
 
 
-def estimate(problem: EvalTask, depth: int, indexes: Sequence[str]) -> str:
+def estimate(task: EvalTask, depth: int, indexes: Sequence[str]) -> str:
     """Describe sizes, memory and the time of the exact search, from the speed of a short matrix product here.
 
     Args:
-        problem: Bank and queries.
+        task: Bank and queries.
         depth: Neighbours kept per query.
         indexes: The specs that would be built.
     """
-    bank, queries = problem.bank, problem.queries
-    held = 4 * problem.dim * len(bank.rows)
+    bank, queries = task.bank, task.queries
+    held = 4 * task.dim * len(bank.rows)
     neighbors = 12 * depth * len(queries.rows)
-    exact_s = _OVERHEAD * 2 * len(bank.rows) * len(queries.rows) * problem.dim / _flops(problem.dim)
+    exact_s = _OVERHEAD * 2 * len(bank.rows) * len(queries.rows) * task.dim / _flops(task.dim)
     others = [spec for spec in indexes if spec != "flat"]
     lines = [
-        f"bank     {len(bank.rows):>12,} x {problem.dim:,} {bank.rows.dtype}, {format_bytes(held)} as float32",
-        f"queries  {len(queries.rows):>12,} x {problem.dim:,} {queries.rows.dtype}",
-        f"classes  {problem.num_classes:>12,}" + (" (multi-hot)" if problem.multi_hot else ""),
+        f"bank     {len(bank.rows):>12,} x {task.dim:,} {bank.rows.dtype}, {format_bytes(held)} as float32",
+        f"queries  {len(queries.rows):>12,} x {task.dim:,} {queries.rows.dtype}",
+        f"classes  {task.num_classes:>12,}" + (" (multi-hot)" if task.multi_hot else ""),
         f"memory   {format_bytes(neighbors):>12} per index for {depth} neighbours per query, "
         "and the rows that are not on disk",
         f"time     {_seconds(exact_s):>12} for the exact search on the CPU, roughly",

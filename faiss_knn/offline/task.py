@@ -36,7 +36,7 @@ _WIDE = 1 << 16  # class ids from which on the classes are numbered anew, if few
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Labelled rows.
+    """Rows that have a label, and where they were in what the caller gave.
 
     Attributes:
         rows: (n, d), those that have a label.
@@ -147,7 +147,7 @@ def make_task(
     ignore_index: int | None = None,
     multi_label: bool = False,
 ) -> EvalTask:
-    """Check both sides and number the classes.
+    """Check bank and queries and number the classes.
 
     Labels that are names are numbered in their sorted order, and so are class ids that are few and large. Rows of 0 and
     1 with one 1 each are class ids, unless `multi_label`.
@@ -155,7 +155,7 @@ def make_task(
     Raises:
         ValueError: If shapes or kinds do not fit, a label is out of range, or nothing is labelled.
     """
-    _check_sides(query_features, query_labels, leave_one_out)
+    _check_queries_given(query_features, query_labels, leave_one_out)
     if leave_one_out:
         query_features, query_labels = bank_features, bank_labels
     for name, features, labels in (("bank", bank_features, bank_labels), ("query", query_features, query_labels)):
@@ -170,19 +170,19 @@ def make_task(
     ]
     names = None if class_names is None else [str(name) for name in class_names]
     labels, names = _numbered(read, names, ignore_index)
-    sides = [_side(bank_rows, labels[0], "bank"), _side(query_rows, labels[1], "query")]
-    sides, columns = _one_kind(sides, multi_label)
-    count, ids = _class_count(sides, columns, None if num_classes is None else as_class_count(num_classes), names)
+    both = [_labelled_rows(bank_rows, labels[0], "bank"), _labelled_rows(query_rows, labels[1], "query")]
+    both, columns = _one_kind(both, multi_label)
+    count, ids = _class_count(both, columns, None if num_classes is None else as_class_count(num_classes), names)
     if ids is not None:
-        _, numbers = number_classes(*(side.labels for side in sides))
-        sides = [replace(side, labels=number) for side, number in zip(sides, numbers, strict=True)]
-    bank = sides[0]
+        _, numbers = number_classes(*(labelled.labels for labelled in both))
+        both = [replace(labelled, labels=number) for labelled, number in zip(both, numbers, strict=True)]
+    bank = both[0]
     if leave_one_out and len(bank.rows) < 2:
         raise ValueError("leave_one_out needs a bank of two labelled rows or more, got 1")
-    return EvalTask(bank, bank if leave_one_out else sides[1], count, names, leave_one_out, ids)
+    return EvalTask(bank, bank if leave_one_out else both[1], count, names, leave_one_out, ids)
 
 
-def _check_sides(query_features: RowSource | None, query_labels: ArrayLike | None, leave_one_out: bool) -> None:
+def _check_queries_given(query_features: RowSource | None, query_labels: ArrayLike | None, leave_one_out: bool) -> None:
     given = query_features is not None or query_labels is not None
     if leave_one_out and given:
         raise ValueError("leave_one_out takes the bank alone, its rows are the queries: leave out the queries")
@@ -296,7 +296,7 @@ def _numbered(
     ], names
 
 
-def _side(rows: RowSource, labels: Tensor, name: str) -> LabelledRows:
+def _labelled_rows(rows: RowSource, labels: Tensor, name: str) -> LabelledRows:
     argument = f"{name}_labels"
     if len(labels) != len(rows):
         raise ValueError(f"`{argument}` must have one entry per row, {len(rows)}, got {len(labels)}")
@@ -304,30 +304,30 @@ def _side(rows: RowSource, labels: Tensor, name: str) -> LabelledRows:
         need = "class ids from 0, or -1 for unlabelled rows" if labels.ndim == 1 else "0 and 1, or -1 for unlabelled"
         wrong = int(labels.min()) if int(labels.min()) < -1 else int(labels.max())
         raise ValueError(f"`{argument}` must be {need}, got {wrong}")
-    labelled = is_labelled(labels)
-    ids = labelled.nonzero()[:, 0].numpy()
+    mask = is_labelled(labels)
+    ids = mask.nonzero()[:, 0].numpy()
     if not len(ids):
         raise ValueError(f"every entry of `{argument}` is -1: at least one labelled row is needed")
     left_out = len(labels) - len(ids)
-    return LabelledRows(Subset(rows, ids) if left_out else rows, labels[labelled], ids, left_out)
+    return LabelledRows(Subset(rows, ids) if left_out else rows, labels[mask], ids, left_out)
 
 
-def _one_kind(sides: list[LabelledRows], multi_label: bool) -> tuple[list[LabelledRows], int]:
-    """Both sides with class ids or both with multi-hot labels, and the columns that labels had, 0 without."""
-    widths = {side.labels.shape[1] for side in sides if side.labels.ndim == 2}
+def _one_kind(both: list[LabelledRows], multi_label: bool) -> tuple[list[LabelledRows], int]:
+    """Both with class ids or both with multi-hot labels, and the columns that labels had, 0 without."""
+    widths = {labelled.labels.shape[1] for labelled in both if labelled.labels.ndim == 2}
     if len(widths) == 2:
-        bank, queries = (side.labels.shape[1] for side in sides)
+        bank, queries = (labelled.labels.shape[1] for labelled in both)
         raise ValueError(f"`query_labels` must have the bank's {bank} columns, got {queries}")
-    any_soft = any(is_soft(side.labels) for side in sides)
-    single = [_as_ids(side.labels) for side in sides]
+    any_soft = any(is_soft(labelled.labels) for labelled in both)
+    single = [_as_ids(labelled.labels) for labelled in both]
     ids = [one for one in single if one is not None]
-    if any_soft and len(ids) < len(sides):
+    if any_soft and len(ids) < len(both):
         raise ValueError("labels that are shares of classes go with class ids, one-hot rows or shares, not multi-hot")
-    if len({side.labels.ndim for side in sides}) == 2 and not any_soft:
+    if len({labelled.labels.ndim for labelled in both}) == 2 and not any_soft:
         raise ValueError("`bank_labels` and `query_labels` must be of one kind: class ids, or multi-hot")
-    if len(ids) == len(sides) and (any_soft or not widths or not multi_label):
-        return [_with_ids(side, one) for side, one in zip(sides, ids, strict=True)], max(widths, default=0)
-    return sides, max(widths)
+    if len(ids) == len(both) and (any_soft or not widths or not multi_label):
+        return [_with_ids(labelled, one) for labelled, one in zip(both, ids, strict=True)], max(widths, default=0)
+    return both, max(widths)
 
 
 def _as_ids(labels: Tensor) -> Tensor | None:
@@ -337,18 +337,18 @@ def _as_ids(labels: Tensor) -> Tensor | None:
     return most_likely(labels) if is_soft(labels) else one_hot_ids(labels)
 
 
-def _with_ids(side: LabelledRows, ids: Tensor) -> LabelledRows:
-    return replace(side, labels=ids, shares=side.labels if is_soft(side.labels) else None)
+def _with_ids(labelled: LabelledRows, ids: Tensor) -> LabelledRows:
+    return replace(labelled, labels=ids, shares=labelled.labels if is_soft(labelled.labels) else None)
 
 
 def _class_count(
-    sides: list[LabelledRows], columns: int, num_classes: int | None, names: list[str] | None
+    both: list[LabelledRows], columns: int, num_classes: int | None, names: list[str] | None
 ) -> tuple[int, list[int] | None]:
     """How many classes there are, and their ids where they are numbered anew."""
-    labels = [side.labels for side in sides]
+    labels = [labelled.labels for labelled in both]
     seen = max(columns, *(width_of(part) for part in labels))
     count = num_classes if num_classes is not None else max(seen, len(names or []))
-    fixed = labels[0].ndim == 2 or any(side.shares is not None for side in sides)
+    fixed = labels[0].ndim == 2 or any(labelled.shares is not None for labelled in both)
     if count < seen or (fixed and count != columns):
         raise ValueError(f"num_classes={count} does not fit the labels, which need {seen}: give num_classes={seen}")
     if names is not None and len(names) < count:
@@ -359,47 +359,49 @@ def _class_count(
     return (count, None) if count <= 16 * len(present) else (len(present), present.tolist())
 
 
-def check_values(problem: EvalTask, distance_metric: str, skip_bad_rows: bool = False) -> EvalTask:
+def check_values(task: EvalTask, distance_metric: str, skip_bad_rows: bool = False) -> EvalTask:
     """Look at every number once, before an hour of searching, and take the fingerprint of all of them.
 
     Returns:
-        The problem with its fingerprint; with `skip_bad_rows` without the rows that are not finite or, under cosine,
+        The task with its fingerprint; with `skip_bad_rows` without the rows that are not finite or, under cosine,
         zero, which are counted.
 
     Raises:
         ValueError: If there is such a row, naming it as the caller numbers it, or there is no other one.
     """
-    digest = blake2b(str((problem.dim, problem.class_ids)).encode(), digest_size=8)
-    bank = _looked_at(problem.bank, "bank_features", distance_metric, skip_bad_rows, digest)
+    digest = blake2b(str((task.dim, task.class_ids)).encode(), digest_size=8)
+    bank = _checked_values(task.bank, "bank_features", distance_metric, skip_bad_rows, digest)
     queries = bank
-    if not problem.leave_one_out:
-        queries = _looked_at(problem.queries, "query_features", distance_metric, skip_bad_rows, digest)
-    if problem.leave_one_out and len(bank.rows) < 2:
+    if not task.leave_one_out:
+        queries = _checked_values(task.queries, "query_features", distance_metric, skip_bad_rows, digest)
+    if task.leave_one_out and len(bank.rows) < 2:
         raise ValueError("leave_one_out needs a bank of two rows or more that can be compared, got 1")
-    return replace(problem, bank=bank, queries=queries, fingerprint=digest.hexdigest())
+    return replace(task, bank=bank, queries=queries, fingerprint=digest.hexdigest())
 
 
-def _looked_at(side: LabelledRows, name: str, distance_metric: str, skip_bad_rows: bool, digest: Any) -> LabelledRows:
+def _checked_values(
+    labelled: LabelledRows, name: str, distance_metric: str, skip_bad_rows: bool, digest: Any
+) -> LabelledRows:
     needs_direction = distance_metric == "cosine"
-    digest.update(str((len(side.rows), side.rows.dtype)).encode())
+    digest.update(str((len(labelled.rows), labelled.rows.dtype)).encode())
     bad = []
-    for start, stop in spans(len(side.rows), max(1, _CHECKED_BYTES // (4 * side.rows.shape[1]))):
-        block = read_rows(side.rows, start, stop)
+    for start, stop in spans(len(labelled.rows), max(1, _CHECKED_BYTES // (4 * labelled.rows.shape[1]))):
+        block = read_rows(labelled.rows, start, stop)
         digest.update(_bytes_of(block))
         bad.append(start + _unfit(block, needs_direction))
         if len(bad[-1]) and not skip_bad_rows:
             need = "finite, and not zero under cosine" if needs_direction else "finite"
-            row = int(side.ids[bad[-1][0]])
+            row = int(labelled.ids[bad[-1][0]])
             raise ValueError(f"`{name}` must be {need}: row {row} is not: leave it out (label -1) or mend it")
-    for labels in (side.labels, side.shares):
+    for labels in (labelled.labels, labelled.shares):
         digest.update(b"" if labels is None else _bytes_of(labels))
     places = np.concatenate(bad)
     if not len(places):
-        return side
-    if len(places) == len(side.rows):
+        return labelled
+    if len(places) == len(labelled.rows):
         raise ValueError(f"every row of `{name}` is zero or not finite: at least one other is needed")
-    kept = np.setdiff1d(np.arange(len(side.rows)), places, assume_unique=True)
-    return replace(side.pick(kept), skipped=len(places))
+    kept = np.setdiff1d(np.arange(len(labelled.rows)), places, assume_unique=True)
+    return replace(labelled.pick(kept), skipped=len(places))
 
 
 def _bytes_of(block: npt.NDArray[Any] | Tensor) -> Any:
@@ -421,7 +423,7 @@ def _unfit(block: npt.NDArray[Any] | Tensor, needs_direction: bool) -> Ids:
     return bad
 
 
-def warning_facts(problem: EvalTask, ks: Sequence[int]) -> dict[str, Any]:
+def warning_facts(task: EvalTask, ks: Sequence[int]) -> dict[str, Any]:
     """What makes a number suspect, as far as the labels show it.
 
     Returns:
@@ -431,34 +433,34 @@ def warning_facts(problem: EvalTask, ks: Sequence[int]) -> dict[str, Any]:
         `skipped_queries` (rows that are not finite, or zero under cosine), `k_above_bank`; with leave-one-out,
         `lone_queries` (whose class has no other row).
     """
-    bank, queries = problem.bank_counts, problem.query_counts
+    bank, queries = task.bank_counts, task.query_counts
     present = bank[bank > 0]
     unseen = (bank == 0) & (queries > 0)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "rows_per_class": [int(present.min()), float(present.float().quantile(0.5)), int(present.max())],
         "classes_in_bank": len(present),
-        "classes_unseen": [problem.name(int(i)) for i in unseen.nonzero()[:, 0]],
+        "classes_unseen": [task.name(int(i)) for i in unseen.nonzero()[:, 0]],
         "queries_unseen": int(queries[unseen].sum()),
-        "majority_baseline": float(queries[bank.argmax()] / len(problem.queries.rows)),
-        "unlabelled_bank": problem.bank.unlabelled,
-        "unlabelled_queries": problem.queries.unlabelled,
-        "skipped_bank": problem.bank.skipped,
-        "skipped_queries": problem.queries.skipped,
-        "k_above_bank": [k for k in ks if k > problem.reachable],
+        "majority_baseline": float(queries[bank.argmax()] / len(task.queries.rows)),
+        "unlabelled_bank": task.bank.unlabelled,
+        "unlabelled_queries": task.queries.unlabelled,
+        "skipped_bank": task.bank.skipped,
+        "skipped_queries": task.queries.skipped,
+        "k_above_bank": [k for k in ks if k > task.reachable],
     }
-    if problem.leave_one_out and not problem.multi_hot:
-        found["lone_queries"] = int((problem.relevant_counts == 0).sum())
-    return found
+    if task.leave_one_out and not task.multi_hot:
+        facts["lone_queries"] = int((task.relevant_counts == 0).sum())
+    return facts
 
 
-def few_shot_facts(problem: EvalTask, per_class: int) -> dict[str, Any]:
+def few_shot_facts(task: EvalTask, per_class: int) -> dict[str, Any]:
     """What makes few-shot draws from a bank suspect: classes with too few rows.
 
     Returns:
         `classes_short` (classes with fewer bank rows than `per_class`), `smallest_class` (the least rows of a class),
         `draws_alike` (whether no class has more rows, so that each draw is the whole bank).
     """
-    present = problem.bank_counts[problem.bank_counts > 0]
+    present = task.bank_counts[task.bank_counts > 0]
     return {
         "classes_short": int((present < per_class).sum()),
         "smallest_class": int(present.min()),

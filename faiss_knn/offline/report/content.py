@@ -62,11 +62,11 @@ def setting(record: Record) -> str:
 
 def sections(report: Results) -> list[Section]:
     """The report's sections, most important first."""
-    found = [_summary(report), _trust(report)]
+    parts = [_summary(report), _trust(report)]
     if len(searches(report.records)) > 1 or not report.records[0]["exact"]:
-        found.append(_costs(report))
-    found += [_all(report), *_over_k(report), *_retrieval(report), *_by_class(report), _measured(report)]
-    return found
+        parts.append(_costs(report))
+    parts += [_all(report), *_over_k(report), *_retrieval(report), *_by_class(report), _measured(report)]
+    return parts
 
 
 def overview(names: Sequence[str], parts: Sequence[Results]) -> Section:
@@ -130,73 +130,73 @@ def warnings_of(report: Results) -> list[str]:
 
 def _of_copies(first: Record) -> list[str]:
     rows = "rows have a copy in the bank" if first["leave_one_out"] else "queries are in the bank"
-    found = []
+    sentences = []
     if first.get("duplicates"):
-        found.append(f"{first['duplicates']:,} {rows}, number by number: accuracy on them measures nothing.")
+        sentences.append(f"{first['duplicates']:,} {rows}, number by number: accuracy on them measures nothing.")
     if first.get("near_duplicates"):
         scaled = "rounded or scaled" if first["distance_metric"] == "cosine" else "rounded"
-        found.append(
+        sentences.append(
             f"{first['near_duplicates']:,} {rows} but for a difference as small as a {scaled} copy has: accuracy on "
             "them may measure nothing."
         )
-    return found
+    return sentences
 
 
 def _of_classes(report: Results, first: Record) -> list[str]:
-    checks, found = report.checks, []
+    checks, sentences = report.checks, []
     if checks["classes_unseen"]:
         names = ", ".join(checks["classes_unseen"][:5]) + (", …" if len(checks["classes_unseen"]) > 5 else "")
-        found.append(
+        sentences.append(
             f"{len(checks['classes_unseen'])} classes of the queries have no bank row ({names}): "
             f"their {checks['queries_unseen']:,} queries cannot be right."
         )
     if checks["classes_in_bank"] == 1:
-        found.append("The bank holds a single class: whatever the features are, every answer is that class.")
+        sentences.append("The bank holds a single class: whatever the features are, every answer is that class.")
     elif first["map"] is None and (best := headline(report)["top1"]) <= checks["majority_baseline"]:
-        found.append(
+        sentences.append(
             f"Always answering with the bank's commonest class gives {percent(checks['majority_baseline'])} % top-1, "
             f"no less than the {percent(best)} % found."
         )
     elif first["map"] is None and checks["majority_baseline"] > 0.5:
-        found.append(
+        sentences.append(
             f"{percent(checks['majority_baseline'])} % of the queries are of the bank's commonest class: always "
             "answering with it gives as much."
         )
     if checks.get("lone_queries"):
-        found.append(f"{checks['lone_queries']:,} rows are alone in their class: they cannot be right.")
+        sentences.append(f"{checks['lone_queries']:,} rows are alone in their class: they cannot be right.")
     if checks["k_above_bank"]:
         above = ", ".join(map(str, checks["k_above_bank"]))
-        found.append(f"k = {above} is more than the bank has rows: all of them vote.")
-    return found
+        sentences.append(f"k = {above} is more than the bank has rows: all of them vote.")
+    return sentences
 
 
 def _of_draws(per_class: int | None, checks: dict[str, Any]) -> list[str]:
     """What few-shot draws are not, where classes have no more rows than a draw takes."""
-    found = []
+    sentences = []
     if checks.get("classes_short"):
-        found.append(
+        sentences.append(
             f"{checks['classes_short']:,} classes have fewer bank rows than the {per_class:,} that a draw takes "
             f"(the smallest {checks['smallest_class']:,}): each draw has all of theirs."
         )
     if checks.get("draws_alike"):
-        found.append(
+        sentences.append(
             f"No class has more than {per_class:,} bank rows: every draw is the whole bank, so that it was searched "
             "once and no deviation is given. Draw fewer rows per class."
         )
-    return found
+    return sentences
 
 
 def _of_rows(first: Record, checks: dict[str, Any]) -> list[str]:
-    found = []
+    sentences = []
     if checks.get("unlabelled_bank") or checks.get("unlabelled_queries"):
-        found.append(
+        sentences.append(
             f"Left out for want of a label (-1 means unlabelled, it is no class): {checks['unlabelled_bank']:,} bank "
             f"rows, {checks['unlabelled_queries']:,} queries."
         )
     if first.get("skipped_bank") or first.get("skipped_queries"):
         bank, queries = first["skipped_bank"], first["skipped_queries"]
-        found.append(f"Left out as zero or not finite: {bank:,} bank rows, {queries:,} queries.")
-    return found
+        sentences.append(f"Left out as zero or not finite: {bank:,} bank rows, {queries:,} queries.")
+    return sentences
 
 
 def _costs(report: Results) -> Section:
@@ -291,8 +291,8 @@ def _by_class(report: Results) -> list[Section]:
 def class_scores(report: Results, record: Record) -> list[tuple[int, float]]:
     """Number and score of each class that a query has, lowest first."""
     scores = report.per_class.get(record_key(record), [])
-    found = [(i, score) for i, score in enumerate(scores) if score is not None and score == score]  # no NaN
-    return sorted(found, key=lambda pair: pair[1])
+    known = [(i, score) for i, score in enumerate(scores) if score is not None and score == score]  # no NaN
+    return sorted(known, key=lambda pair: pair[1])
 
 
 def _measured(report: Results) -> Section:

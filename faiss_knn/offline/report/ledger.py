@@ -50,8 +50,8 @@ class Ledger:
         self._overwrite = overwrite
         _check_writable(self.folder)
         with self._locked():
-            found, self.warning = self._held()
-        self.done: list[Record] = list(found.values()) if resume and not overwrite else []
+            held, self.warning = self._held()
+        self.done: list[Record] = list(held.values()) if resume and not overwrite else []
 
     def add(self, record: Record, per_class: Sequence[float]) -> None:
         """Append one record; the classes first, so that a record that is there has them."""
@@ -148,12 +148,12 @@ def _by_task(
     groups: dict[str, list[Record]] = {}
     for record in held.values():
         groups.setdefault(task_key(record), []).append(record)
-    found = []
+    results = []
     for task, records in groups.items():
         told = tasks.get(task, {})
         names, ids = told.get("class_names"), told.get("class_ids")
-        found.append(Results(names, told.get("checks") or {}, records, scores, class_ids=ids))
-    return found
+        results.append(Results(names, told.get("checks") or {}, records, scores, class_ids=ids))
+    return results
 
 
 def _records(path: Path) -> tuple[dict[str, Record], list[str]]:

@@ -60,12 +60,12 @@ def png(plot: Callable[[Style], Figure]) -> bytes:
 
 def svgs(plot: Callable[[Style], Figure]) -> tuple[str, str]:
     """A plot as SVG for light and for dark paper."""
-    found = []
+    drawings = []
     for style in (_LIGHT, _DARK):
         out = io.StringIO()
         plot(style).savefig(out, format="svg", metadata={"Date": None})
-        found.append(out.getvalue())
-    return found[0], found[1]
+        drawings.append(out.getvalue())
+    return drawings[0], drawings[1]
 
 
 def _axes(style: Style, title: str, height: float = 3.2) -> tuple[Figure, Any]:
@@ -122,13 +122,13 @@ def _cost_points(report: Results) -> dict[str, tuple[float, float, float]]:
 
 
 def _cost(report: Results, style: Style) -> Figure:
-    found = _cost_points(report)
-    points = {name: (recall, speed) for name, (recall, speed, _) in found.items()}
+    costs = _cost_points(report)
+    points = {name: (recall, speed) for name, (recall, speed, _) in costs.items()}
     figure, axes = _axes(style, "Recall against speed, and the accuracy lost", 3.5)
     best_drawn = pareto_names(points)  # an index that was asked for with other settings has no loss here, and no dot
     line = sorted(points[name] for name in best_drawn)
     axes.plot(*zip(*line, strict=True), color=style["soft"], linewidth=1, zorder=1)
-    losses = [loss for _, _, loss in found.values()]
+    losses = [loss for _, _, loss in costs.values()]
     dots = axes.scatter(
         *zip(*points.values(), strict=True), c=losses, cmap="viridis_r", s=70, zorder=2, edgecolors=style["ink"],
         linewidths=0.8, vmin=min(0, *losses), vmax=max(0.1, *losses),

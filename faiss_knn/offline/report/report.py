@@ -36,10 +36,10 @@ class EvalReport(Results):
             ValueError: If there are no records in the folder.
         """
         folder = Path(folder)
-        found = read_folder(folder)
-        if not found.records:
+        results = read_folder(folder)
+        if not results.records:
             raise ValueError(f"{folder}: holds no records of an evaluation: name a folder that `save` has written")
-        return cls(**vars(found))
+        return cls(**vars(results))
 
     @property
     def warnings(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What was found: records, the scores by class, and what makes them suspect; how records are told apart."""
+"""What evaluate() found, as data: records, scores by class, what makes them suspect; and how records are told apart."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -180,10 +180,10 @@ def index_name(record: Record) -> str:
 
 def searches(records: Iterable[Record]) -> dict[str, list[Record]]:
     """The records of each index, in order."""
-    found: dict[str, list[Record]] = {}
+    by_index: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault(index_name(record), []).append(record)
-    return found
+        by_index.setdefault(index_name(record), []).append(record)
+    return by_index
 
 
 def pareto_names(points: dict[str, tuple[float, float]]) -> set[str]:
