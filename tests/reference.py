@@ -9,6 +9,8 @@ def distances(queries: np.ndarray, rows: np.ndarray, distance_metric: str) -> np
     if distance_metric == "cosine":
         queries = queries / np.sqrt((queries**2).sum(1, keepdims=True))
         rows = rows / np.sqrt((rows**2).sum(1, keepdims=True))
+    if distance_metric == "dot":
+        return np.array([-(rows * query).sum(1) for query in queries], np.longdouble).reshape(len(queries), len(rows))
     found = []
     for query in queries:
         difference = rows - query

@@ -152,7 +152,7 @@ class FeatureBank:
         Raises:
             ValueError: As `KNNIndex.search` and `vote`.
         """
-        check_vote_options(temperature, weighting)
+        check_vote_options(temperature, weighting, self.index.distance_metric)
         return self.score(self.neighbors(queries, k), temperature=temperature, weighting=weighting)
 
     def score(self, neighbors: Neighbors, *, temperature: float = 0.07, weighting: str = "inverse") -> Tensor:
@@ -173,7 +173,7 @@ class FeatureBank:
 
         A neighbour is missing if its index is -1, whatever its distance.
         """
-        check_vote_options(temperature, weighting)
+        check_vote_options(temperature, weighting, self.index.distance_metric)
         if self.labels.device != neighbors.indices.device:
             self.labels = self.labels.to(neighbors.indices.device)
         blocks = []

@@ -84,7 +84,7 @@ class ShardedBank:
 
     def votes(self, found: LabelledNeighbors, *, temperature: float = 0.07, weighting: str = "inverse") -> Votes:
         """Let what `find` found, or its first columns, vote on this rank alone: see `FeatureBank.votes`."""
-        check_vote_options(temperature, weighting)
+        check_vote_options(temperature, weighting, self._index.index.distance_metric)
         there = found.indices >= 0
         return count_votes(
             found.distances, there, found.labels, self.num_classes, temperature=temperature, weighting=weighting

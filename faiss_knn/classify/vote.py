@@ -18,8 +18,8 @@ _BELOW_ALL = -1e301  # less than any weight's logarithm, and finite: its differe
 _SMALL = -100 * math.log(2)  # logarithm of the scores below which float32 runs short of exponents
 
 
-def check_vote_options(temperature: float, weighting: str) -> None:
-    """Raise ValueError if no vote can be taken with these options."""
+def check_vote_options(temperature: float, weighting: str, distance_metric: str | None = None) -> None:
+    """Raise ValueError if no vote can be taken with these options, by distances of that name if it is known."""
     number = as_number(temperature, "temperature")
     if not number > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -29,13 +29,18 @@ def check_vote_options(temperature: float, weighting: str) -> None:
             f"got {temperature}: take one in the unit of the distances"
         )
     as_choice(weighting, WEIGHTINGS, "`weighting`")
+    if (weighting, distance_metric) == ("inverse", "dot"):
+        raise ValueError(
+            "weighting='inverse' does not go with distance_metric='dot', whose distances may be negative: take "
+            "'softmax' or 'uniform'"
+        )
 
 
 def log_weights(distances: Tensor, found: Tensor, *, temperature: float, weighting: str) -> Tensor:
     """Weigh each neighbour, in logarithms, in which nothing underflows.
 
     Args:
-        distances: (B, k), not negative; one that is too large for its dtype, inf, counts as float32's largest number.
+        distances: (B, k), for "inverse" not negative; what is too large for float32 counts as its largest number.
         found: (B, k) bool, False where a neighbour is missing.
         temperature: See `neighbor_weights`.
         weighting: See `neighbor_weights`.
@@ -44,7 +49,7 @@ def log_weights(distances: Tensor, found: Tensor, *, temperature: float, weighti
         (B, k) float64 logarithms of the weights, -inf where the neighbour is missing. Those of "softmax" are not yet
         divided by the row's sum.
     """
-    distances, temperature = distances.double().clamp(max=_FLOAT32.max), float(temperature)
+    distances, temperature = distances.double().clamp(-_FLOAT32.max, _FLOAT32.max), float(temperature)
     if weighting == "inverse":
         logs = -torch.log(distances + temperature)
     elif weighting == "softmax":
@@ -59,11 +64,12 @@ def neighbor_weights(distances: Tensor, *, temperature: float = 0.07, weighting:
 
     - "inverse": 1 / (d + T).
     - "softmax": softmax over the row's neighbours of -d / T. With the cosine distance 1 - cos this is the weighting of
-      DINOv2 and of Wu et al. 2018 (arXiv 1805.01978, section 3.4), exp(cos / T) up to a factor that the row shares.
+      DINOv2 and of Wu et al. 2018 (arXiv 1805.01978, section 3.4), exp(cos / T) up to a factor that the row shares;
+      with the distance "dot" it is exp(q·x / T) likewise.
     - "uniform": 1.
 
     Args:
-        distances: (B, k), not negative; inf where a neighbour is missing.
+        distances: (B, k), for "inverse" not negative; inf where a neighbour is missing.
         temperature: T above, in the unit of the distances.
         weighting: One of the three above.
 
@@ -114,7 +120,7 @@ def vote(
     voted for scores above one without a vote, however far that neighbour is: see `Votes`.
 
     Args:
-        distances: (B, k) float, not negative; inf marks a missing neighbour, whose label is ignored.
+        distances: (B, k) float, for "inverse" not negative; inf marks a missing neighbour, whose label is ignored.
         labels: (B, k) integer class ids of the neighbours, or (B, k, C) multi-hot of 0 and 1, or (B, k, C) float shares
             in [0, 1], by which a neighbour's weight is divided among classes.
         num_classes: C, the width of the scores.
@@ -125,7 +131,8 @@ def vote(
         (B, C) float32, raw sums of weights, on the distances' device. Memory O(B·(k + C)) beside the arguments.
 
     Raises:
-        ValueError: If the shapes do not fit, a distance is negative or NaN, or a label is outside [0, num_classes).
+        ValueError: If the shapes do not fit, a distance is NaN, -inf or, for "inverse", negative, or a label is outside
+            [0, num_classes).
 
     Example:
         >>> vote(torch.tensor([[0.0, 0.1, 0.1]]), torch.tensor([[2, 0, 0]]), num_classes=3, temperature=0.1)
@@ -135,7 +142,7 @@ def vote(
     distances, labels = as_dense(distances, "`distances`"), as_dense(labels, "`labels`")
     num_classes = as_class_count(num_classes)
     _check_shapes(distances, labels, num_classes)
-    _check_values(distances, labels, num_classes)
+    _check_values(distances, labels, num_classes, may_be_negative=weighting != "inverse")
     found = distances.isfinite()
     return count_votes(distances, found, labels, num_classes, temperature=temperature, weighting=weighting).scores
 
@@ -297,18 +304,19 @@ def _check_shapes(distances: Tensor, labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"`labels` must be on the distances' device {distances.device}, got {labels.device}")
 
 
-def _check_values(distances: Tensor, labels: Tensor, num_classes: int) -> None:
+def _check_values(distances: Tensor, labels: Tensor, num_classes: int, *, may_be_negative: bool) -> None:
     """Check the values with one device synchronisation, and look for the culprit only if there is one."""
     found = distances.isfinite()
-    wrong_distance = ~(distances >= 0)
+    wrong_distance = ~(distances > -torch.inf if may_be_negative else distances >= 0)
     # of a NaN neither comparison holds
     fits = (labels >= 0) & (labels < num_classes) if labels.ndim == 2 else (labels >= 0) & (labels <= 1)
     wrong_label = ~fits & (found if labels.ndim == 2 else found[:, :, None])
     if not (wrong_distance.any() | wrong_label.any()):
         return
     if wrong_distance.any():
+        refused = "-inf" if may_be_negative else "negative"
         raise ValueError(
-            f"`distances` must not be negative or NaN, got {distances[wrong_distance][0].item()} "
+            f"`distances` must not be {refused} or NaN, got {distances[wrong_distance][0].item()} "
             f"({int(wrong_distance.sum())} such values)"
         )
     need = f"in [0, num_classes={num_classes})" if labels.ndim == 2 else "0 and 1, or shares in [0, 1],"

@@ -33,7 +33,7 @@ def recalls(distances: Tensor, indices: Tensor, exact_distances: Tensor, exact_i
     ordered = indices.sort(dim=1).values
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         raise ValueError("the index returned a row twice for one query: its recall cannot be measured")
-    near = (distances <= exact_distances[:, -1:] * (1 + 1e-5)) & (indices >= 0)
+    near = (distances <= exact_distances[:, -1:] + 1e-5 * exact_distances[:, -1:].abs()) & (indices >= 0)
     size = max(1, _BLOCK // indices.shape[1] ** 2)  # queries of a block
     same = sum(
         int((indices[a : a + size, :, None] == exact_indices[a : a + size, None, :]).sum())

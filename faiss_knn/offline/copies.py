@@ -12,6 +12,7 @@ from faiss_knn.offline.task import EvalTask
 
 _ROUNDING = 2.0**-8  # of bfloat16, relative to each number: the coarsest dtype that features are saved in
 _FAR_NEARER = 0.1  # of the distance at which queries have another neighbour
+_SAMPLE = 1024  # queries that show how far their neighbours are
 _OTHERS = 10  # neighbours among which another one is, where the bank holds a row several times
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -32,6 +33,8 @@ class Copies(NamedTuple):
 def count_copies(task: EvalTask, distances: Tensor, indices: Tensor, distance_metric: str) -> Copies:
     """Compare each query with its nearest bank row.
 
+    By inner products, of which that with its copy need not be the largest, with the ten nearest, as far as there are.
+
     It is a near copy if no difference is beyond the rounding of bfloat16 and the row is nearer, by far, than where
     queries ordinarily have another neighbour: in a bank whose rows all lie that close together, none is.
 
@@ -41,18 +44,43 @@ def count_copies(task: EvalTask, distances: Tensor, indices: Tensor, distance_me
         indices: (Q, K) places in the bank.
         distance_metric: Of the distances.
     """
-    bound = _FAR_NEARER * _ordinary(distances, distance_metric)
+    by_product = distance_metric == "dot"
+    compared = indices[:, : _OTHERS if by_product else 1]
+    bound = _FAR_NEARER * _ordinary(_gaps(task, compared[:_SAMPLE]) if by_product else distances, distance_metric)
     equal = near = 0
     for a, b in spans(len(task.queries.rows), 4096):
-        nearest = indices[a:b, 0].cpu().numpy()
-        order = np.argsort(nearest, kind="stable")  # files are read in ascending order
-        places, back = np.unique(nearest[order], return_inverse=True)
-        rows = _on_host(read_rows(task.bank.pick(places).rows))[back]
-        queries = _on_host(read_rows(task.queries.rows, a, b))[order]
-        same = (rows == queries).all(1)
-        equal += int(same.sum())
-        near += int((_is_near(rows, queries, bound, distance_metric) & ~same).sum())
+        is_equal, is_near = np.zeros(b - a, bool), np.zeros(b - a, bool)
+        for column in compared[a:b].T:
+            order, rows, queries = _side_by_side(task, column, a)
+            is_equal[order] |= (rows == queries).all(1)
+            is_near[order] |= _is_near(rows, queries, bound, distance_metric)
+        equal += int(is_equal.sum())
+        near += int((is_near & ~is_equal).sum())
     return Copies(equal, near)
+
+
+def _side_by_side(
+    task: EvalTask, column: Tensor, first: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]:
+    """The bank rows of `column` (n,) beside their queries, those from `first` on, (n, d) each, and their order.
+
+    Where there is no row, -1, the bank's first one stands: it is among the others of that query.
+    """
+    nearest = column.clamp(min=0).cpu().numpy()
+    order = np.argsort(nearest, kind="stable")  # files are read in ascending order
+    places, back = np.unique(nearest[order], return_inverse=True)
+    rows = _on_host(read_rows(task.bank.pick(places).rows))[back]
+    return order, rows, _on_host(read_rows(task.queries.rows, first, first + len(nearest)))[order]
+
+
+def _gaps(task: EvalTask, indices: Tensor) -> Tensor:
+    """Euclidean lengths (n, K) between the first queries and bank rows (n, K)."""
+    gaps = torch.full(indices.shape, torch.inf, dtype=torch.float64, device="cpu")
+    for number, column in enumerate(indices.T):
+        order, rows, queries = _side_by_side(task, column, 0)
+        lengths = np.linalg.norm(rows.astype(np.float64) - queries.astype(np.float64), axis=1)
+        gaps[torch.from_numpy(order), number] = torch.from_numpy(lengths)
+    return gaps.masked_fill(indices.cpu() < 0, torch.inf)
 
 
 def _ordinary(distances: Tensor, distance_metric: str) -> float:

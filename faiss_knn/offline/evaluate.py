@@ -79,7 +79,8 @@ def evaluate(
         k: Neighbours that vote.
         temperature: Of the vote.
         weighting: "inverse", "softmax", "uniform".
-        distance_metric: "cosine", "euclidean", "squared_euclidean" or "manhattan".
+        distance_metric: "cosine", "euclidean", "squared_euclidean", "manhattan" or "dot" (minus the inner
+            product; with the weighting "softmax" or "uniform").
         index: Specs of `KNNIndex`. Approximate ones are compared with the exact neighbours of the same queries.
         num_classes: None: what the labels need.
         class_names: Names by class id.

@@ -67,7 +67,7 @@ class EvalOptions:
     search: SearchOptions = field(init=False)
 
     def __post_init__(self) -> None:
-        self._set(**_checked_votes(self.k, self.temperature, self.weighting, self.depth))
+        self._set(**_checked_votes(self.k, self.temperature, self.weighting, self.depth, self.distance_metric))
         self._set(variants=tuple(_variants(self.index, self.sweep)))
         self._set(latency=_count_from_zero(self.latency, "latency"), seed=_count_from_zero(self.seed, "seed"))
         self._set(
@@ -106,7 +106,11 @@ def several(given: Any) -> tuple[Any, ...]:
 
 
 def _checked_votes(
-    ks: tuple[Any, ...], temperatures: tuple[Any, ...], weightings: tuple[Any, ...], depth: int | None
+    ks: tuple[Any, ...],
+    temperatures: tuple[Any, ...],
+    weightings: tuple[Any, ...],
+    depth: int | None,
+    distance_metric: str,
 ) -> dict[str, Any]:
     for name, values in {"k": ks, "temperature": temperatures, "weighting": weightings}.items():
         if not values:
@@ -114,7 +118,7 @@ def _checked_votes(
     lengths = [_positive(k, "`k` and `depth` must be positive integers") for k in ks]
     longest = [] if depth is None else [_positive(depth, "`k` and `depth` must be positive integers")]
     for temperature, weighting in product(temperatures, weightings):
-        check_vote_options(temperature, weighting)
+        check_vote_options(temperature, weighting, distance_metric)
     return {
         "k": tuple(dict.fromkeys(lengths)),
         "temperature": tuple(dict.fromkeys(map(float, temperatures))),

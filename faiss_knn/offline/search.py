@@ -20,7 +20,7 @@ from faiss_knn.offline.lazy_rows import RowSource, read_rows, spans
 from faiss_knn.offline.task import EvalTask
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.engines.backend import make_index
-from faiss_knn.search.engines.rerank import drop_self, nearest
+from faiss_knn.search.engines.rerank import Neighbors, drop_self, nearest
 from faiss_knn.search.index import KNNIndex
 from faiss_knn.search.inputs import is_memmap
 
@@ -160,7 +160,7 @@ def search_task(task: EvalTask, k: int, variant: Variant, options: SearchOptions
         distances, indices = drop_self(result.distances, result.indices, own)
         result = replace(result, distances=distances, indices=indices)
     result = _padded(result, k)
-    return replace(result, distances=result.distances.float())
+    return replace(result, distances=Neighbors(result.distances, result.indices).single().distances)
 
 
 def _split_bank(task: EvalTask, k: int, options: SearchOptions) -> SearchResult:

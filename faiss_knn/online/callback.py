@@ -75,7 +75,8 @@ class OnlineKNN(OnlineOptions, Callback):
         k: Neighbours that vote. Several: one search, keys `eval/{name}_k{K}_{metric}`, predictions of the largest.
         temperature: T of the weights.
         chunk_size: Queries per search block; -1: chosen so that memory stays bounded.
-        distance_metric: "euclidean", "squared_euclidean", "cosine" or "manhattan".
+        distance_metric: "euclidean", "squared_euclidean", "cosine", "manhattan" or "dot" (minus the inner product;
+            with the weighting "softmax" or "uniform").
         verbose: Whether to report each bank, and the queues' fill.
         index: "flat", "ivf", "fast", "auto" or a FAISS factory string, see `KNNIndex`.
         nprobe: Lists that an IVF index visits.

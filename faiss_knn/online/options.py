@@ -79,7 +79,7 @@ class OnlineOptions:
         k: Any = self.k
         self.k = k.tolist() if isinstance(k, np.ndarray | Tensor) and k.ndim == 1 else k
         self.ks = _checked_ks(self.k)
-        check_vote_options(self.temperature, self.weighting)
+        check_vote_options(self.temperature, self.weighting, self.distance_metric)
 
     def _check_search(self) -> None:
         self.chunk_size = as_integer(self.chunk_size, "chunk_size")

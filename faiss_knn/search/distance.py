@@ -1,4 +1,4 @@
-"""The four distances: what each needs of a row, and its exact value for given pairs."""
+"""The five distances: what each needs of a row, and its exact value for given pairs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,20 +10,23 @@ from faiss_knn.search.inputs import as_choice
 
 _LEAST_NORM = 2.0**-500  # below it a square may be lost in float64
 _RESCALED = 1 << 20  # values measured again at once
+_PRODUCTS = 1 << 20  # products held at once
+_REDUCED = 64  # exponent that rows are reduced by whose products with a query left the range
 _RESCALE = 2.0**600  # brings squares of the largest and the smallest differences into range
 
-DISTANCES = ("euclidean", "squared_euclidean", "cosine", "manhattan")
+DISTANCES = ("euclidean", "squared_euclidean", "cosine", "manhattan", "dot")
 
 
 @dataclass(frozen=True)
 class Distance:
-    """One of the four distances.
+    """One of the five distances.
 
     Attributes:
         name: As the user writes it.
         faiss_metric: The FAISS metric whose order is the same on prepared rows.
         unit_rows: Rows are compared by their direction: zero rows have none.
-        norm: 1 or 2, the norm of differences that pairs are measured by.
+        norm: 1 or 2, the norm of differences that pairs are measured by; 0 for none: by minus their inner product,
+            which takes the place of the norm below.
         from_norm: Maps that norm of (unit) differences to the distance.
         to_norm: The inverse of `from_norm`.
     """
@@ -77,6 +80,7 @@ _DISTANCES = {
         to_norm=_root_of_double,
     ),
     "manhattan": Distance("manhattan", "METRIC_L1", normalized=False, norm=1.0, from_norm=_same, to_norm=_same),
+    "dot": Distance("dot", "METRIC_INNER_PRODUCT", normalized=False, norm=0.0, from_norm=_same, to_norm=_same),
 }
 
 
@@ -122,7 +126,7 @@ def _largest(rows: Tensor) -> Tensor:
 def pair_norms(
     queries: Tensor, rows: Tensor, distance: Distance, dtype: torch.dtype = torch.float64, *, wide: bool = False
 ) -> Tensor:
-    """Measure each query against its own rows, in float64 or float32, from differences.
+    """Measure each query against its own rows, in float64 or float32, from differences or, for "dot", products.
 
     No matrix product and no blocked sum takes part, so a pair's value depends on that pair alone: the same bits at
     any batch size, position and thread count.
@@ -138,6 +142,8 @@ def pair_norms(
         (B, m) norms of the differences in that dtype; `distance.from_norm` makes distances of them.
     """
     queries, rows = queries.to(dtype), rows.to(dtype)
+    if distance.norm == 0:
+        return _in_range(queries, rows) if wide else 0.0 - _inner(queries, rows)
     norms = _per_pair(queries, rows, distance.norm)
     return _without_range_errors(norms, queries, rows) if wide and distance.norm == 2 else norms
 
@@ -161,3 +167,57 @@ def _per_pair(queries: Tensor, rows: Tensor, norm: float) -> Tensor:
     if len(rows) == 1:
         return torch.cdist(queries[None], rows, p=norm, compute_mode="donot_use_mm_for_euclid_dist")[0]
     return torch.cdist(queries[:, None], rows, p=norm, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+
+
+def _inner(queries: Tensor, rows: Tensor) -> Tensor:
+    """Return the inner products (B, m) of queries (B, d) with rows (B, m, d) or (1, m, d)."""
+    products = queries.new_empty(len(queries), rows.shape[1])
+    width = max(1, min(rows.shape[1], _PRODUCTS // rows.shape[2]))
+    height = max(1, _PRODUCTS // (width * rows.shape[2]))
+    for top in range(0, len(queries), height):
+        part = slice(top, top + height)
+        own = rows if len(rows) == 1 else rows[part]
+        for left in range(0, rows.shape[1], width):
+            products[part, left : left + width] = _summed(queries[part, None] * own[:, left : left + width])
+    return products
+
+
+def _summed(values: Tensor) -> Tensor:
+    """Add up the last dimension by halves: sums whose bits depend on the values alone, on any device."""
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        sums = values[..., :half] + values[..., half : 2 * half]
+        if values.shape[-1] % 2:
+            sums[..., 0] += values[..., -1]
+        values = sums
+    return values[..., 0]
+
+
+def _in_range(queries: Tensor, rows: Tensor) -> Tensor:
+    """Return minus the inner products of float64 values, those beyond float64's range as its largest numbers."""
+    scaled, exponents = scaled_by_powers(queries)
+    products, exponents = _inner(scaled, rows), exponents[:, None].expand(-1, rows.shape[1])
+    if (beyond := ~products.isfinite()).any():
+        products = torch.where(beyond, _inner(scaled, rows * 2.0**-_REDUCED), products)
+        exponents = torch.where(beyond, exponents + _REDUCED, exponents)
+    most = torch.finfo(products.dtype).max
+    return 0.0 - _times_power(products, exponents).clamp(-most, most)
+
+
+def scaled_by_powers(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows (n, d) whose largest coordinates lie in [1/2, 1), and the float64 exponents of what was divided by.
+
+    Example:
+        >>> scaled_by_powers(torch.tensor([[3.0, -6.0], [0.0, 0.0]]))
+        (tensor([[ 0.3750, -0.7500],
+                [ 0.0000,  0.0000]], dtype=torch.float64), tensor([3., 0.], dtype=torch.float64))
+    """
+    rows = rows.double()
+    exponents = torch.frexp(_largest(rows)[:, 0]).exponent.double()
+    return _times_power(rows, -exponents[:, None]), exponents
+
+
+def _times_power(values: Tensor, exponents: Tensor) -> Tensor:
+    """Multiply by powers of two, in two steps, as a power itself may be beyond float64."""
+    first = (exponents / 2).floor()
+    return values * torch.exp2(first) * torch.exp2(exponents - first)

@@ -73,7 +73,8 @@ class KNNIndex:
 
     Args:
         spec: "flat", "ivf", "fast", "auto", or a FAISS factory string ("IVF1024,Flat", "HNSW32", "PQ96x4fs,RFlat").
-        distance_metric: "euclidean", "squared_euclidean", "cosine" (1 - cos) or "manhattan".
+        distance_metric: "euclidean", "squared_euclidean", "cosine" (1 - cos), "manhattan" or "dot": minus the
+            inner product, so that the largest is the nearest, which "fast" and "auto" search exactly.
         device: Where to hold and search the bank; None: where the features are.
         nprobe: Inverted lists that an IVF index visits; None: tuned, or FAISS's default for a factory string.
         target_recall: Share of the exact neighbours that "fast", "ivf" or "auto" must find on held-out rows of the

@@ -113,7 +113,7 @@ def test_lattices_are_full_of_ties(values, d, n, k, seed):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(values, (n, d), generator=generator).float()
     queries = torch.randint(values, (10, d), generator=generator).float()
-    for metric in ("euclidean", "manhattan"):
+    for metric in ("euclidean", "manhattan", "dot"):
         found = KNNIndex(distance_metric=metric).build(rows).search(queries, k)
         _, ids = brute_force(queries.numpy(), rows.numpy(), k, metric)
         np.testing.assert_array_equal(found.indices.numpy(), ids)  # integers: no rounding anywhere

@@ -75,8 +75,8 @@ def _add_vote(group: Any) -> None:
 
 def _add_search(group: Any) -> None:
     group.add_argument(
-        "--distance", default="cosine", choices=["cosine", "euclidean", "squared_euclidean", "manhattan"],
-        help="default cosine",
+        "--distance", default="cosine", choices=["cosine", "euclidean", "squared_euclidean", "manhattan", "dot"],
+        help="default cosine; dot: minus the inner product, with softmax or uniform weighting",
     )  # fmt: skip
     group.add_argument(
         "--index", nargs="+", default=["flat"], metavar="SPEC", help="flat, ivf, fast, auto or FAISS factory strings"

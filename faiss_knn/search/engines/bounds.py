@@ -21,6 +21,8 @@ belong to the row: one huge row does not widen the others'. All of it is one pro
 Given a basis P of m orthonormal directions, û holds Pu alone. What is left of u and v, of lengths ρu and ρv, adds at
 most ρuρv to u·v (Cauchy-Schwarz again): the last column. Where the spectrum decays, m products do for d.
 
+For the distance -q·x the same columns without h bound the product itself: s(q·x) = u·v + sc·v.
+
 docs/exact.md derives every constant below.
 """
 
@@ -30,7 +32,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from faiss_knn.search.distance import Distance, lengths, normalize
+from faiss_knn.search.distance import Distance, lengths, normalize, scaled_by_powers
 from faiss_knn.search.engines.products import multiply
 from faiss_knn.search.stored_rows import StoredRows
 
@@ -52,6 +54,7 @@ _BLOCK_VALUES = 1 << 20
 _GPU_BLOCK_VALUES = 1 << 24  # there a block costs some twenty kernel launches
 _FAR = 2.0**40  # in units of the median norm; beyond it a row or query is not worth a float32 exponent
 _MOST_EXPONENT = 1000  # of the scale
+_LARGE = 2.0**1000
 _FAR_HALF_SQUARE = 2.0**77  # below |u|²/2 - |u||v| for any |u| > 2^40 and |v| <= 2^38
 
 
@@ -61,10 +64,14 @@ class PreparedQueries(NamedTuple):
     Attributes:
         vectors: (B, K) what enters the product.
         square: (B,) float64 |v|²; inf where the query is beyond the bounds' range and must be searched without it.
+        offset: (B,) float64 sc·v, for inner products alone.
+        scale: (B,) float64, what turns q·x into the scale of u·v, likewise.
     """
 
     vectors: Tensor
     square: Tensor
+    offset: Tensor | None = None
+    scale: Tensor | None = None
 
 
 class Bounds(Protocol):
@@ -93,6 +100,8 @@ class ProductBounds:
         basis: (d, m) float32 orthonormal directions to project to; None: all d coordinates as they are.
         room: Bytes that the copy may take; rows beyond it are written anew for every scan. None: all it needs.
     """
+
+    _half_square_of_far = _FAR_HALF_SQUARE
 
     def __init__(
         self,
@@ -165,17 +174,17 @@ class ProductBounds:
         rows = (self._as_compared(block, start) - self._centre.to(self._work)).mul_(self._scale).float()
         sizes = rows.norm(dim=1)
         far = ~(sizes <= self._reach)
-        if self._passed_over is not None:
-            far |= self._passed_over[start : start + len(block)]
-        if far.any():
-            rows[far], sizes[far] = 0.0, 0.0
+        outside = far if self._passed_over is None else far | self._passed_over[start : start + len(block)]
+        if outside.any():
+            rows[outside], sizes[outside] = 0.0, 0.0
         seen = rows if self._basis is None else rows @ self._basis
         column = self._vector + self._pieces
         out[:, : self._vector] = seen
-        out[:, self._vector : column] = self._half_squares(sizes).masked_fill(far[:, None], _FAR_HALF_SQUARE)
+        half_squares = self._half_squares(sizes).masked_fill(outside[:, None], _FAR_HALF_SQUARE)
+        out[:, self._vector : column] = half_squares.masked_fill(far[:, None], self._half_square_of_far)
         out[:, column] = rounded_up(sizes * (1 + self._norm_error), self.dtype)
         lost = (seen - out[:, : self._vector].float()).norm(dim=1) * (1 + self._norm_error)
-        out[:, column + 1] = rounded_up((lost + self._blur).masked_fill(far, 0.0), self.dtype)
+        out[:, column + 1] = rounded_up((lost + self._blur).masked_fill(outside, 0.0), self.dtype)
         out[:, column + 2 :] = 0
         if self._basis is not None:
             left_out = self._left_out(sizes.square(), seen.square().sum(1))
@@ -262,6 +271,56 @@ class ProductBounds:
     def _slack(self) -> float:
         """Relative error of squared float64 norms."""
         return (self._rows.dim + 32) * 4 * _DOUBLE
+
+
+class InnerProductBounds(ProductBounds):
+    """Bounds of minus the inner product: the scores are products, and rows that are too large for them score highest.
+
+    Queries are scaled by powers of two of their own, so that none is out of reach for its size.
+    """
+
+    _half_square_of_far = -_FAR_HALF_SQUARE
+
+    def _place(self, rows: StoredRows) -> None:
+        super()._place(rows)
+        self._offset = self._centre * self._scale
+        # What float64 loses of a product that is summed by halves, relative to |q||x|.
+        self._measuring_error = (math.log2(rows.dim) + 4) * 2 * _DOUBLE
+
+    def _half_squares(self, sizes: Tensor) -> Tensor:
+        return sizes.new_zeros(len(sizes), self._pieces)
+
+    def prepare(self, queries: Tensor, *, bound: bool = True) -> PreparedQueries:
+        """Prepare queries (B, d); without `bound`, scores estimate and prove nothing."""
+        exact, exponents = scaled_by_powers(queries)
+        seen = exact if self._basis is None else exact @ self._basis.double()
+        vectors = torch.zeros(len(queries), self._width, dtype=self.dtype, device=queries.device)
+        vectors[:, : self._vector] = seen
+        vectors[:, self._vector : self._vector + self._pieces] = -1
+        if bound:
+            self._widen(vectors, exact, seen)
+        scale = self._scale * torch.exp2(-exponents)
+        return PreparedQueries(vectors, exact.square().sum(1), (exact * self._offset).sum(1), scale)
+
+    def _widen(self, vectors: Tensor, exact: Tensor, seen: Tensor) -> None:
+        super()._widen(vectors, exact, seen)
+        column = self._vector + self._pieces
+        beta = vectors[:, column].double() + self._measuring_error * exact.norm(dim=1)
+        vectors[:, column] = rounded_up(beta, self.dtype)
+
+    def least_score(self, prepared: PreparedQueries, norms: Tensor) -> Tensor:
+        """Return (B,) float64: every row within this distance has at least such a score."""
+        assert prepared.offset is not None
+        assert prepared.scale is not None
+        if not self._is_proof:
+            return torch.full_like(prepared.square, -torch.inf)
+        product = -norms * prepared.scale
+        lost = self._slack * (product.abs() + prepared.square.sqrt() * self._offset.norm())
+        least = product - prepared.offset - lost
+        least = (least - least.abs() * self._rounding).clamp(max=-self._half_square_of_far / 2)
+        # Of products at the end of float64's range nothing is known.
+        known = (norms.abs() < _LARGE) & (prepared.scale < _LARGE) & (prepared.scale > 1 / _LARGE)
+        return torch.where(least.isfinite() & known, least, -torch.inf)
 
 
 class DifferenceBounds:

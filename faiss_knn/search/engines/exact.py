@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance, normalize, pair_norms
-from faiss_knn.search.engines.bounds import BOUND_COLUMNS, Bounds, DifferenceBounds, ProductBounds
+from faiss_knn.search.engines.bounds import BOUND_COLUMNS, Bounds, DifferenceBounds, InnerProductBounds, ProductBounds
 from faiss_knn.search.engines.costs import seconds_per_candidate
 from faiss_knn.search.engines.duplicates import Duplicates
 from faiss_knn.search.engines.oversampling import Oversampling
@@ -64,7 +64,7 @@ class ExactEngine:
         self._lock = threading.RLock()
         self._oversampling: dict[int, Oversampling] = {}
         self._basis: Tensor | None = None
-        if distance.norm == 2 and not lean:
+        if distance.norm != 1 and not lean:
             self._duplicates = Duplicates.among(rows)
             self._basis = _worthwhile_basis(rows, distance)
         self._bounds: Bounds = self._made() if bounds is None else bounds
@@ -92,12 +92,11 @@ class ExactEngine:
         del self._rows, self._bounds, self._duplicates
 
     def _made(self) -> Bounds:
-        if self._distance.norm != 2:
+        if self._distance.norm == 1:
             return DifferenceBounds(self._rows)
         later = None if self._duplicates is None else self._duplicates.later
-        return ProductBounds(
-            self._rows, self._distance, self._dtype, passed_over=later, basis=self._basis, room=self._room()
-        )
+        kind = InnerProductBounds if self._distance.norm == 0 else ProductBounds
+        return kind(self._rows, self._distance, self._dtype, passed_over=later, basis=self._basis, room=self._room())
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:

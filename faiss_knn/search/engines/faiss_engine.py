@@ -69,6 +69,8 @@ class FaissEngine:
             self.index = backend.make_index(spec, rows.dim, distance.faiss_metric)
             sample = self._sample(rows)
             self._centre = _prepared(sample, distance).mean(0)
+            if distance.norm == 0:
+                self._centre.zero_()  # products, unlike differences, change with the origin
         self._place(rows)
         self.nprobe = self._set_nprobe(nprobe)
         if trained is None:

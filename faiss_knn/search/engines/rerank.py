@@ -32,9 +32,11 @@ class Neighbors(NamedTuple):
         return Neighbors(self.distances[:, :k], self.indices[:, :k])
 
     def single(self) -> "Neighbors":
-        """Round distances to float32; those beyond it become its largest number, for inf means that none was found."""
+        """Round distances to float32; those beyond it become its largest numbers, for inf means that none was found."""
         most = torch.finfo(torch.float32).max
-        return Neighbors(self.distances.clamp(max=most).float().masked_fill(self.indices < 0, torch.inf), self.indices)
+        return Neighbors(
+            self.distances.clamp(-most, most).float().masked_fill(self.indices < 0, torch.inf), self.indices
+        )
 
 
 def ordered_by(distance: Distance) -> Distance:

@@ -16,6 +16,7 @@ _LONGEST = 200
 _CODES = r"(Flat|SQ8|SQ6|SQ4|SQfp16|PQ\d+(x\d+)?(np)?(fs)?)"
 _PROVEN = {
     "METRIC_L2": re.compile(rf"((PCAR?|OPQ)\d+(_\d+)?,)?(IVF\d+,)?{_CODES}(,RFlat)?|HNSW\d+(,Flat)?"),
+    "METRIC_INNER_PRODUCT": re.compile(r"(IVF\d+,)?Flat|HNSW\d+(,Flat)?"),
     "METRIC_L1": re.compile(r"(IVF\d+,)?Flat|HNSW\d+(,Flat)?"),
 }
 _TRIAL = (

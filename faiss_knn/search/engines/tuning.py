@@ -94,7 +94,8 @@ def _held_out(rows: StoredRows, exact: ExactEngine, distance: Distance, k: int, 
     k = max(1, min(k, len(rows) - 1))
     distances, found = exact.search(queries, min(k + 1 + _MOST_TWINS, len(rows)))
     distances, found = drop_self(distances, found, ids)
-    twins = _twins(distance.to_norm(distances), found.shape[1] - k)
+    spare = 0 if distance.norm == 0 else found.shape[1] - k  # by products no row is near another
+    twins = _twins(distance.to_norm(distances), spare)
     place = torch.arange(found.shape[1], device=found.device)
     excluded = found.masked_fill(place >= twins[:, None], -1)[:, : max(1, int(twins.max()))]
     places = twins[:, None] + place[:k]
