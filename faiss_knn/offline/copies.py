@@ -1,4 +1,4 @@
-"""Queries that are in the bank: what leaks, also where a copy was rounded or scaled."""
+"""Find queries that are in the bank, also where the copy was rounded or scaled: such queries leak."""
 
 from typing import Any, NamedTuple
 

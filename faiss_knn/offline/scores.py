@@ -203,7 +203,7 @@ def update(metrics: Mapping[str, Any], shares: Tensor, truth: Tensor) -> None:
 
 
 def values_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """What the metrics have counted.
+    """Compute the metrics over all that they were shown.
 
     Raises:
         ValueError: If one does not give a single number.
@@ -215,7 +215,7 @@ def values_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def scalar(name: str, value: Any) -> float:
-    """A metric's value as a number.
+    """Return a metric's value as a number.
 
     Raises:
         ValueError: If it is not a single one.
@@ -228,5 +228,5 @@ def scalar(name: str, value: Any) -> float:
 def class_shares(
     distances: Tensor, found: Tensor, labels: Tensor, num_classes: int, temperature: float, weighting: str
 ) -> Tensor:
-    """(Q, C) shares of the neighbours' weight; `labels` are (Q, k) class ids or (Q, k, C), see `count_votes`."""
+    """Compute (Q, C) shares of the neighbours' weight; `labels` are (Q, k) or (Q, k, C), see `count_votes`."""
     return count_votes(distances, found, labels, num_classes, temperature=temperature, weighting=weighting).shares

@@ -129,7 +129,7 @@ class SearchResult:
     cost: dict[str, Any]
 
     def first(self, k: int) -> "SearchResult":
-        """The k nearest of each query, at most K."""
+        """Cut the lists to the k nearest, at most K."""
         return replace(self, distances=self.distances[:, :k], indices=self.indices[:, :k])
 
 

@@ -55,7 +55,7 @@ class LabelledRows:
     skipped: int = 0
 
     def pick(self, places: Ids) -> "LabelledRows":
-        """Some of the rows, by ascending place."""
+        """Pick some of the rows, by ascending place."""
         chosen = torch.from_numpy(places)
         shares = None if self.shares is None else self.shares[chosen]
         rows = Subset(self.rows, places)
@@ -360,7 +360,7 @@ def _class_count(
 
 
 def check_values(task: EvalTask, distance_metric: str, skip_bad_rows: bool = False) -> EvalTask:
-    """Look at every number once, before an hour of searching, and take the fingerprint of all of them.
+    """Check every number once, before an hour of searching, and compute the fingerprint of all of them.
 
     Returns:
         The task with its fingerprint; with `skip_bad_rows` without the rows that are not finite or, under cosine,
@@ -424,7 +424,7 @@ def _unfit(block: npt.NDArray[Any] | Tensor, needs_direction: bool) -> Ids:
 
 
 def warning_facts(task: EvalTask, ks: Sequence[int]) -> dict[str, Any]:
-    """What makes a number suspect, as far as the labels show it.
+    """Collect what makes a number suspect, as far as the labels show it.
 
     Returns:
         `rows_per_class` (least, median, most, over classes in the bank), `classes_in_bank`, `classes_unseen` (query

@@ -43,25 +43,25 @@ class Section:
 
 
 def title_of(report: Results) -> str:
-    """The report in one line: the best exact result."""
+    """Say the report in one line: the best exact result."""
     record = headline(report)
     score = "mAP" if record["map"] is not None else "top-1 accuracy"
     return f"{percent(record['map'] if record['map'] is not None else record['top1'])} % {score}"
 
 
 def headline(report: Results) -> Record:
-    """The best of the exact records, or of all if none is exact."""
+    """Choose the best of the exact records, or of all if none is exact."""
     by = "map" if report.records[0]["map"] is not None else "top1"
     return best_of([record for record in report.records if record["exact"]] or report.records, by)
 
 
 def setting(record: Record) -> str:
-    """The vote of a record in words."""
+    """Say in words how the neighbours of a record vote."""
     return f"k = {record['k']}, T = {record['temperature']:g}, {record['weighting']} weights"
 
 
 def sections(report: Results) -> list[Section]:
-    """The report's sections, most important first."""
+    """Write the report's sections, the most important first."""
     parts = [_summary(report), _trust(report)]
     if len(searches(report.records)) > 1 or not report.records[0]["exact"]:
         parts.append(_costs(report))
@@ -70,7 +70,7 @@ def sections(report: Results) -> list[Section]:
 
 
 def overview(names: Sequence[str], parts: Sequence[Results]) -> Section:
-    """What a folder of several evaluations holds."""
+    """Say what a folder of several evaluations holds."""
     rows = []
     for name, part in zip(names, parts, strict=True):
         best = headline(part)
@@ -116,7 +116,7 @@ def _trust(report: Results) -> Section:
 
 
 def warnings_of(report: Results) -> list[str]:
-    """What makes the numbers suspect, a sentence each."""
+    """Say what makes the numbers suspect, a sentence each."""
     if not report.records:
         return []
     first = report.records[-1]
@@ -289,7 +289,7 @@ def _by_class(report: Results) -> list[Section]:
 
 
 def class_scores(report: Results, record: Record) -> list[tuple[int, float]]:
-    """Number and score of each class that a query has, lowest first."""
+    """List the number and score of each class that a query has, the lowest score first."""
     scores = report.per_class.get(record_key(record), [])
     known = [(i, score) for i, score in enumerate(scores) if score is not None and score == score]  # no NaN
     return sorted(known, key=lambda pair: pair[1])

@@ -1,4 +1,8 @@
-"""A folder's tables, page and plots, all made from its records and replaced together."""
+"""Make a results folder's tables, page and plots anew from all its records, and replace them together.
+
+What a folder holds is the ledger's concern; what a report says is in content.py, and how it looks in html.py,
+markdown.py and plots.py.
+"""
 
 import io
 import os
@@ -32,7 +36,7 @@ _PLOT = re.compile(rf"({'|'.join(_FILES.values())})(-\d+)?\.png")
 
 
 def publish(parts: Sequence[Results], added: Results, folder: Path) -> None:
-    """Write what is made from the records, plots where matplotlib is there, and the neighbours that were kept.
+    """Write all files that are made from the records, with plots if matplotlib is installed, and the kept neighbours.
 
     Args:
         parts: All that the folder holds, by what was evaluated.
@@ -67,7 +71,7 @@ def _replace_together(files: dict[str, str | bytes], folder: Path) -> None:
 
 
 def _report(names: Sequence[str], parts: Sequence[Results]) -> dict[str, str | bytes]:
-    """The page, the Markdown and the pictures."""
+    """Render the page, the Markdown and the pictures, as contents by file name."""
     shown: list[Section] = []
     pictures: dict[str, str] = {}
     drawings: dict[str, tuple[str, str]] = {}

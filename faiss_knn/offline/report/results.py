@@ -114,7 +114,7 @@ class Results:
     class_ids: list[int] | None = None
 
     def class_name(self, number: int) -> str:
-        """What a class is called."""
+        """Name a class: its name, or else its id."""
         if self.class_names:
             return self.class_names[number]
         return str(self.class_ids[number] if self.class_ids else number)
@@ -179,7 +179,7 @@ def index_name(record: Record) -> str:
 
 
 def searches(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The records of each index, in order."""
+    """Group the records by index, in order."""
     by_index: dict[str, list[Record]] = {}
     for record in records:
         by_index.setdefault(index_name(record), []).append(record)

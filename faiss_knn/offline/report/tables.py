@@ -22,7 +22,7 @@ _LATENCY = {"latency_p50_ms": "p50 ms", "latency_p95_ms": "p95 ms"}
 
 
 def rows_of(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the compact table."""
+    """Make the headings and cells of the table that has one row per record."""
     on_front = pareto_front(records) if len(searches(records)) > 1 else set()
     score = "map" if records and records[0]["map"] is not None else "macro_top1"
     headings = [
@@ -72,7 +72,7 @@ def _measured(record: Record, name: str) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share as a percentage with two decimals."""
+    """Write a share in percent, with two decimals."""
     return "–" if value is None or math.isnan(value) else f"{100 * value:.2f}"
 
 
@@ -84,13 +84,13 @@ def interval(record: Record) -> str:
 
 
 def points_lost(record: Record) -> str:
-    """Accuracy lost against exact neighbours, in points, with its sign."""
+    """Write the accuracy lost against exact neighbours, in points, with its sign."""
     value = 100 * record["accuracy_loss"]
     return "0" if value == 0 else f"{value:+.2f}"
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for a reader.
+    """Write a number of bytes in the unit that suits its size.
 
     Example:
         >>> format_bytes(1536), format_bytes(3 * 2**30)
@@ -104,7 +104,7 @@ def format_bytes(count: float) -> str:
 
 
 def text_table(headings: list[str], rows: list[list[str]]) -> str:
-    """Columns of even width, numbers to the right."""
+    """Lay out a table for a terminal: columns of even width, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     left = [not _is_number(row) for row in (rows[0] if rows else headings)]
     lines = (
@@ -119,7 +119,7 @@ def _is_number(cell: str) -> bool:
 
 
 def csv_text(records: Sequence[Record]) -> str:
-    """The records as CSV, one column per field; nested fields as JSON."""
+    """Write the records as CSV, one column per field, nested fields as JSON."""
     names = list(dict.fromkeys(name for record in records for name in record))
     tasks: dict[str, list[Record]] = {}
     for record in records:
