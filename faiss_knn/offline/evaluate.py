@@ -12,6 +12,7 @@ from torch import Tensor
 from faiss_knn.offline.copies import Copies, count_copies
 from faiss_knn.offline.metric_names import make_metrics
 from faiss_knn.offline.options import EvalOptions, VoteOptions, several
+from faiss_knn.offline.outcomes import describe_queries, keeps_outcomes, outcome_of, query_fingerprint
 from faiss_knn.offline.record import (
     accuracy_fields,
     mean_values,
@@ -23,7 +24,7 @@ from faiss_knn.offline.record import (
     top1_by_query,
 )
 from faiss_knn.offline.report.report import EvalReport
-from faiss_knn.offline.report.results import Record, record_key
+from faiss_knn.offline.report.results import Outcome, Record, record_key
 from faiss_knn.offline.scores import make_judge
 from faiss_knn.offline.search import EXACT, SearchResult, Variant, search_task
 from faiss_knn.offline.task import EvalTask, check_values, few_shot_facts, make_task, warning_facts
@@ -59,6 +60,7 @@ def evaluate(
     ignore_index: int | None = None,
     skip_bad_rows: bool = False,
     keep_neighbors: bool = False,
+    keep_outcomes: bool | None = None,
     progress: bool | None = False,
     done: Iterable[Record] = (),
     on_record: Callable[[Record, list[float]], None] | None = None,
@@ -103,6 +105,8 @@ def evaluate(
         skip_bad_rows: Leave out rows that are not finite or, under cosine, zero, and count them in the records, instead
             of refusing them.
         keep_neighbors: Keep the neighbours in the report.
+        keep_outcomes: Keep what became of each query in the report, 9 bytes of a query and record; None: where all of
+            them take 1 GiB at most. Of several few-shot draws nothing is kept.
         progress: Show a bar; None: if stderr is a terminal.
         done: Records of an earlier run: what they cover is not done again, and they stand in the report.
         on_record: Called with each new record, and its scores by class, as soon as it is there.
@@ -124,7 +128,8 @@ def evaluate(
         index=several(index), num_classes=num_classes, class_names=class_names, leave_one_out=leave_one_out,
         per_class=per_class, tries=tries, seed=seed, metrics=several(metrics), depth=depth, sweep=sweep or {},
         nprobe=nprobe, target_recall=target_recall, latency=latency, device=device, storage_dtype=storage_dtype,
-        ignore_index=ignore_index, skip_bad_rows=skip_bad_rows, keep_neighbors=keep_neighbors, progress=progress,
+        ignore_index=ignore_index, skip_bad_rows=skip_bad_rows, keep_neighbors=keep_neighbors,
+        keep_outcomes=keep_outcomes, progress=progress,
     )  # fmt: skip
     task = task_for(options, bank_features, bank_labels, query_features, query_labels)
     files = {"bank_file": _file_of(bank_features), "query_file": _file_of(query_features)}
@@ -180,9 +185,11 @@ def evaluate_with(
             report.records += [earlier[key] for key in keys]
             continue
         results = evaluation.search(variant)
-        for key, (record, class_scores) in zip(keys, evaluation.records(variant, results), strict=True):
+        for key, (record, class_scores, outcome) in zip(keys, evaluation.records(variant, results), strict=True):
             report.records.append(earlier.get(key, record))
             report.per_class[key] = class_scores
+            if outcome is not None:
+                report.outcomes[key] = outcome
             if on_record is not None and key not in earlier:
                 on_record(record, class_scores)
         if options.keep_neighbors:
@@ -207,6 +214,8 @@ class _Evaluation:
         self.task = check_values(task, options.distance_metric, options.skip_bad_rows)
         self.draws = _drawn(self.task, options)
         self._exact_top1: dict[VoteOptions, Tensor] = {}
+        self._query_fingerprint = query_fingerprint(self.draws[0])
+        self._queries = describe_queries(self.draws[0]) if keeps_outcomes(options, self.draws) else None
 
     def setup(self, variant: Variant, vote: VoteOptions) -> Record:
         """What tells a record from others, known before the search."""
@@ -218,8 +227,13 @@ class _Evaluation:
             return self._exact
         return [search_task(draw, self._depth, variant, self.options.search) for draw in self.draws]
 
-    def records(self, variant: Variant, results: list[SearchResult]) -> Iterator[tuple[Record, list[float]]]:
-        """One index's records with the scores of each class, in the order of the votes, each as soon as it is there."""
+    def records(
+        self, variant: Variant, results: list[SearchResult]
+    ) -> Iterator[tuple[Record, list[float], Outcome | None]]:
+        """One index's records with the scores of each class and what became of each query, as soon as they are there.
+
+        They come in the order of the votes.
+        """
         exact = self._exact
         judges = [make_judge(draw, result) for draw, result in zip(self.draws, results, strict=True)]
         exact_judges = judges
@@ -245,9 +259,11 @@ class _Evaluation:
                 "duplicates": self._copies.equal,
                 "near_duplicates": self._copies.near,
                 **self.files,
+                "query_fingerprint": self._query_fingerprint,
                 **surroundings(),
             }
-            yield cast("Record", fields), class_scores.tolist()
+            outcome = outcome_of(hits[0], self._queries) if self._queries is not None else None
+            yield cast("Record", fields), class_scores.tolist(), outcome
 
     @property
     def _depth(self) -> int:

@@ -62,6 +62,7 @@ class EvalOptions:
     ignore_index: int | None = None
     skip_bad_rows: bool = False
     keep_neighbors: bool = False
+    keep_outcomes: bool | None = None
     progress: bool | None = False
     variants: tuple[Variant, ...] = field(init=False)
     search: SearchOptions = field(init=False)

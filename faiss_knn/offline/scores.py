@@ -29,12 +29,16 @@ class Hits:
         per_class: (C,) float64: top-1 of the class's queries, or for multi-hot labels its average precision; NaN where
             no query has the class.
         values: Metrics of torchmetrics by name.
+        prediction: (Q,) the class of highest score, of equal ones the lowest; -1 without any vote.
+        share: (Q,) float32, the prediction's share of the neighbours' weight.
     """
 
     top1: Tensor
     top5: Tensor
     per_class: Tensor
     values: dict[str, float]
+    prediction: Tensor
+    share: Tensor
 
 
 class Judge(Protocol):
@@ -93,7 +97,17 @@ class ClassJudge:
         counted = reached & (own[:, 0] > 0)
         top1 = counted & (above == 0)
         values = self._values(k, temperature, weighting, metrics)
-        return Hits(top1, counted & (above < 5), class_means(top1, self.truth, self.num_classes), values)
+        per_class = class_means(top1, self.truth, self.num_classes)
+        return Hits(top1, counted & (above < 5), per_class, values, *self._predicted(scores, votes.shares))
+
+    def _predicted(self, scores: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """(Q,) the class that each query is taken for, and its share, from (Q, k) of the classes as numbered."""
+        k = scores.shape[1]
+        local = self._numbering(k)[0]
+        classes = torch.zeros_like(local).scatter_(1, local, self.labels[:, :k])
+        highest, place = scores.max(1, keepdim=True)  # the first of equal ones
+        prediction = classes.gather(1, place).masked_fill(highest <= 0, -1)
+        return prediction[:, 0], shares.gather(1, place)[:, 0]
 
     def _numbering(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """(Q, k) numbers in [0, k) of the neighbours' classes, (Q,) the true class's, (Q,) whether it is there."""
@@ -143,7 +157,8 @@ class MultiHotJudge:
         best, order = scores.sort(dim=1, descending=True, stable=True)
         hits = self.truth.gather(1, order).bool() & (best > 0)
         precisions = average_precisions(scores, self.truth)
-        return Hits(hits[:, 0], hits[:, :5].any(1), precisions, values_of(metrics))
+        values = values_of(metrics)
+        return Hits(hits[:, 0], hits[:, :5].any(1), precisions, values, _first_class(order, best), best[:, 0])
 
     def _scores(self, k: int, temperature: float, weighting: str) -> Tensor:
         num_classes = self.bank_labels.shape[1]
@@ -178,7 +193,7 @@ class SharesJudge:
         num_classes = self.bank_shares.shape[1]
         for metric in metrics.values():
             metric.reset()
-        first, fifth = [], []
+        first, fifth, predictions, shares = [], [], [], []
         for a, b in spans(len(self.indices), max(1, BLOCK // (num_classes * k))):
             indices, truth = self.indices[a:b, :k], self.truth[a:b]
             labels = self.bank_shares[indices.clamp(min=0)]
@@ -188,9 +203,16 @@ class SharesJudge:
             hits = (order == truth[:, None]) & (best > 0)
             first.append(hits[:, 0])
             fifth.append(hits[:, :5].any(1))
+            predictions.append(_first_class(order, best))
+            shares.append(best[:, 0])
         top1 = torch.cat(first)
         per_class = class_means(top1, self.truth, num_classes)
-        return Hits(top1, torch.cat(fifth), per_class, values_of(metrics))
+        return Hits(top1, torch.cat(fifth), per_class, values_of(metrics), torch.cat(predictions), torch.cat(shares))
+
+
+def _first_class(order: Tensor, scores: Tensor) -> Tensor:
+    """(Q,) the class of highest score from (Q, C) classes and scores in descending order, -1 where that is 0."""
+    return order[:, 0].masked_fill(scores[:, 0] <= 0, -1)
 
 
 def update(metrics: Mapping[str, Any], shares: Tensor, truth: Tensor) -> None:

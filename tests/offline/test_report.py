@@ -43,6 +43,7 @@ def folder(report, tmp_path_factory):
 def test_every_file_is_there(folder):
     assert {path.name for path in folder.iterdir()} == {
         "results.jsonl", "per_class.jsonl", "results.csv", "per_class.csv", "report.md", "report.html", "neighbors.npz",
+        "outcomes.npz",
         "cost.png", "accuracy_over_k.png", "per_class.png",
     }  # fmt: skip
 

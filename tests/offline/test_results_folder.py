@@ -166,8 +166,8 @@ def test_overwrite_forgets_but_not_before_there_is_something_new(files, tmp_path
     run(files, out, "--k 3 --overwrite")
     assert points(out) == [("flat", 3)]
     assert sorted(path.name for path in out.iterdir()) == [
-        "notes.txt", "per_class.csv", "per_class.jsonl", "per_class.png", "report.html", "report.md", "results.csv",
-        "results.jsonl",
+        "notes.txt", "outcomes.npz", "per_class.csv", "per_class.jsonl", "per_class.png", "report.html", "report.md",
+        "results.csv", "results.jsonl",
     ]  # fmt: skip
     assert "IVF4" not in (out / "report.html").read_text()
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from faiss_knn.offline.report.outcomes_file import OUTCOMES, check_outcomes, pack_outcomes, read_outcomes
 from faiss_knn.offline.report.results import Record, Results, record_key, task_key
 
 RECORDS = "results.jsonl"
@@ -42,13 +43,15 @@ class Ledger:
         warning: What was found beside records, in words, or None.
 
     Raises:
-        ValueError: If the folder cannot be written, or its results.jsonl holds something else.
+        ValueError: If the folder cannot be written, or its results.jsonl or outcomes.npz holds something else.
     """
 
     def __init__(self, folder: str | Path, resume: bool = False, *, overwrite: bool = False) -> None:
         self.folder = Path(folder)
         self._overwrite = overwrite
         _check_writable(self.folder)
+        if not overwrite:
+            check_outcomes(self.folder)
         with self._locked():
             held, self.warning = self._held()
         self.done: list[Record] = list(held.values()) if resume and not overwrite else []
@@ -74,8 +77,18 @@ class Ledger:
             lines = [_line({"task": task} | told) for task, told in tasks.items()]
             lines += [_line({"record": key, "scores": values}) for key, values in scores.items() if key in held]
             write(self.folder / BY_CLASS, "".join(lines))
+            self._merge_outcomes(results, held)
             write(self.folder / RECORDS, "".join(_line(record) for record in held.values()))
         return _by_task(held, scores, tasks)
+
+    def _merge_outcomes(self, results: Results, held: dict[str, Record]) -> None:
+        """Add what became of the queries; a record made anew without it has none."""
+        if not results.outcomes and not (self.folder / OUTCOMES).exists():
+            return
+        anew = {record_key(record) for record in results.records} & results.per_class.keys()
+        earlier = {key: outcome for key, outcome in read_outcomes(self.folder).items() if key not in anew}
+        outcomes = {key: outcome for key, outcome in (earlier | results.outcomes).items() if key in held}
+        write(self.folder / OUTCOMES, pack_outcomes(outcomes))
 
     def _held(self) -> tuple[dict[str, Record], str | None]:
         """The newest record of each key; what is no record, or half of one, is set aside."""
@@ -89,7 +102,7 @@ class Ledger:
 
     def _forget(self) -> None:
         if self._overwrite:
-            for name in (RECORDS, BY_CLASS, _ODD):
+            for name in (RECORDS, BY_CLASS, _ODD, OUTCOMES):
                 (self.folder / name).unlink(missing_ok=True)
             for path in self.folder.glob("neighbors*.npz"):
                 path.unlink()
@@ -119,7 +132,9 @@ def read_folder(folder: Path) -> Results:
     scores, tasks = _by_class(folder / BY_CLASS)
     last = list(tasks.values())[-1] if tasks else {}
     records = list(held.values())
-    return Results(last.get("class_names"), last.get("checks") or {}, records, scores, class_ids=last.get("class_ids"))
+    outcomes = {key: outcome for key, outcome in read_outcomes(folder).items() if key in held}
+    names, ids = last.get("class_names"), last.get("class_ids")
+    return Results(names, last.get("checks") or {}, records, scores, class_ids=ids, outcomes=outcomes)
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -26,6 +26,10 @@ class EvalReport(Results):
         per_class: The scores of each class by `record_key`: top-1, or average precision for multi-hot labels.
         neighbors: (Q, K) distances and indices by index name, if they were kept.
         class_ids: Class ids by class number, where these are not the same.
+        outcomes: What became of each query by `record_key`: arrays (Q,) `prediction` (int32 class number, -1 without
+            any vote; for multi-hot labels the class of highest score), `correct` (bool, whether that is the query's
+            class, or one of them), `score` (float32, the prediction's share of the neighbours' weight), `row` (int64,
+            the query's row as it was given) and `label` (int32 class number, not for multi-hot labels).
     """
 
     @classmethod
@@ -75,7 +79,7 @@ class EvalReport(Results):
         return html_table(Table(*rows_of(self.records)))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Add to a folder: results.jsonl, results.csv, per_class.csv, report.md, report.html and the plots.
+        """Add to a folder: results.jsonl, outcomes.npz, results.csv, per_class.csv, report.md, report.html and plots.
 
         A folder only grows: its records stay, one of the same data and settings gives way to the new one, and tables,
         page and plots are made anew from all of them. Plots need matplotlib and are left out without it; neighbors.npz

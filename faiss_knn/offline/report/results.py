@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 
 import numpy.typing as npt
 
+Outcome = dict[str, npt.NDArray[Any]]  # arrays by name, an entry per query
+
 
 class Record(TypedDict, total=False):
     """What one index is worth under one vote, in the order in which it is written.
@@ -71,6 +73,7 @@ class Record(TypedDict, total=False):
     near_duplicates: int  # or but for rounding or, under cosine, scale
     bank_file: str | None
     query_file: str | None
+    query_fingerprint: str  # of the queries' rows, by number, and their classes, whatever the features
     versions: dict[str, str]
     created: str  # when, UTC
 
@@ -104,6 +107,7 @@ class Results:
         per_class: The scores of each class by `record_key`: top-1, or average precision for multi-hot labels.
         neighbors: (Q, K) distances and indices by index name, if they were kept.
         class_ids: Class ids by class number, where these are not the same.
+        outcomes: What became of each query by `record_key`, if that was kept.
     """
 
     class_names: list[str] | None
@@ -112,6 +116,7 @@ class Results:
     per_class: dict[str, list[float]] = field(default_factory=dict)
     neighbors: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = field(default_factory=dict)
     class_ids: list[int] | None = None
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def class_name(self, number: int) -> str:
         """Name a class: its name, or else its id."""

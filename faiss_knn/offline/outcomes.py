@@ -1,0 +1,67 @@
+"""What became of each query under each vote, kept so that runs can be compared without searching again."""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from faiss_knn.offline.options import EvalOptions
+from faiss_knn.offline.report.results import Outcome
+from faiss_knn.offline.scores import Hits
+from faiss_knn.offline.task import EvalTask
+
+_BYTES = 9  # of a query under one vote: an int32, a bool and a float32
+_KEPT_UNASKED = 1 << 30  # bytes
+
+
+def keeps_outcomes(options: EvalOptions, draws: Sequence[EvalTask]) -> bool:
+    """Tell whether outcomes are kept: if that was asked for, or else where all of them take 1 GiB at most.
+
+    Of several few-shot draws none are: a query has one there under each bank.
+    """
+    if len(draws) > 1 or options.keep_outcomes is False:
+        return False
+    votes = len(options.variants) * len(list(options.votes))
+    return bool(options.keep_outcomes) or _BYTES * votes * len(draws[0].queries.rows) <= _KEPT_UNASKED
+
+
+def describe_queries(task: EvalTask) -> Outcome:
+    """Say which queries there are: the arrays `row` and `label` that all outcomes of a task share.
+
+    Returns:
+        `row` (Q,) int64, the queries' row numbers as they were given, and `label` (Q,) int32 class numbers, which
+        multi-hot labels have none of.
+    """
+    labels = {} if task.multi_hot else {"label": _as_int32(task.queries.labels)}
+    return {"row": np.asarray(task.queries.ids, dtype=np.int64), **labels}
+
+
+def outcome_of(hits: Hits, queries: Outcome) -> Outcome:
+    """Say what became of each query under one vote; see `EvalReport.outcomes`."""
+    return {
+        "prediction": _as_int32(hits.prediction),
+        "correct": hits.top1.cpu().numpy(),
+        "score": hits.share.float().cpu().numpy(),
+        **queries,
+    }
+
+
+def query_fingerprint(task: EvalTask) -> str:
+    """Digest which rows are asked and what their labels are, whatever their features and the bank.
+
+    Two tasks have the same one if they ask the same rows, by number, and these have the same classes, by name or id.
+    """
+    labels = task.queries.labels
+    everything = torch.arange(task.num_classes, device=labels.device)
+    present = everything if task.multi_hot else everything[torch.bincount(labels, minlength=task.num_classes) > 0]
+    places = labels if task.multi_hot else torch.searchsorted(present, labels)
+    digest = blake2b(str([task.name(int(i)) for i in present]).encode(), digest_size=8)
+    for values in (torch.from_numpy(np.asarray(task.queries.ids, dtype=np.int64)), places):
+        digest.update(np.ascontiguousarray(values.cpu().long().numpy()).data)
+    return digest.hexdigest()
+
+
+def _as_int32(numbers: Tensor) -> np.ndarray:
+    return numbers.int().cpu().numpy()
