@@ -67,7 +67,7 @@ def test_each_way_to_start_it_is_one_program(files, tmp_path, program):
         capture_output=True, text=True, cwd=ROOT if "-m" in program else tmp_path,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(done.stdout.splitlines()) == 2
+    assert len(done.stdout.splitlines()) == 3  # the sizes compared, the headings, one record
 
 
 def test_few_shot_and_leave_one_out(files, tmp_path):
