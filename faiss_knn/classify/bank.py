@@ -174,6 +174,10 @@ class FeatureBank:
         A neighbour is missing if its index is -1, whatever its distance.
         """
         check_vote_options(temperature, weighting, self.index.distance_metric)
+        if not isinstance(neighbors, Neighbors):
+            raise ValueError(  # noqa: TRY004
+                f"`neighbors` must be Neighbors, as `neighbors()` finds them, got {type(neighbors).__name__}"
+            )
         if self.labels.device != neighbors.indices.device:
             self.labels = self.labels.to(neighbors.indices.device)
         blocks = []

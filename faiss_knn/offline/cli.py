@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _failed(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        kept = f": {given.out}/results.jsonl has what was done, --resume goes on" if given.out is not None else ""
+        records = None if given.out is None else given.out / "results.jsonl"
+        is_begun = records is not None and records.is_file() and records.stat().st_size > 0
+        kept = f": {records} has what was done, --resume goes on" if is_begun else ""
         print(f"faiss-knn: stopped{kept}", file=sys.stderr)
         return 130
 

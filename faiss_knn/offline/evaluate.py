@@ -28,6 +28,7 @@ from faiss_knn.offline.report.results import Outcome, Record, record_key
 from faiss_knn.offline.scores import make_judge
 from faiss_knn.offline.search import EXACT, SearchResult, Variant, search_task
 from faiss_knn.offline.task import EvalTask, check_values, few_shot_facts, make_task, warning_facts
+from faiss_knn.search.inputs import shown
 
 __all__ = ["EvalReport", "evaluate", "evaluate_with", "task_for"]
 
@@ -126,11 +127,14 @@ def evaluate(
     options = EvalOptions(
         k=several(k), temperature=several(temperature), weighting=several(weighting), distance_metric=distance_metric,
         index=several(index), num_classes=num_classes, class_names=class_names, leave_one_out=leave_one_out,
-        per_class=per_class, tries=tries, seed=seed, metrics=several(metrics), depth=depth, sweep=sweep or {},
-        nprobe=nprobe, target_recall=target_recall, latency=latency, device=device, storage_dtype=storage_dtype,
-        ignore_index=ignore_index, skip_bad_rows=skip_bad_rows, keep_neighbors=keep_neighbors,
-        keep_outcomes=keep_outcomes, progress=progress,
+        per_class=per_class, tries=tries, seed=seed, metrics=several(metrics), depth=depth,
+        sweep={} if sweep is None else sweep, nprobe=nprobe, target_recall=target_recall, latency=latency,
+        device=device, storage_dtype=storage_dtype, ignore_index=ignore_index, skip_bad_rows=skip_bad_rows,
+        keep_neighbors=keep_neighbors, keep_outcomes=keep_outcomes, progress=progress,
     )  # fmt: skip
+    done = _checked_done(done)
+    if on_record is not None and not callable(on_record):
+        raise ValueError(f"`on_record` must be a function of a record and its scores, got {shown(on_record)}")
     task = task_for(options, bank_features, bank_labels, query_features, query_labels)
     files = {"bank_file": _file_of(bank_features), "query_file": _file_of(query_features)}
     return evaluate_with(options, task, files, done=done, on_record=on_record)
@@ -306,6 +310,14 @@ def _with_given_ids(task: EvalTask, result: SearchResult) -> tuple[np.ndarray, n
     """Distances and indices that count the bank's rows as they were given."""
     indices = result.indices.cpu().numpy()
     return result.distances.cpu().numpy(), np.where(indices < 0, -1, task.bank.ids[indices.clip(min=0)])
+
+
+def _checked_done(done: Any) -> list[Record]:
+    """Records of an earlier run."""
+    records: list[Any] = list(done) if isinstance(done, (list, tuple, Iterator)) else [None]
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"`done` must be records of an earlier run, such as `EvalReport.records`, got {shown(done)}")
+    return records
 
 
 def _file_of(features: Any) -> str | None:

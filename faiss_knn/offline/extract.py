@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from faiss_knn.offline.formats import OPENERS
 from faiss_knn.offline.manifest import MANIFEST, DataDigest, Manifest, Shard, model_fingerprint, read_manifest
+from faiss_knn.search.inputs import as_count, as_device, as_path, as_switch, shown
 
 Batch = Any
 Features = tuple[np.ndarray, np.ndarray | None]
@@ -78,10 +79,13 @@ def extract(
         >>> np.load(saved)["features"].shape
         (2, 4)
     """
-    out = Path(out)
+    out = as_path(out, "`out`")
+    progress = None if progress is None else as_switch(progress, "`progress`")
+    overwrite = as_switch(overwrite, "`overwrite`")
+    _check_what_runs(model, dataloader, forward, unpack, autocast)
     _check_order(dataloader)
     _check_out(out, shard_rows)
-    device = torch.device(device) if device is not None else next((p.device for p in model.parameters()), None)
+    device = as_device(device) if device is not None else next((p.device for p in model.parameters()), None)
 
     def computed(inputs: Any, labels: Any) -> Features:
         return _features(model, inputs, labels, forward, device, autocast)
@@ -95,6 +99,22 @@ def extract(
             manifest = _begin(out, model_fingerprint(model, forward, autocast), _length(dataloader), overwrite)
             _fill(out, manifest, batches, computed, shard_rows)
     return out
+
+
+def _check_what_runs(model: Any, dataloader: Any, forward: Any, unpack: Any, autocast: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` must be a torch.nn.Module, got {shown(model)}: wrap a function in one")  # noqa: TRY004
+    if (
+        not isinstance(dataloader, Iterable)
+        or isinstance(dataloader, (str, bytes))
+        or getattr(dataloader, "ndim", 1) == 0
+    ):
+        raise ValueError(f"`dataloader` must give batches, as a DataLoader does, got {shown(dataloader)}")
+    for name, function in (("forward", forward), ("unpack", unpack)):
+        if function is not None and not callable(function):
+            raise ValueError(f"`{name}` must be a function or None, got {shown(function)}")
+    if autocast is not None and not any(autocast is dtype for dtype in (torch.bfloat16, torch.float16)):
+        raise ValueError(f"`autocast` must be torch.bfloat16, torch.float16 or None, got {shown(autocast)}")
 
 
 def _check_order(dataloader: Iterable[Batch]) -> None:
@@ -131,8 +151,7 @@ def _samplers(dataloader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _check_out(out: Path, shard_rows: int) -> None:
-    if isinstance(shard_rows, bool) or not isinstance(shard_rows, (int, np.integer)) or shard_rows < 1:
-        raise ValueError(f"`shard_rows` must be a positive whole number, got {shard_rows!r}")
+    as_count(shard_rows, "`shard_rows`")
     if out.suffix != ".npz" and (out.suffix.lower() in OPENERS or (out.exists() and not out.is_dir())):
         raise ValueError(f"`out` must be an .npz file or a folder, got {out}: choose another name")
 

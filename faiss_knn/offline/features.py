@@ -16,6 +16,7 @@ from faiss_knn.offline.folders import SIDES, Folder, Role, open_folder
 from faiss_knn.offline.formats import Arrays, DataError, check_memory, open_arrays, read_array, readable
 from faiss_knn.offline.lazy_rows import RowSource, Shards, Subset
 from faiss_knn.offline.manifest import MANIFEST
+from faiss_knn.search.inputs import as_choice, as_key, as_path, as_switch
 
 __all__ = ["Features", "digits", "extract", "read_class_names", "read_features"]
 
@@ -83,7 +84,13 @@ def read_features(
         DataError: If a file is missing, damaged, truncated, pickled, or holds no numbers of the right shape; or labels
             are no class ids, or not as many as the rows. The message begins with the file's name.
     """
-    path = Path(path)
+    path = as_path(path, "`path`")
+    as_choice(role, tuple(SIDES), "`role`")
+    labels = None if labels is None else as_path(labels, "`labels`")
+    for name, key in (("features_key", features_key), ("labels_key", labels_key)):
+        if key is not None:
+            as_key(key, f"`{name}`")
+    allow_partial = as_switch(allow_partial, "`allow_partial`")
     files = open_folder(path, role, allow_partial) if path.is_dir() else Folder([path])
     has_own_labels = labels is None and not files.labels
     parts = [_read_file(file, role, features_key, labels_key, has_own_labels) for file in files.features]

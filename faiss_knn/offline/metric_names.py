@@ -51,6 +51,11 @@ def _make(text: str, prefix: str, num_classes: int) -> Any:
 
     name, arguments = _parsed(text)
     known = [known for known in classification.__all__ if known.startswith(prefix)]
+    if name not in known and name in classification.__all__:
+        kind = "multi-hot labels" if prefix == "Multilabel" else "class ids"
+        raise ValueError(
+            f"`metrics`: {name} does not go with {kind}: take one of the {prefix} metrics, such as {known[0]}"
+        )
     if name not in known:
         raise ValueError(f"`metrics` must name classes of torchmetrics.classification such as {known[0]}, got {text!r}")
     try:
@@ -67,7 +72,17 @@ def _parsed(text: str) -> tuple[str, dict[str, Any]]:
         if isinstance(call, ast.Name):
             return call.id, {}
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
-            return call.func.id, {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError) as error:
+            return call.func.id, {str(word.arg): _value(text, word.value) for word in call.keywords}
+    except SyntaxError as error:
         raise ValueError(f"`metrics` must be Name or Name(argument=value), got {text!r}: {error}") from error
     raise ValueError(f"`metrics` must be Name or Name(argument=value), got {text!r}")
+
+
+def _value(text: str, value: ast.expr) -> Any:
+    """An argument's value; a bare word is text, as nobody likes to quote twice on a command line."""
+    if isinstance(value, ast.Name):
+        return value.id
+    try:
+        return ast.literal_eval(value)
+    except ValueError:
+        raise ValueError(f"`metrics` must have plain values, such as 3, None or 'micro', got {text!r}") from None

@@ -9,7 +9,10 @@ import torch
 
 from faiss_knn.classify.vote import check_vote_options
 from faiss_knn.offline.search import SearchOptions, Variant, has_parameter
-from faiss_knn.search.inputs import as_count, as_integer, shown
+from faiss_knn.search.distance import get_distance
+from faiss_knn.search.inputs import as_count, as_integer, as_key, as_number, as_switch, shown
+
+_MOST = 2**31 - 1  # rows or neighbours that anything is counted with
 
 
 class VoteOptions(NamedTuple):
@@ -68,6 +71,16 @@ class EvalOptions:
     search: SearchOptions = field(init=False)
 
     def __post_init__(self) -> None:
+        get_distance(self.distance_metric)  # refuses unknown ones
+        for name in ("leave_one_out", "skip_bad_rows", "keep_neighbors"):
+            self._set(**{name: as_switch(getattr(self, name), f"`{name}`")})
+        for name in ("keep_outcomes", "progress"):  # None: as it comes
+            if getattr(self, name) is not None:
+                self._set(**{name: as_switch(getattr(self, name), f"`{name}`")})
+        self._set(metrics=tuple(as_key(name, "`metrics`") for name in self.metrics))
+        if self.nprobe is not None:
+            self._set(nprobe=as_count(self.nprobe, "`nprobe`"))
+        self._set(target_recall=_checked_share(self.target_recall), class_names=_checked_names(self.class_names))
         self._set(**_checked_votes(self.k, self.temperature, self.weighting, self.depth, self.distance_metric))
         self._set(variants=tuple(_variants(self.index, self.sweep)))
         self._set(latency=_count_from_zero(self.latency, "latency"), seed=_count_from_zero(self.seed, "seed"))
@@ -80,7 +93,6 @@ class EvalOptions:
         for variant in self.variants:
             self.search.index(variant)  # refuses bad options before any work
         self._set(**_checked_draws(self.per_class, self.tries, self.leave_one_out))
-        self._set(metrics=tuple(map(str, self.metrics)))
         if self.ignore_index is not None:
             self._set(ignore_index=as_integer(self.ignore_index, "`ignore_index`"))
 
@@ -133,14 +145,17 @@ def _variants(specs: tuple[str, ...], sweep: Mapping[str, Iterable[int]]) -> Ite
     if not specs:
         raise ValueError("`index` needs at least one spec, got none")
     if not isinstance(sweep, Mapping):
-        raise ValueError(f"`sweep` must give values by name, such as {{'nprobe': [1, 4]}}, got {sweep!r}")  # noqa: TRY004
+        raise ValueError(f"`sweep` must give values by name, such as {{'nprobe': [1, 4]}}, got {shown(sweep)}")  # noqa: TRY004
     points = {name: several(values) for name, values in sweep.items()}
     for name, values in points.items():
         if not values:
             raise ValueError(f"`sweep` needs at least one value of {name}, got none")
     sweep = {name: [_positive(v, f"`sweep` must give positive integers for {name}") for v in values]
              for name, values in points.items()}  # fmt: skip
-    for spec in dict.fromkeys(map(str, specs)):
+    for name in sweep:
+        if not any(has_parameter(str(spec), name) for spec in specs):
+            raise ValueError(f"`sweep` gives {name}, which none of the indexes has, got {', '.join(map(str, specs))}")
+    for spec in dict.fromkeys(as_key(spec, "`index`") for spec in specs):
         names = [name for name in sweep if has_parameter(spec, name)]
         for values in product(*(sweep[name] for name in names)):
             yield Variant(spec, dict(zip(names, values, strict=True)))
@@ -159,11 +174,31 @@ def _checked_draws(per_class: int | None, tries: int | None, leave_one_out: bool
     }
 
 
+def _checked_share(target_recall: Any) -> float | None:
+    """The recall to tune to; "flat" would not look at it."""
+    share = None if target_recall is None else as_number(target_recall, "`target_recall`")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"`target_recall` must be in (0, 1], got {share!r}")
+    return share
+
+
+def _checked_names(class_names: Any) -> Any:
+    if class_names is None:
+        return None
+    is_several = isinstance(class_names, Iterable) and not isinstance(class_names, (str, bytes, Mapping))
+    if not is_several or getattr(class_names, "ndim", 1) != 1:
+        raise ValueError(f"`class_names` must be names by class id, such as a list of str, got {shown(class_names)}")
+    return tuple(map(str, class_names))
+
+
 def _positive(value: Any, need: str) -> int:
     try:
-        return as_count(value, "it")
+        count = as_count(value, "it")
     except ValueError:
         raise ValueError(f"{need}, got {shown(value)}") from None
+    if count > _MOST:
+        raise ValueError(f"{need}, at most {_MOST}, got {shown(value)}")
+    return count
 
 
 def _count_from_zero(value: Any, name: str) -> int:

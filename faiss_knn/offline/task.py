@@ -249,6 +249,10 @@ def _as_rows(features: Any, name: str) -> RowSource:
         check_dense(features, f"`{name}`")
         if features.is_complex():
             raise ValueError(f"`{name}` must be real numbers, got {features.dtype}")
+        if features.is_floating_point() and features.dtype.itemsize < 2:
+            raise ValueError(
+                f"`{name}` must be numbers that torch calculates with, got {features.dtype}: take .float()"
+            )
         return features.detach()
     if not all(hasattr(features, part) for part in ("shape", "dtype", "__len__", "__getitem__")):
         raise ValueError(f"`{name}` must be an (N, d) tensor or array, got {type(features).__name__}")
@@ -257,7 +261,7 @@ def _as_rows(features: Any, name: str) -> RowSource:
     dtype = features.dtype  # of torch where a Subset of a tensor is given
     if isinstance(dtype, np.dtype) and (dtype.kind not in "fiub" or dtype.itemsize > 8):
         raise ValueError(f"`{name}` must be numbers of at most 64 bits, got {dtype}: leave out columns of other kinds")
-    rows: RowSource = np.asarray(features) if isinstance(features, np.ma.MaskedArray) else features
+    rows: RowSource = np.asarray(features) if isinstance(features, (np.ma.MaskedArray, np.matrix)) else features
     return rows
 
 

@@ -2,9 +2,11 @@
 
 import math
 import operator
+import os
 import warnings
 from collections.abc import Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,6 +97,17 @@ def as_key(value: Any, argument: str) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{argument} must be a name, got {shown(value)}")
     return value
+
+
+def as_path(value: Any, argument: str) -> Path:
+    """Return the path of a file or folder.
+
+    Raises:
+        ValueError: If it is something else than a text or path, or an empty text.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise ValueError(f"{argument} must be the path of a file or folder, got {shown(value)}")
+    return Path(value)
 
 
 def as_number(value: Any, argument: str) -> float:

@@ -310,7 +310,7 @@ def test_numbers_of_numpy_and_torch_are_arguments():
     report = evaluate(
         BANK, BANK_LABELS, QUERIES, QUERY_LABELS, k=np.array([1, 5]), temperature=np.float32(0.5),
         depth=torch.tensor(9), num_classes=np.int64(4), latency=np.int64(0), seed=np.int64(3),
-        sweep={"nprobe": np.int64(1)},
+        index="IVF4,Flat", sweep={"nprobe": np.int64(1)},
     )  # fmt: skip
     assert [(r["k"], r["temperature"], r["seed"]) for r in report.records] == [(1, 0.5, 3), (5, 0.5, 3)]
     assert evaluate(BANK, BANK_LABELS, QUERIES, QUERY_LABELS, k=np.int64(5)).records[0]["k"] == 5

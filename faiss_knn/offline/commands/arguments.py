@@ -24,7 +24,9 @@ def positive(text: str) -> int:
 
 def count(text: str) -> int:
     """Read a whole number, also 0."""
-    return 0 if text == "0" else positive(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
+    return int(text)
 
 
 def whole(text: str) -> int:

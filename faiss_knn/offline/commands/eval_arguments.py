@@ -132,6 +132,10 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
         parser.error("--per-class does not go with --leave-one-out")
     if given.tries is not None and given.per_class is None:
         parser.error("--tries needs --per-class")
+    if all(spec == "flat" for spec in given.index):
+        for name in ("sweep", "nprobe"):
+            if getattr(given, name):
+                parser.error(f"--{name} is for other indexes than flat: name one with --index, such as ivf")
     if given.resume and given.overwrite:
         parser.error("--resume goes on with what --out has, --overwrite forgets it: leave out one of them")
     for name in ("resume", "overwrite", "save_neighbors"):
