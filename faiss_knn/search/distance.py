@@ -24,7 +24,7 @@ class Distance:
     Attributes:
         name: As the user writes it.
         faiss_metric: The FAISS metric whose order is the same on prepared rows.
-        unit_rows: Rows are compared by their direction: zero rows have none.
+        normalized: Rows are compared by their direction: zero rows have none.
         norm: 1 or 2, the norm of differences that pairs are measured by; 0 for none: by minus their inner product,
             which takes the place of the norm below.
         from_norm: Maps that norm of (unit) differences to the distance.
@@ -132,7 +132,7 @@ def pair_norms(
     any batch size, position and thread count.
 
     Args:
-        queries: (B, d) of any float dtype; of length 1 if `distance.unit_rows`.
+        queries: (B, d) of any float dtype; of length 1 if `distance.normalized`.
         rows: (B, m, d), or (1, m, d) for the same rows for every query; likewise.
         distance: Which distance.
         dtype: To compute in.

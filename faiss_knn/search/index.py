@@ -46,6 +46,11 @@ class IndexStats:
         uncertified: How many queries since the build needed the second, exhaustive pass to be certified exact.
         storage_dtype: Of the stored rows, "float32" or another.
         parameters: Further parameters actually used.
+
+    Example:
+        >>> stats = KNNIndex().build(torch.eye(3)).stats
+        >>> stats.spec, stats.exact, stats.recall, stats.storage_dtype
+        ('flat', True, 1.0, 'float32')
     """
 
     spec: str

@@ -190,9 +190,9 @@ class ShardedIndex:
     def _local(self, queries: Tensor, k: int, out: Tensor) -> None:
         rank, _ = rank_and_size(self.group)
         distances, indices = self.index._nearest(queries, k)
-        found = indices.shape[1]
-        out[:, 0, :found] = distances.view(torch.int64)
-        out[:, 1, :found] = torch.where(indices < 0, indices, indices + sum(self.counts[:rank]))
+        width = indices.shape[1]  # the shard may have fewer than k rows
+        out[:, 0, :width] = distances.view(torch.int64)
+        out[:, 1, :width] = torch.where(indices < 0, indices, indices + sum(self.counts[:rank]))
 
 
 def _turns(counts: list[int], row_bytes: int, block_bytes: int) -> Iterator[list[int]]:

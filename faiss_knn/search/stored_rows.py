@@ -32,6 +32,13 @@ class StoredRows:
 
     Raises:
         ValueError: If the shape or dtype does not fit or there are no rows.
+
+    Example:
+        >>> rows = StoredRows(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> len(rows), rows.dim, rows.bytes
+        (2, 2, 16)
+        >>> rows.take(torch.tensor([1]))
+        tensor([[3., 4.]])
     """
 
     def __init__(

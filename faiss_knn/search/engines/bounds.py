@@ -44,9 +44,8 @@ _PRODUCT_ROUNDINGS, _HALF_PRODUCT_ROUNDINGS = 2.02, 4.04
 _UNIT_ERROR, _SINGLE_UNIT_ERROR = 2.0**-50, 2.0**-21  # of a vector divided by its length, in float64 and float32
 _LEAST_BLUR = 2.0**-50  # of u, whose typical size is 1: what scaling loses of numbers that leave float32's range
 _SECOND_ORDER = 1.01  # |û| and |v̂| instead of |u| and |v|
-_MOST_ERROR = (
-    0.5  # of products, sums and projections, relative: beyond it, at millions of dimensions, nothing is proven
-)
+# Relative, of products, sums and projections: beyond it, at millions of dimensions, nothing is proven.
+_MOST_ERROR = 0.5
 BOUND_COLUMNS = 5  # beside the vector, at most
 # Values of a block made at once: as fast as smaller ones that stay in cache, and each block costs a dozen barriers
 # between threads, which a busy machine makes expensive.
@@ -180,8 +179,9 @@ class ProductBounds:
         seen = rows if self._basis is None else rows @ self._basis
         column = self._vector + self._pieces
         out[:, : self._vector] = seen
-        half_squares = self._half_squares(sizes).masked_fill(outside[:, None], _FAR_HALF_SQUARE)
-        out[:, self._vector : column] = half_squares.masked_fill(far[:, None], self._half_square_of_far)
+        half_squares = self._half_squares(sizes).masked_fill(outside[:, None], _FAR_HALF_SQUARE / self._pieces)
+        half_squares.masked_fill_(far[:, None], self._half_square_of_far / self._pieces)
+        out[:, self._vector : column] = half_squares
         out[:, column] = rounded_up(sizes * (1 + self._norm_error), self.dtype)
         lost = (seen - out[:, : self._vector].float()).norm(dim=1) * (1 + self._norm_error)
         out[:, column + 1] = rounded_up((lost + self._blur).masked_fill(outside, 0.0), self.dtype)
@@ -310,8 +310,8 @@ class InnerProductBounds(ProductBounds):
 
     def least_score(self, prepared: PreparedQueries, norms: Tensor) -> Tensor:
         """Return (B,) float64: every row within this distance has at least such a score."""
-        assert prepared.offset is not None
-        assert prepared.scale is not None
+        if prepared.offset is None or prepared.scale is None:
+            raise ValueError("queries must be prepared by the bounds that they are compared with")
         if not self._is_proof:
             return torch.full_like(prepared.square, -torch.inf)
         product = -norms * prepared.scale

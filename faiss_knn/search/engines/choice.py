@@ -35,6 +35,10 @@ class EngineRequest:
         target_recall: Share of the exact neighbours to find; None: 0.99 where there is something to tune for it.
         expected_k: The k to find it at.
         expected_queries: How many queries the bank will be searched for; None: as many as it has rows.
+
+    Example:
+        >>> EngineRequest("fast").target, EngineRequest("fast", target_recall=0.9).target
+        (0.99, 0.9)
     """
 
     spec: str

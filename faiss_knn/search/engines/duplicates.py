@@ -18,6 +18,11 @@ class Duplicates:
     Args:
         members: (N,) all row numbers, group by group, each group in order.
         starts: (N,) bool, where in `members` a group begins.
+
+    Example:
+        >>> duplicates = Duplicates(torch.tensor([0, 2, 1]), torch.tensor([True, False, True]))
+        >>> duplicates.later  # rows that follow another
+        tensor([2])
     """
 
     def __init__(self, members: Tensor, starts: Tensor) -> None:

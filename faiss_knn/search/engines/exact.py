@@ -41,6 +41,12 @@ class ExactEngine:
         distance: Which distance.
         lean: Whether to make nothing of the bank beforehand: for a few queries.
         bounds: What another engine made of the same rows and scans by, to be used instead of making one.
+
+    Example:
+        >>> from faiss_knn.search.distance import get_distance
+        >>> engine = ExactEngine(StoredRows(torch.tensor([[0.0], [3.0], [1.0]])), get_distance("euclidean"))
+        >>> engine.search(torch.tensor([[0.9]], dtype=torch.float64), k=2)[1]
+        tensor([[2, 0]])
     """
 
     exact = True

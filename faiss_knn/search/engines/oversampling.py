@@ -16,6 +16,12 @@ class Oversampling:
         candidate: Seconds that a candidate of one query takes.
         second_pass: Seconds of a second pass, for however many queries of a chunk.
         query: Seconds that each query adds to it.
+
+    Example:
+        >>> oversampling = Oversampling(200, candidate=1e-6, second_pass=1.0, query=1e-3)
+        >>> oversampling.learn([10] * 300)
+        >>> oversampling.count
+        16
     """
 
     def __init__(self, k: int, candidate: float, second_pass: float, query: float) -> None:

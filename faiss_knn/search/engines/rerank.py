@@ -22,6 +22,10 @@ class Neighbors(NamedTuple):
     Attributes:
         distances: (B, k) float32, ascending; inf where missing.
         indices: (B, k) int64 row numbers of the bank; -1 where missing.
+
+    Example:
+        >>> Neighbors(torch.tensor([[0.5, 0.7]]), torch.tensor([[4, 2]])).first(1)
+        Neighbors(distances=tensor([[0.5000]]), indices=tensor([[4]]))
     """
 
     distances: Tensor
