@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from faiss_knn.classify.bank import FeatureBank
     from faiss_knn.classify.vote import vote
     from faiss_knn.measures.retrieval import retrieval_metrics
+    from faiss_knn.offline.compare import Comparison, compare
     from faiss_knn.offline.evaluate import EvalReport, evaluate
     from faiss_knn.offline.extract import extract
     from faiss_knn.offline.features import read_features
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     from faiss_knn.search.index import KNNIndex, Neighbors
 
 _HOMES = {
+    "Comparison": "faiss_knn.offline.compare",
     "EvalReport": "faiss_knn.offline.evaluate",
     "FeatureBank": "faiss_knn.classify.bank",
     "KNNIndex": "faiss_knn.search.index",
     "Neighbors": "faiss_knn.search.index",
     "OnlineKNN": "faiss_knn.online.callback",
     "OnlineQueue": "faiss_knn.online.queue",
+    "compare": "faiss_knn.offline.compare",
     "evaluate": "faiss_knn.offline.evaluate",
     "extract": "faiss_knn.offline.extract",
     "find_or_create_queue": "faiss_knn.online.queue",
@@ -34,12 +37,14 @@ _HOMES = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "Comparison",
     "EvalReport",
     "FeatureBank",
     "KNNIndex",
     "Neighbors",
     "OnlineKNN",
     "OnlineQueue",
+    "compare",
     "evaluate",
     "extract",
     "find_or_create_queue",

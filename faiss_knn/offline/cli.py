@@ -9,6 +9,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from faiss_knn import __version__
+from faiss_knn.offline.commands import compare as compare_command
 from faiss_knn.offline.commands import eval as eval_command
 from faiss_knn.offline.commands.arguments import Parser, config_options
 from faiss_knn.offline.commands.eval_arguments import EPILOG, add_arguments, check_combination
@@ -28,6 +29,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
     add_arguments(evaluate)
+    compare = commands.add_parser(
+        "compare",
+        help="which differences between runs are more than chance",
+        description="Compare two or more evaluations of the same queries, setting by setting.",
+        epilog=compare_command.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
+    compare_command.add_arguments(compare)
     return parser
 
 
@@ -38,6 +48,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     parser = make_parser()
     given = parser.parse_args(arguments)
+    if given.command == "compare":
+        compare_command.check_combination(parser, given)
+        return given
     if given.config is not None:
         options, files = config_options(parser, given.config)
         given = parser.parse_args(["eval", *options, *arguments[1:]])
@@ -58,13 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         with _ranks():
-            return eval_command.run(given, first=_is_first())
+            run = compare_command.run if given.command == "compare" else eval_command.run
+            return run(given, first=_is_first())
     except MemoryError as error:
         return _failed(f"not enough memory: {error}")
     except (ValueError, OSError) as error:
         return _failed(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        records = None if given.out is None else given.out / "results.jsonl"
+        records = given.out / "results.jsonl" if given.command == "eval" and given.out is not None else None
         is_begun = records is not None and records.is_file() and records.stat().st_size > 0
         kept = f": {records} has what was done, --resume goes on" if is_begun else ""
         print(f"faiss-knn: stopped{kept}", file=sys.stderr)

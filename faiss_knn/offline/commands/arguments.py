@@ -55,6 +55,14 @@ def share(text: str) -> float:
     return value
 
 
+def inner_share(text: str) -> float:
+    """Read a number in (0, 1)."""
+    value = number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1), got {text!r}")
+    return value
+
+
 def number(text: str) -> float:
     """Read any number."""
     try:

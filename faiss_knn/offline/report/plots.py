@@ -1,7 +1,7 @@
 """The plots of a report."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -49,6 +49,17 @@ def draw(report: Results) -> dict[str, Callable[[Style], Figure]]:
     if class_scores(report, headline(report)):
         plots["classes"] = lambda style: _classes(report, style)
     return plots
+
+
+def draw_runs(names: Sequence[str], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Callable[[Style], Figure]:
+    """The plot of top-1 accuracy with its interval along several runs, a line for each of up to eight settings.
+
+    Args:
+        names: Of the runs.
+        lines: For each setting a dict of `top1`, `top1_low` and `top1_high` for each run.
+    """
+    shown = dict(list(lines.items())[: len(_LINES)])
+    return lambda style: _runs(names, shown, style)
 
 
 def png(plot: Callable[[Style], Figure]) -> bytes:
@@ -119,6 +130,27 @@ def _cost_points(report: Results) -> dict[str, tuple[float, float, float]]:
     lost = {index_name(r): 100 * r["accuracy_loss"] for r in report.records if vote_of(r) == vote_of(best)}
     compared = at_common_k(report.records)
     return {name: (compared[name]["recall"], compared[name]["qps"], lost[name]) for name in lost if name in compared}
+
+
+def _runs(names: Sequence[str], lines: Mapping[str, Sequence[Mapping[str, Any]]], style: Style) -> Figure:
+    figure, axes = _axes(style, "Top-1 accuracy of each run, with 95 % intervals", 3.2 + 0.2 * len(lines))
+    for i, (setting, rows) in enumerate(lines.items()):
+        tops = [100 * row["top1"] for row in rows]
+        below, above = ([100 * abs(row["top1"] - row[end]) for row in rows] for end in ("top1_low", "top1_high"))
+        aside = 0.3 * (i - (len(lines) - 1) / 2) / len(lines)  # so that intervals do not hide each other
+        axes.errorbar(
+            [place + aside for place in range(len(rows))], tops, yerr=[below, above], color=_LINES[i % 8],
+            marker=_MARKS[i % 8], markersize=5, linewidth=1.2, capsize=2, label=setting,
+        )  # fmt: skip
+    short = [name if len(name) <= 20 else "…" + name[-19:] for name in names]
+    turned = {"rotation": 30, "ha": "right"} if sum(map(len, short)) > 40 else {}
+    axes.set_xticks(range(len(names)), short, parse_math=False, fontfamily=_fonts()[0], **turned)
+    axes.margins(x=0.15)
+    _label(axes, style, "", "percent")
+    legend = figure.legend(frameon=False, labelcolor=style["ink"], fontsize=8, loc="outside lower left")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
 
 
 def _cost(report: Results, style: Style) -> Figure:

@@ -1,0 +1,306 @@
+"""compare(): do two evaluations of the same queries differ by more than chance?"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from faiss_knn.measures.significance import Pairs, bootstrap_interval, count_pairs, holm, mcnemar_p, queries_needed
+from faiss_knn.offline.report.comparison import comparison_files, comparison_table
+from faiss_knn.offline.report.content import setting
+from faiss_knn.offline.report.ledger import write
+from faiss_knn.offline.report.report import EvalReport
+from faiss_knn.offline.report.results import Outcome, Record, index_name, record_key
+from faiss_knn.search.inputs import as_integer, shown
+
+__all__ = ["Comparison", "compare"]
+
+Row = dict[str, Any]
+
+# What a record is of, but for the features: in which records of two runs must agree to be compared.
+_SETTING = ("spec", "settings", "k", "temperature", "weighting", "distance_metric", "leave_one_out", "per_class",
+            "protocol")  # fmt: skip
+_NO_MATTER = ("depth", "metrics", "latency")  # options that change no prediction
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which differences between runs are more than chance.
+
+    Attributes:
+        names: Of the runs, in the order given.
+        n_queries: How many queries they share.
+        confidence: 1 − α of the tests and the intervals.
+        accuracies: A dict per setting and run: `setting`, `run`, `top1`, and its interval `top1_low`, `top1_high`.
+        by_class: For the setting of highest mean accuracy a dict per pair of runs and class: `setting`, `a`, `b`,
+            `class`, `n_queries`, `top1_a`, `top1_b`, `difference`, `p`, `p_holm` (corrected over all of these) and
+            `separable`; none for multi-hot labels.
+
+    Example:
+        >>> from faiss_knn import evaluate
+        >>> labels = np.arange(200) % 2
+        >>> good, poor = (labels[:, None] + noise * np.random.default_rng(0).random((200, 4)) for noise in (0.5, 5))
+        >>> comparison = compare(
+        ...     *(evaluate(x, labels, leave_one_out=True, k=5, distance_metric="euclidean") for x in (good, poor)),
+        ...     names=["good", "poor"],
+        ... )
+        >>> [(row["a"], row["b"], row["separable"]) for row in comparison.table()]
+        [('good', 'poor', True)]
+    """
+
+    names: list[str]
+    n_queries: int
+    confidence: float
+    rows: list[Row]
+    accuracies: list[Row]
+    by_class: list[Row]
+
+    def table(self) -> list[Row]:
+        """One row per setting and pair of runs, most accurate settings first.
+
+        Returns:
+            Dicts of `setting`, in words; `a` and `b`, the runs' names; `top1_a` and `top1_b`; `difference`, a less b;
+            `low` and `high`, its paired bootstrap interval; `p` of McNemar's exact test; `p_holm`, corrected over the
+            table; `separable`, whether that is at most 1 − confidence; `needed`, about how many queries would separate
+            them with a power of 80 %, or None where they are separable, or equally often right.
+        """
+        return [dict(row) for row in self.rows]
+
+    def __str__(self) -> str:
+        return comparison_table(self.rows, self.n_queries)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write compare.jsonl, .csv, .md and .html, compare_classes.csv, and with matplotlib compare.png.
+
+        Args:
+            folder: Made if it is not there; what an earlier comparison wrote is replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: If the folder cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in comparison_files(
+                self.names, self.n_queries, self.confidence, self.rows, self.accuracies, self.by_class
+            ).items():
+                write(folder / name, content)
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
+        return folder
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One of the runs that are compared: its newest record of each setting that has outcomes."""
+
+    name: str
+    report: EvalReport
+    records: dict[str, Record]
+
+    def outcome(self, key: str) -> Outcome:
+        """What became of its queries under a setting."""
+        return self.report.outcomes[record_key(self.records[key])]
+
+
+def compare(
+    *runs: EvalReport | str | Path, names: Sequence[str] | None = None, confidence: float = 0.95, seed: int = 0
+) -> Comparison:
+    """Tell differences between runs from chance: for every pair and every setting that all of them have.
+
+    Runs are of the same queries with the same labels; features, bank and model may differ. A difference is separable if
+    McNemar's exact p, Holm-corrected over the whole table, is at most 1 − confidence; see
+    `faiss_knn.measures.significance`.
+
+    Args:
+        runs: Two or more: reports of `evaluate`, or folders that `save` or `faiss-knn eval --out` have written.
+        names: What to call them; None: by their folders, or by number.
+        confidence: Of the tests and the intervals of differences, in (0, 1).
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: If a run has no outcomes, no setting is common to all, or their queries or labels differ: it is said
+            in what.
+    """
+    if not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be in (0, 1), such as 0.95, got {shown(confidence)}")
+    seed = as_integer(seed, "`seed`")
+    if seed < 0:
+        raise ValueError(f"`seed` must be 0 or a positive integer, got {seed}")
+    if len(runs) < 2:
+        raise ValueError(f"`runs` must be two or more, reports or folders, got {len(runs)}")
+    read = [_read(given, i, name) for i, (given, name) in enumerate(zip(runs, _names(runs, names), strict=True))]
+    keys = _common_settings(read)
+    for other in read[1:]:
+        for key in keys:
+            _check_same_queries(read[0], other, key)
+    words = _in_words(read[0], keys)
+    keys.sort(key=lambda key: -_mean_top1(read, key))
+    rows = list(_differences(read, keys, words, confidence, seed))
+    n_queries = len(read[0].outcome(keys[0])["correct"])
+    accuracies = [_accuracy(run, key, words[key]) for key in keys for run in read]
+    by_class = list(_by_class(read, keys[0], words[keys[0]], confidence))
+    return Comparison([run.name for run in read], n_queries, float(confidence), rows, accuracies, by_class)
+
+
+def _accuracy(run: _Run, key: str, words: str) -> Row:
+    record = run.records[key]
+    top1 = {"top1": record["top1"], "top1_low": record["top1_low"], "top1_high": record["top1_high"]}
+    return {"setting": words, "run": run.name, **top1}
+
+
+def _names(runs: Sequence[Any], names: Sequence[str] | None) -> list[str]:
+    """What to call the runs: as asked for, or by the shortest end of their paths that tells them apart."""
+    if names is not None:
+        found = [str(name) for name in names]
+        if isinstance(names, str) or len(found) != len(runs) or len(set(found)) < len(found):
+            raise ValueError(f"`names` must be {len(runs)} different names, one for each run, got {names!r}")
+        return found
+    paths = [
+        Path(run).resolve().parts if isinstance(run, (str, Path)) else (f"run {i}",) for i, run in enumerate(runs, 1)
+    ]
+    for length in range(1, max(map(len, paths)) + 1):
+        found = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(found)) == len(found):
+            return found
+    return [f"{parts[-1]} ({i})" for i, parts in enumerate(paths, 1)]
+
+
+def _read(given: Any, number: int, name: str) -> _Run:
+    if isinstance(given, EvalReport):
+        report = given
+    elif isinstance(given, (str, Path)):
+        if not Path(given).is_dir():
+            raise ValueError(f"{given}: is no folder of results: name one that `save` or `eval --out` has written")
+        report = EvalReport.load(given)
+    else:
+        need = "an EvalReport or a folder of results"
+        raise ValueError(f"`runs[{number}]` must be {need}, got {shown(given)}")  # noqa: TRY004
+    kept = [record for record in report.records if record_key(record) in report.outcomes]
+    if not kept:
+        raise ValueError(
+            f"run {name!r} has kept no outcomes: evaluate it again, with keep_outcomes=True if they take more than 1 "
+            "GiB, and without few-shot draws"
+        )
+    records: dict[str, Record] = {}
+    for record in kept:
+        key = _setting_key(record)
+        if key in records and records[key]["data"] != record["data"]:
+            raise ValueError(
+                f"run {name!r} holds two evaluations of {index_name(record)}, {setting(record)} (data "
+                f"{records[key]['data'][:6]} and {record['data'][:6]}): write each to a folder of its own"
+            )
+        records[key] = record
+    return _Run(name, report, records)
+
+
+def _setting_key(record: Record) -> str:
+    options = {name: value for name, value in (record.get("options") or {}).items() if name not in _NO_MATTER}
+    return json.dumps([*(record.get(name) for name in _SETTING), options], sort_keys=True)
+
+
+def _common_settings(runs: Sequence[_Run]) -> list[str]:
+    """The settings that all runs have, in the order of the first."""
+    keys = [key for key in runs[0].records if all(key in run.records for run in runs)]
+    if not keys:
+        firsts = [next(iter(run.records.values())) for run in runs]
+        have = "; ".join(
+            f"{run.name!r} has {index_name(r)}, {r['distance_metric']} distance, {setting(r)}"
+            for run, r in zip(runs, firsts, strict=True)
+        )
+        raise ValueError(f"`runs` have no setting in common, such as {have}: evaluate them alike")
+    return keys
+
+
+def _check_same_queries(one: _Run, other: _Run, key: str) -> None:
+    """Raise ValueError if two runs are of other queries or labels, naming what differs first."""
+    a, b = one.records[key], other.records[key]
+    if a.get("query_fingerprint") == b.get("query_fingerprint"):
+        return
+    first, second = one.outcome(key), other.outcome(key)
+    where = f"runs {one.name!r} and {other.name!r} are not of the same queries: "
+    if len(first["correct"]) != len(second["correct"]):
+        raise ValueError(f"{where}{len(first['correct']):,} and {len(second['correct']):,} of them")
+    moved = np.flatnonzero(first["row"] != second["row"])
+    if len(moved):
+        rows = f"{first['row'][moved[0]]} and {second['row'][moved[0]]}"
+        raise ValueError(f"{where}query number {moved[0]} is row {rows} of what was given")
+    if "label" not in first or "label" not in second:
+        raise ValueError(f"{where}their labels differ")
+    for row, x, y in zip(first["row"], first["label"], second["label"], strict=True):
+        names = one.report.class_name(int(x)), other.report.class_name(int(y))
+        if names[0] != names[1]:
+            raise ValueError(f"{where}row {row} has the label {names[0]!r} in one, {names[1]!r} in the other")
+    raise ValueError(f"{where}their labels differ")
+
+
+def _in_words(run: _Run, keys: Sequence[str]) -> dict[str, str]:
+    """What tells the settings apart: always index and vote, and distance or storage where several occur."""
+    records = [run.records[key] for key in keys]
+    words = [f"{index_name(record)}, {setting(record)}" for record in records]
+    for field, form in (("distance_metric", "{} distance"), ("leave_one_out", "leave-one-out {}"), ("protocol", "{}")):
+        if len({str(record.get(field)) for record in records}) > 1:
+            words = [f"{word}, {form.format(record.get(field))}" for word, record in zip(words, records, strict=True)]
+    if len(set(words)) < len(words):
+        words = [f"{word}, {json.dumps(record['options'])}" for word, record in zip(words, records, strict=True)]
+    return dict(zip(keys, words, strict=True))
+
+
+def _mean_top1(runs: Sequence[_Run], key: str) -> float:
+    return float(np.mean([run.records[key]["top1"] for run in runs]))
+
+
+def _differences(
+    runs: Sequence[_Run], keys: Sequence[str], words: dict[str, str], confidence: float, seed: int
+) -> Iterator[Row]:
+    """The rows of the table, corrected for how many they are."""
+    asked = [(key, a, b) for key in keys for a, b in combinations(runs, 2)]
+    pairs = [count_pairs(a.outcome(key)["correct"], b.outcome(key)["correct"]) for key, a, b in asked]
+    p_values = [mcnemar_p(pair.only_a, pair.only_b) for pair in pairs]
+    for (key, a, b), pair, p, p_holm in zip(asked, pairs, p_values, holm(p_values), strict=True):
+        low, high = bootstrap_interval(pair, confidence, seed=seed)
+        separable = p_holm <= 1 - confidence
+        yield {
+            "setting": words[key], "a": a.name, "b": b.name,
+            "top1_a": a.records[key]["top1"], "top1_b": b.records[key]["top1"],
+            "difference": pair.difference, "low": low, "high": high, "p": p, "p_holm": p_holm, "separable": separable,
+            "needed": None if separable else _needed(pair, confidence, len(pairs)),
+        }  # fmt: skip
+
+
+def _needed(pair: Pairs, confidence: float, comparisons: int) -> int | None:
+    """More queries than there are: the estimate is one for many, and those there are did not do."""
+    needed = queries_needed(pair, confidence, comparisons=comparisons)
+    return None if needed is None else max(needed, pair.total + 1)
+
+
+def _by_class(runs: Sequence[_Run], key: str, words: str, confidence: float) -> Iterator[Row]:
+    """Where one run is better than another, class by class."""
+    outcomes = [run.outcome(key) for run in runs]
+    if "label" not in outcomes[0]:
+        return
+    labels, report = outcomes[0]["label"], runs[0].report
+    counts = np.bincount(labels)
+    right = [np.bincount(labels[outcome["correct"]], minlength=len(counts)) for outcome in outcomes]
+    found: list[Row] = []
+    for i, j in combinations(range(len(runs)), 2):
+        one, other = outcomes[i]["correct"], outcomes[j]["correct"]
+        alone = [np.bincount(labels[x & ~y], minlength=len(counts)) for x, y in ((one, other), (other, one))]
+        found += [
+            {
+                "setting": words, "a": runs[i].name, "b": runs[j].name, "class": report.class_name(int(c)),
+                "n_queries": int(counts[c]), "top1_a": float(right[i][c] / counts[c]),
+                "top1_b": float(right[j][c] / counts[c]), "difference": float((right[i][c] - right[j][c]) / counts[c]),
+                "p": mcnemar_p(int(alone[0][c]), int(alone[1][c])),
+            }
+            for c in np.flatnonzero(counts)
+        ]  # fmt: skip
+    for row, p_holm in zip(found, holm([row["p"] for row in found]), strict=True):
+        yield row | {"p_holm": p_holm, "separable": p_holm <= 1 - confidence}

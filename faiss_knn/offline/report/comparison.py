@@ -1,0 +1,151 @@
+"""What a comparison of runs says: its table, its verdicts in words, and its files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from faiss_knn.offline.report.content import Section, Table
+from faiss_knn.offline.report.html import page
+from faiss_knn.offline.report.markdown import markdown
+from faiss_knn.offline.report.tables import csv_lines, percent, text_table
+
+_CLASSES = 30  # shown on the page; the file has them all
+_PAIRS = 10  # said in words at the top
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def verdict(row: Mapping[str, Any], n_queries: int) -> str:
+    """Say of one difference what it is worth.
+
+    Example:
+        >>> row = {"a": "old", "b": "new", "difference": -0.004, "separable": False, "needed": 19034}
+        >>> verdict(row, 5000)
+        'not separable with 5,000 queries: about 19,000 would be needed'
+    """
+    if row["separable"]:
+        better, other = (row["a"], row["b"]) if row["difference"] > 0 else (row["b"], row["a"])
+        return f"{better} is better than {other}, by {100 * abs(row['difference']):.2f} points"
+    if row["needed"] is None:
+        return f"equally often right on {n_queries:,} queries"
+    needed = round(row["needed"], 2 - len(str(row["needed"])))  # two digits of an estimate
+    needed = needed if needed > n_queries else row["needed"]
+    return f"not separable with {n_queries:,} queries: about {needed:,} would be needed"
+
+
+def _named_verdict(row: Mapping[str, Any], n_queries: int) -> str:
+    """A verdict that names both runs."""
+    said = verdict(row, n_queries)
+    return said if row["separable"] else f"{row['a']} and {row['b']}: {said}"
+
+
+def comparison_table(rows: Rows, n_queries: int) -> str:
+    """One line per setting and pair of runs, for a terminal."""
+    headings, *cells = _cells(rows, n_queries)
+    return text_table(headings, cells)
+
+
+def _cells(rows: Rows, n_queries: int) -> list[list[str]]:
+    """The headings, and the cells of each row."""
+    headings = ["setting", "a", "b", "top1 a", "top1 b", "a − b", "interval", "p", "p Holm", "verdict"]
+    cells = [
+        [
+            row["setting"], row["a"], row["b"], percent(row["top1_a"]), percent(row["top1_b"]),
+            _points(row["difference"]), f"{_points(row['low'])} to {_points(row['high'])}", f"{row['p']:.2g}",
+            f"{row['p_holm']:.2g}", verdict(row, n_queries),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return [headings, *cells]
+
+
+def _points(difference: float) -> str:
+    return "0" if difference == 0 else f"{100 * difference:+.2f}"
+
+
+def comparison_files(
+    names: Sequence[str], n_queries: int, confidence: float, rows: Rows, accuracies: Rows, by_class: Rows
+) -> dict[str, str | bytes]:
+    """Make all files of a comparison, as contents by name; the plot where matplotlib is installed."""
+    title = f"faiss-knn: {', '.join(names[:4])}{', …' if len(names) > 4 else ''} compared"
+    shown = _sections(n_queries, confidence, rows, accuracies, by_class)
+    pictures = _plot(names, accuracies)
+    files: dict[str, str | bytes] = {
+        "compare.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "compare.csv": _csv(rows),
+        "compare_classes.csv": _csv(by_class),
+        "compare.md": markdown(title, shown, {"runs": "compare.png"} if pictures else {}),
+        "compare.html": page(title, shown, {"runs": pictures[1]} if pictures else {}),
+    }
+    return files | ({"compare.png": pictures[0]} if pictures else {})
+
+
+def _csv(rows: Rows) -> str:
+    return csv_lines([list(rows[0]), *(row.values() for row in rows)] if rows else [])
+
+
+def _sections(n_queries: int, confidence: float, rows: Rows, accuracies: Rows, by_class: Rows) -> list[Section]:
+    separable = sum(row["separable"] for row in rows)
+    best = [row for row in rows if row["setting"] == rows[0]["setting"]]
+    tops = dict.fromkeys(f"{row[side]} {percent(row[f'top1_{side}'])} %" for row in best for side in ("a", "b"))
+    pairs = "; ".join(_named_verdict(row, n_queries) for row in best[:_PAIRS]) + ("; …" if len(best) > _PAIRS else "")
+    result = (
+        f"Most accurate setting, {rows[0]['setting']}: {', '.join(tops)}.",
+        f"{pairs}.",
+        f"{separable} of {len(rows)} differences are separable on {n_queries:,} queries.",
+    )
+    how = (
+        f"A difference is separable if McNemar's exact p, corrected by Holm's method over the {len(rows)} rows, is at "
+        f"most {1 - confidence:.3g}. The interval is the paired bootstrap's at {100 * confidence:g} %, in points, of "
+        "this row alone. The queries needed would find the difference, if it is as large as it seems here, in four of "
+        "five samples.",
+    )
+    headings, *cells = ([*row[:3], row[-1], *row[3:-1]] for row in _cells(rows, n_queries))  # the verdict in sight
+    bounds = [f"{percent(row['top1_low'])}–{percent(row['top1_high'])}" for row in accuracies]
+    accuracy = Table(
+        ["setting", "run", "top-1", "95 % interval"],
+        [[row["setting"], row["run"], percent(row["top1"]), x] for row, x in zip(accuracies, bounds, strict=True)],
+        2,
+    )
+    return [
+        Section("Result", result),
+        Section("Every difference", how, (), Table(headings, cells, 4)),
+        Section("Accuracy of each run", (), (), accuracy, "runs"),
+        *_class_section(by_class),
+    ]
+
+
+def _class_section(by_class: Rows) -> list[Section]:
+    """The classes in which the runs differ most, those that are separable first."""
+    if not by_class:
+        return []
+    ordered = sorted(by_class, key=lambda row: (row["p_holm"], -abs(row["difference"])))
+    ordered = [row for row in ordered if row["difference"]][:_CLASSES]
+    separable = sum(row["separable"] for row in by_class)
+    text = (
+        f"With {by_class[0]['setting']}: {separable} of {len(by_class):,} differences are separable, corrected over "
+        f"all of them. compare_classes.csv has every class.",
+    )
+    headings = ["class", "a", "b", "queries", "top-1 a", "top-1 b", "a − b", "p Holm", "better"]
+    cells = [
+        [
+            row["class"], row["a"], row["b"], f"{row['n_queries']:,}", percent(row["top1_a"]), percent(row["top1_b"]),
+            _points(row["difference"]), f"{row['p_holm']:.2g}",
+            (row["a"] if row["difference"] > 0 else row["b"]) if row["separable"] else "not separable",
+        ]
+        for row in ordered
+    ]  # fmt: skip
+    return [Section("By class", text, (), Table(headings, cells, 3))]
+
+
+def _plot(names: Sequence[str], accuracies: Rows) -> tuple[bytes, tuple[str, str]] | None:
+    """Accuracy along the runs, as PNG and as SVG for light and dark paper."""
+    try:
+        from faiss_knn.offline.report.plots import draw_runs, png, svgs
+    except ImportError:
+        return None
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in accuracies:
+        lines.setdefault(row["setting"], []).append(row)
+    figure = draw_runs(names, lines)
+    return png(figure), svgs(figure)

@@ -1,0 +1,234 @@
+"""Comparing runs: differences are those of the queries, chance is not taken for one, and unlike runs are refused."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from faiss_knn import Comparison, compare, evaluate
+from faiss_knn.offline.cli import main
+from faiss_knn.offline.report.results import record_key
+
+RNG = np.random.default_rng(0)
+LABELS, TRUTH = RNG.integers(0, 4, 300), RNG.integers(0, 4, 120)
+
+
+def features(noise, seed=0):
+    rng = np.random.default_rng(seed)
+    return [(np.eye(4, 8)[y] + noise * rng.standard_normal((len(y), 8))).astype(np.float32) for y in (LABELS, TRUTH)]
+
+
+def run_of(noise, seed=0, truth=TRUTH, labels=LABELS, **options):
+    bank, queries = features(noise, seed)
+    return evaluate(bank, labels, queries[: len(truth)], truth, **{"k": (1, 5), **options})
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return [run_of(0.4), run_of(0.9, seed=1), run_of(0.42, seed=2)]
+
+
+@pytest.fixture
+def folders(runs, tmp_path):
+    return [str(run.save(tmp_path / name)) for run, name in zip(runs, ("good", "poor", "alike"), strict=True)]
+
+
+def test_the_rows_are_of_every_setting_and_pair_and_say_what_the_outcomes_say(runs):
+    comparison = compare(*runs, names=["good", "poor", "alike"])
+    rows = comparison.table()
+    assert isinstance(comparison, Comparison)
+    assert [(row["a"], row["b"]) for row in rows] == 2 * [("good", "poor"), ("good", "alike"), ("poor", "alike")]
+    assert len({row["setting"] for row in rows}) == 2
+    by_name = dict(zip(("good", "poor", "alike"), runs, strict=True))
+    for row in rows:
+        k = 5 if "k = 5" in row["setting"] else 1
+        right = []
+        for name in (row["a"], row["b"]):
+            (record,) = [record for record in by_name[name].records if record["k"] == k]
+            right.append(by_name[name].outcomes[record_key(record)]["correct"])
+        a, b = right
+        assert row["difference"] == pytest.approx(a.mean() - b.mean())
+        assert row["p"] == pytest.approx(stats.binomtest(int((a & ~b).sum()), int((a ^ b).sum())).pvalue)
+        assert row["low"] <= row["difference"] <= row["high"]
+        assert row["separable"] == (row["p_holm"] <= 0.05)
+        assert row["needed"] is None if row["separable"] or not row["difference"] else row["needed"] > 120
+    expected = np.sort([row["p"] for row in rows]) * np.arange(6, 0, -1)
+    assert sorted(row["p_holm"] for row in rows) == pytest.approx(np.maximum.accumulate(expected).clip(max=1))
+
+
+def test_settings_stand_by_their_accuracy_and_say_who_won(runs):
+    comparison = compare(*runs[:2], names=["good", "poor"])
+    tops = [row["top1_a"] + row["top1_b"] for row in comparison.table()]
+    assert tops == sorted(tops, reverse=True)
+    assert "good is better than poor, by" in str(comparison)
+    assert "not separable with 120 queries: about" in str(compare(runs[0], runs[2]))
+    assert "equally often right on 120 queries" in str(compare(runs[0], runs[0]))
+
+
+def test_a_model_compared_with_itself_under_other_noise_is_rarely_called_another():
+    """Truly as good as each other: of 100 tables at most about five may hold a separable row."""
+    called = 0
+    base = run_of(0.8, k=5)
+    (record,) = base.records
+    key = record_key(record)
+    rng = np.random.default_rng(5)
+    for seed in range(100):
+        twins = []
+        shared = rng.random(120) < 0.6  # right or wrong together
+        for _ in range(2):
+            correct = np.where(shared, rng.random(120) < 0.9, rng.random(120) < 0.7)
+            twins.append(replace(base, outcomes={key: base.outcomes[key] | {"correct": correct}}))
+        called += any(row["separable"] for row in compare(*twins, seed=seed).table())
+    assert called <= 8
+
+
+def test_classes_are_compared_where_the_settings_do_best(runs):
+    comparison = compare(*runs[:2], names=["good", "poor"])
+    best = comparison.table()[0]
+    assert {row["setting"] for row in comparison.by_class} == {best["setting"]}
+    assert [row["class"] for row in comparison.by_class] == ["0", "1", "2", "3"]
+    assert sum(row["n_queries"] for row in comparison.by_class) == 120
+    mean = sum(row["difference"] * row["n_queries"] for row in comparison.by_class) / 120
+    assert mean == pytest.approx(best["difference"])
+
+
+def test_folders_and_reports_compare_alike(runs, folders):
+    from_folders = compare(*folders)
+    assert from_folders.names == ["good", "poor", "alike"]
+    assert from_folders == compare(*runs, names=from_folders.names)
+    assert compare(*folders, seed=1).table() != from_folders.table()
+    assert compare(folders[0], folders[0]).names == ["good (1)", "good (2)"]
+
+
+def test_only_settings_that_all_have_are_compared(runs):
+    more = run_of(0.4, k=(5, 20), weighting=("inverse", "softmax"), depth=30)
+    assert {row["setting"] for row in compare(runs[0], more).table()} == {"flat, k = 5, T = 0.07, inverse weights"}
+
+
+def test_runs_need_not_share_bank_or_dimension():
+    bank, queries = features(0.4)
+    half = evaluate(bank[:150, :6], LABELS[:150], queries[:, :6], TRUTH, k=(1, 5))
+    assert len(compare(run_of(0.4), half).table()) == 2
+
+
+def test_files_hold_the_table(runs, folders, tmp_path):
+    out = compare(*runs, names=["good", "<b>poor</b>", "alike"]).save(tmp_path / "comparison")
+    rows = [json.loads(line) for line in (out / "compare.jsonl").read_text().splitlines()]
+    assert rows == compare(*runs, names=["good", "<b>poor</b>", "alike"]).table()
+    table = list(csv.DictReader((out / "compare.csv").read_text().splitlines()))
+    assert [float(row["difference"]) for row in table] == [row["difference"] for row in rows]
+    assert len(list(csv.DictReader((out / "compare_classes.csv").read_text().splitlines()))) == 3 * 4
+    page = (out / "compare.html").read_text()
+    assert "&lt;b&gt;poor&lt;/b&gt;" in page
+    assert "<b>" not in page
+    assert page.count("<picture>") == 1
+    for words in ("is better than", "not separable with 120 queries", "Holm", "By class"):
+        assert words in page
+        assert words in (out / "compare.md").read_text()
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_prints_the_table_and_writes_the_files(folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["compare", *folders[:2], "--names", "A", "B", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{compare(*folders[:2], names=['A', 'B'])}\n\nwritten to {out}: compare.html\n"
+    assert {path.suffix for path in out.iterdir()} == {".jsonl", ".csv", ".md", ".html", ".png"}
+
+
+def test_multi_hot_runs_are_compared_without_classes():
+    truth = np.eye(4, dtype=int)[TRUTH] | np.eye(4, dtype=int)[(TRUTH + 1) % 4]
+    labels = np.eye(4, dtype=int)[LABELS] | np.eye(4, dtype=int)[(LABELS + 1) % 4]
+    runs = [run_of(noise, truth=truth, labels=labels) for noise in (0.4, 0.9)]
+    comparison = compare(*runs)
+    assert comparison.table()
+    assert comparison.by_class == []
+
+
+def changed(truth, place, label):
+    truth = truth.copy()
+    truth[place] = label
+    return truth
+
+
+NAMES = np.array(["ant", "bee", "cat", "dog"])
+REFUSED = {
+    "one run": (lambda a: [a], r"`runs` must be two or more, reports or folders, got 1"),
+    "no report": (lambda a: [a, 3], r"`runs\[1\]` must be an EvalReport or a folder of results, got 3"),
+    "no folder": (lambda a: [a, "nowhere"], "nowhere: is no folder of results"),
+    "no outcomes": (lambda a: [a, run_of(0.4, keep_outcomes=False)], "run 'run 2' has kept no outcomes"),
+    "few-shot": (lambda a: [a, run_of(0.4, per_class=5)], "run 'run 2' has kept no outcomes.*few-shot"),
+    "other settings": (
+        lambda a: [a, run_of(0.4, k=3, distance_metric="euclidean")],
+        "no setting in common, such as 'run 1' has flat, cosine distance, k = 1.*'run 2' has flat, euclidean",
+    ),
+    "fewer queries": (lambda a: [a, run_of(0.4, truth=TRUTH[:100])], "not of the same queries: 120 and 100 of them"),
+    "other rows": (
+        lambda a: [run_of(0.4, truth=changed(TRUTH, 3, -1)), run_of(0.4, truth=changed(TRUTH, 7, -1))],
+        "not of the same queries: query number 3 is row 4 and 3 of what was given",
+    ),
+    "other labels": (
+        lambda a: [a, run_of(0.4, truth=changed(TRUTH, 5, (TRUTH[5] + 1) % 4))],
+        f"not of the same queries: row 5 has the label '{TRUTH[5]}' in one, '{(TRUTH[5] + 1) % 4}' in the other",
+    ),
+    "other names": (
+        lambda a: [a, run_of(0.4, truth=NAMES[TRUTH], labels=NAMES[LABELS])],
+        f"row 0 has the label '{TRUTH[0]}' in one, '{NAMES[TRUTH[0]]}' in the other",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unlike_runs_are_refused_and_it_is_said_in_what(runs, case):
+    make, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        compare(*make(runs[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"confidence": 95}, r"`confidence` must be in \(0, 1\), such as 0.95, got 95"),
+        ({"seed": -1}, "`seed` must be 0 or a positive integer, got -1"),
+        ({"names": ["a"]}, r"`names` must be 2 different names, one for each run, got \['a'\]"),
+        ({"names": ["a", "a"]}, "`names` must be 2 different names"),
+        ({"names": "ab"}, "`names` must be 2 different names"),
+    ],
+)
+def test_bad_options_are_named(runs, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare(*runs[:2], **options)
+
+
+def test_two_evaluations_under_one_setting_in_a_folder_are_refused(runs, tmp_path):
+    runs[0].save(tmp_path / "both")
+    runs[1].save(tmp_path / "both")
+    with pytest.raises(ValueError, match=r"run 'both' holds two evaluations of flat, k = 1.*a folder of its own"):
+        compare(tmp_path / "both", runs[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["one"], "compare needs two runs or more"),
+        (["one", "two", "--names", "a"], "--names must name each of the 2 runs, got 1"),
+        (["one", "two", "--confidence", "1"], "must be in (0, 1), got '1'"),
+    ],
+)
+def test_bad_usage_ends_with_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", *arguments])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_runs_that_cannot_be_read_end_with_one_line(folders, tmp_path, capsys):
+    assert main(["compare", folders[0], str(tmp_path / "nowhere")]) == 1
+    said = capsys.readouterr().err
+    assert "nowhere: is no folder of results" in said
+    assert said.count("\n") == 1
