@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from faiss_knn.offline.features import read_features
     from faiss_knn.online.callback import OnlineKNN
     from faiss_knn.online.queue import OnlineQueue, find_or_create_queue
+    from faiss_knn.protocol import protocols
     from faiss_knn.search.index import KNNIndex, Neighbors
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "evaluate": "faiss_knn.offline.evaluate",
     "extract": "faiss_knn.offline.extract",
     "find_or_create_queue": "faiss_knn.online.queue",
+    "protocols": "faiss_knn.protocol",
     "read_features": "faiss_knn.offline.features",
     "retrieval_metrics": "faiss_knn.measures.retrieval",
     "vote": "faiss_knn.classify.vote",
@@ -48,6 +50,7 @@ __all__ = [
     "evaluate",
     "extract",
     "find_or_create_queue",
+    "protocols",
     "read_features",
     "retrieval_metrics",
     "vote",

@@ -47,6 +47,7 @@ def test_only_the_backend_imports_faiss_and_only_online_imports_lightning():
 @pytest.mark.parametrize(
     ("floor", "above"),
     [
+        ("protocol.py", ("distributed", "search", "classify", "measures", "online", "offline")),
         ("distributed.py", ("search", "classify", "measures", "online", "offline")),
         ("search", ("classify", "measures", "online", "offline")),
         ("search/engines", ("search.index", "search.sharded")),

@@ -11,6 +11,7 @@ from pathlib import Path
 from faiss_knn import __version__
 from faiss_knn.offline.commands import compare as compare_command
 from faiss_knn.offline.commands import eval as eval_command
+from faiss_knn.offline.commands import protocols as protocols_command
 from faiss_knn.offline.commands.arguments import Parser, config_options
 from faiss_knn.offline.commands.eval_arguments import EPILOG, add_arguments, check_combination
 
@@ -29,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
     add_arguments(evaluate)
+    evaluate.set_defaults(run=eval_command.run)
     compare = commands.add_parser(
         "compare",
         help="which differences between runs are more than chance",
@@ -38,6 +40,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
     compare_command.add_arguments(compare)
+    compare.set_defaults(run=compare_command.run)
+    listing = commands.add_parser(
+        "protocols",
+        help="settings of other libraries by name, for eval --protocol",
+        description="List the protocols: what each library counts as a k-NN number.",
+    )
+    listing.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
+    listing.set_defaults(run=protocols_command.run)
     return parser
 
 
@@ -50,6 +60,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if given.command == "compare":
         compare_command.check_combination(parser, given)
+    if given.command != "eval":
         return given
     if given.config is not None:
         options, files = config_options(parser, given.config)
@@ -71,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         with _ranks():
-            run = compare_command.run if given.command == "compare" else eval_command.run
-            return run(given, first=_is_first())
+            status: int = given.run(given, first=_is_first())
+            return status
     except MemoryError as error:
         return _failed(f"not enough memory: {error}")
     except (ValueError, OSError) as error:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from faiss_knn.offline.copies import Copies, count_copies
 from faiss_knn.offline.metric_names import make_metrics
-from faiss_knn.offline.options import EvalOptions, VoteOptions, several
+from faiss_knn.offline.options import EvalOptions, VoteOptions, several, vote_settings
 from faiss_knn.offline.outcomes import describe_queries, keeps_outcomes, outcome_of, query_fingerprint
+from faiss_knn.offline.preparation import prepare
 from faiss_knn.offline.record import (
     accuracy_fields,
     mean_values,
@@ -28,7 +29,7 @@ from faiss_knn.offline.report.results import Outcome, Record, record_key
 from faiss_knn.offline.scores import make_judge
 from faiss_knn.offline.search import EXACT, SearchResult, Variant, search_task
 from faiss_knn.offline.task import EvalTask, check_values, few_shot_facts, make_task, warning_facts
-from faiss_knn.search.inputs import shown
+from faiss_knn.search.inputs import as_switch, shown
 
 __all__ = ["EvalReport", "evaluate", "evaluate_with", "task_for"]
 
@@ -39,10 +40,10 @@ def evaluate(
     query_features: Any = None,
     query_labels: Any = None,
     *,
-    k: int | Iterable[int] = (1, 5, 10, 20),
-    temperature: float | Iterable[float] = (0.07,),
-    weighting: str | Iterable[str] = ("inverse",),
-    distance_metric: str = "cosine",
+    k: int | Iterable[int] | None = None,
+    temperature: float | Iterable[float] | None = None,
+    weighting: str | Iterable[str] | None = None,
+    distance_metric: str | None = None,
     index: str | Iterable[str] = ("flat",),
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
@@ -63,6 +64,8 @@ def evaluate(
     keep_neighbors: bool = False,
     keep_outcomes: bool | None = None,
     progress: bool | None = False,
+    protocol: str | None = None,
+    center: bool = False,
     done: Iterable[Record] = (),
     on_record: Callable[[Record, list[float]], None] | None = None,
 ) -> EvalReport:
@@ -79,11 +82,11 @@ def evaluate(
             asked for. Ids that are few and large are numbered anew: `EvalReport.class_ids` has them.
         query_features: (Q, d); None with leave_one_out.
         query_labels: As the bank's; None with leave_one_out.
-        k: Neighbours that vote.
-        temperature: Of the vote.
-        weighting: "inverse", "softmax", "uniform".
-        distance_metric: "cosine", "euclidean", "squared_euclidean", "manhattan" or "dot" (minus the inner
-            product; with the weighting "softmax" or "uniform").
+        k: Neighbours that vote; None: the protocol's, or without one (1, 5, 10, 20).
+        temperature: Of the vote; None: the protocol's, or 0.07.
+        weighting: "inverse", "softmax", "uniform"; None: the protocol's, or "inverse".
+        distance_metric: "cosine", "euclidean", "squared_euclidean", "manhattan" or "dot" (minus the inner product; with
+            the weighting "softmax" or "uniform"); None: the protocol's, or "cosine".
         index: Specs of `KNNIndex`. Approximate ones are compared with the exact neighbours of the same queries.
         num_classes: None: what the labels need.
         class_names: Names by class id.
@@ -109,6 +112,9 @@ def evaluate(
         keep_outcomes: Keep what became of each query in the report, 9 bytes of a query and record; None: where all of
             them take 1 GiB at most. Of several few-shot draws nothing is kept.
         progress: Show a bar; None: if stderr is a terminal.
+        protocol: Name of one of `protocols`, which settles k, temperature, weighting, distance and whether features are
+            normalised or centred. What is given beside it counts, and is named in the records' `protocol`.
+        center: Subtract the mean of the bank's labelled rows from all features.
         done: Records of an earlier run: what they cover is not done again, and they stand in the report.
         on_record: Called with each new record, and its scores by class, as soon as it is there.
 
@@ -125,7 +131,10 @@ def evaluate(
         1.0
     """
     options = EvalOptions(
-        k=several(k), temperature=several(temperature), weighting=several(weighting), distance_metric=distance_metric,
+        **vote_settings(
+            protocol, k=k, temperature=temperature, weighting=weighting, distance_metric=distance_metric,
+            center=as_switch(center, "`center`"),
+        ),
         index=several(index), num_classes=num_classes, class_names=class_names, leave_one_out=leave_one_out,
         per_class=per_class, tries=tries, seed=seed, metrics=several(metrics), depth=depth,
         sweep={} if sweep is None else sweep, nprobe=nprobe, target_recall=target_recall, latency=latency,
@@ -215,6 +224,7 @@ class _Evaluation:
         self.options = options
         self.files = files
         self.metrics = make_metrics(options.metrics, task.num_classes, task.multi_hot) if options.metrics else {}
+        task = prepare(task, center=options.center, unit=options.normalize)
         self.task = check_values(task, options.distance_metric, options.skip_bad_rows)
         self.draws = _drawn(self.task, options)
         self._exact_top1: dict[VoteOptions, Tensor] = {}

@@ -9,10 +9,15 @@ import torch
 
 from faiss_knn.classify.vote import check_vote_options
 from faiss_knn.offline.search import SearchOptions, Variant, has_parameter
+from faiss_knn.protocol import get_protocol, settle
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.inputs import as_count, as_integer, as_key, as_number, as_switch, shown
 
 _MOST = 2**31 - 1  # rows or neighbours that anything is counted with
+
+_DEFAULTS = {
+    "k": (1, 5, 10, 20), "temperature": (0.07,), "weighting": ("inverse",), "distance_metric": "cosine", "center": False
+}  # fmt: skip
 
 
 class VoteOptions(NamedTuple):
@@ -31,6 +36,8 @@ class EvalOptions:
     is a number where there is a few-shot bank to draw.
 
     Attributes:
+        protocol: What the settings are called, a protocol's name and what differs from it; see `vote_settings`.
+        normalize: Whether rows are divided by their lengths.
         variants: The indexes to evaluate: each spec of `index`, at each point of `sweep`.
         search: How to search.
 
@@ -67,6 +74,9 @@ class EvalOptions:
     keep_neighbors: bool = False
     keep_outcomes: bool | None = None
     progress: bool | None = False
+    protocol: str | None = None
+    normalize: bool = False
+    center: bool = False
     variants: tuple[Variant, ...] = field(init=False)
     search: SearchOptions = field(init=False)
 
@@ -104,6 +114,35 @@ class EvalOptions:
     def votes(self) -> Iterator[VoteOptions]:
         """Every k with every temperature and weighting."""
         return map(VoteOptions._make, product(self.k, self.temperature, self.weighting))
+
+
+def vote_settings(
+    protocol: str | None,
+    *,
+    k: Any = None,
+    temperature: Any = None,
+    weighting: Any = None,
+    distance_metric: str | None = None,
+    center: bool = False,
+) -> dict[str, Any]:
+    """Settle what a protocol decides, unless it is given: arguments of `EvalOptions`.
+
+    Raises:
+        ValueError: If there is no such protocol.
+
+    Example:
+        >>> vote_settings("dino", k=5)["protocol"]
+        'dino, k=5'
+    """
+    given = {"k": k, "temperature": temperature, "weighting": weighting}
+    settled, label = settle(
+        protocol,
+        {name: None if value is None else several(value) for name, value in given.items()}
+        | {"distance_metric": distance_metric, "center": center or None},
+        _DEFAULTS,
+    )
+    unit = protocol is not None and get_protocol(protocol).normalize and settled["distance_metric"] != "cosine"
+    return settled | {"protocol": label, "normalize": unit, "center": bool(settled["center"])}
 
 
 def several(given: Any) -> tuple[Any, ...]:

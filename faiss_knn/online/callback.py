@@ -72,16 +72,17 @@ class OnlineKNN(OnlineOptions, Callback):
             The queue is float32 then, unless `bank_dtype` says otherwise; None: as the first batch.
         target_dim: Width of the labels; None: as the first batch.
         num_classes: Width of the scores. None: what the metrics were made for, else the bank's largest label + 1.
-        k: Neighbours that vote. Several: one search, keys `eval/{name}_k{K}_{metric}`, predictions of the largest.
-        temperature: T of the weights.
+        k: Neighbours that vote; None: the protocol's, or 5. Several: one search, keys `eval/{name}_k{K}_{metric}`,
+            predictions of the largest.
+        temperature: T of the weights; None: the protocol's, or 0.07.
         chunk_size: Queries per search block; -1: chosen so that memory stays bounded.
-        distance_metric: "euclidean", "squared_euclidean", "cosine", "manhattan" or "dot" (minus the inner product;
-            with the weighting "softmax" or "uniform").
+        distance_metric: "euclidean", "squared_euclidean", "cosine", "manhattan" or "dot" (minus the inner product; with
+            the weighting "softmax" or "uniform"); None: the protocol's, or "euclidean".
         verbose: Whether to report each bank, and the queues' fill.
         index: "flat", "ivf", "fast", "auto" or a FAISS factory string, see `KNNIndex`.
         nprobe: Lists that an IVF index visits.
         target_recall: What an approximate index is tuned to; `eval/{name}_index_recall` is what it reached.
-        weighting: "inverse" 1/(d+T), "softmax" of -d/T, or "uniform".
+        weighting: "inverse" 1/(d+T), "softmax" of -d/T, or "uniform"; None: the protocol's, or "inverse".
         gather: "replicate": every rank holds the bank of all; "shard": every rank searches its own rows for all.
         bank_dtype: dtype of the queue and the index, torch.float16 or bfloat16 for half the memory.
         bank_device: Where the bank is kept and searched; None: the module's device.
@@ -93,6 +94,8 @@ class OnlineKNN(OnlineOptions, Callback):
         recall_queries: How many of an epoch's own queries are searched exactly too, for the recall of an approximate
             index; 0: none.
         ignore_index: A label that means "unlabelled", beside -1.
+        protocol: Name of one of `protocols`, for k, temperature, distance_metric and weighting that are not given;
+            afterwards also names what differs from it, such as "dino, k=5".
         strict: Whether to refuse a module that did not make the queue's rows, instead of warning.
 
     Attributes:

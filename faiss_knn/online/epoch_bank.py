@@ -56,7 +56,8 @@ class BankRows:
         """Return features (n, d), labels (n,) or (n, C), and (n,) bool: which of them can be searched and vote."""
         options = self._options
         check_aligned(options.name, rows)
-        features, labels = flat_rows(rows[options.input]), options.read_labels(rows[options.target])
+        features = options.prepared(flat_rows(rows[options.input]))
+        labels = options.read_labels(rows[options.target])
         return features, labels, searchable(features, options.is_normalized) & is_labelled(labels)
 
     def _newest(self) -> Tensor:

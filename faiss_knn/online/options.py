@@ -15,10 +15,13 @@ from faiss_knn.classify.vote import check_vote_options
 from faiss_knn.distributed import rank_and_size
 from faiss_knn.online.metrics import RESERVED, class_count, is_multiclass, named_metrics, rehearse
 from faiss_knn.online.ring import RingBuffer, as_device_or_none
-from faiss_knn.search.distance import get_distance
+from faiss_knn.protocol import get_protocol, settle
+from faiss_knn.search.distance import directions, get_distance
 from faiss_knn.search.index import KNNIndex
 from faiss_knn.search.inputs import as_integer, as_key, as_positive, as_switch, shown
 
+_SETTLED: Any = None  # by the protocol, or below
+_DEFAULTS = {"k": 5, "temperature": 0.07, "weighting": "inverse", "distance_metric": "euclidean"}
 _BANK_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -43,16 +46,16 @@ class OnlineOptions:
     input_dim: int | Sequence[int] | None = None
     target_dim: int | None = None
     num_classes: int | None = None
-    k: int | Sequence[int] = 5
-    temperature: float = 0.07
+    k: int | Sequence[int] = _SETTLED
+    temperature: float = _SETTLED
     chunk_size: int = -1
-    distance_metric: str = "euclidean"
+    distance_metric: str = _SETTLED
     verbose: bool | None = None
     _: KW_ONLY
     index: str = "flat"
     nprobe: int | None = None
     target_recall: float | None = None
-    weighting: str = "inverse"
+    weighting: str = _SETTLED
     gather: str = "replicate"
     bank_dtype: torch.dtype | None = None
     bank_device: torch.device | str | None = None
@@ -62,10 +65,12 @@ class OnlineOptions:
     recall_queries: int = 256
     ignore_index: int | None = None
     strict: bool = False
+    protocol: str | None = None
     ks: tuple[int, ...] = field(init=False)
     _warned_inferred_num_classes: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
+        self._settle_protocol()
         self._check_vote()
         self._check_search()
         self._check_rows()
@@ -75,9 +80,24 @@ class OnlineOptions:
         self._value_names = rehearse(self.metrics, self.num_classes)
         self.new_index()  # a bad index option is an error here, not at the first validation
 
+    def _settle_protocol(self) -> None:
+        """Take what was not given from the protocol; `protocol` then names also what was given beside it."""
+        given = {name: getattr(self, name) for name in _DEFAULTS}
+        self.k = _listed(self.k)
+        given["k"] = tuple(self.k) if isinstance(self.k, list) else self.k
+        settled, label = settle(self.protocol, given, _DEFAULTS)
+        for name in _DEFAULTS:
+            if getattr(self, name) is None:
+                setattr(self, name, settled[name])
+        protocol = None if self.protocol is None else get_protocol(self.protocol)
+        self._divides_by_lengths = protocol is not None and protocol.normalize and not self.is_normalized
+        self.protocol = label
+
+    def prepared(self, features: Tensor) -> Tensor:
+        """Return features (n, d) as they are compared: divided by their lengths where the protocol says so."""
+        return directions(features).to(features.dtype) if self._divides_by_lengths else features
+
     def _check_vote(self) -> None:
-        k: Any = self.k
-        self.k = k.tolist() if isinstance(k, np.ndarray | Tensor) and k.ndim == 1 else k
         self.ks = _checked_ks(self.k)
         check_vote_options(self.temperature, self.weighting, self.distance_metric)
 
@@ -228,6 +248,11 @@ class OnlineOptions:
     @property
     def _known_width(self) -> int | None:
         return self.num_classes or self._metrics_class_count
+
+
+def _listed(k: Any) -> Any:
+    """Return an array or tensor of numbers as a list."""
+    return k.tolist() if isinstance(k, np.ndarray | Tensor) and k.ndim == 1 else k
 
 
 def _checked_ks(k: Any) -> tuple[int, ...]:

@@ -118,6 +118,19 @@ def normalize(rows: Tensor, known: Tensor | None = None, dtype: torch.dtype = to
     return rows.to(dtype, copy=True).div_(_largest(rows)).div_(known[:, None].to(dtype))
 
 
+def directions(rows: Tensor) -> Tensor:
+    """Return rows (n, d) divided by their lengths, float64; those that are zero or not finite as they are.
+
+    Example:
+        >>> directions(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]], dtype=torch.float64)
+    """
+    rows = rows.double()
+    has_direction = (rows != 0).any(1) & rows.isfinite().all(1)
+    return torch.where(has_direction[:, None], normalize(torch.where(has_direction[:, None], rows, 1.0)), rows)
+
+
 def _largest(rows: Tensor) -> Tensor:
     """Return the largest absolute coordinate of each row (n, d), (n, 1)."""
     return rows.abs().amax(1, keepdim=True)

@@ -5,7 +5,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from faiss_knn.offline.features import Features
@@ -65,10 +65,7 @@ def _options(given: argparse.Namespace, class_names: list[str] | None, progress:
     from faiss_knn.offline.options import EvalOptions
 
     return EvalOptions(
-        k=tuple(given.k),
-        temperature=tuple(given.temperature),
-        weighting=tuple(given.weighting),
-        distance_metric=given.distance,
+        **_vote_settings(given),
         index=tuple(given.index),
         num_classes=given.num_classes,
         class_names=class_names,
@@ -88,6 +85,19 @@ def _options(given: argparse.Namespace, class_names: list[str] | None, progress:
         skip_bad_rows=given.skip_bad_rows,
         keep_neighbors=given.save_neighbors,
         progress=progress,
+    )
+
+
+def _vote_settings(given: argparse.Namespace) -> dict[str, Any]:
+    from faiss_knn.offline.options import vote_settings
+
+    return vote_settings(
+        given.protocol,
+        k=given.k,
+        temperature=given.temperature,
+        weighting=given.weighting,
+        distance_metric=given.distance,
+        center=given.center,
     )
 
 
@@ -124,7 +134,7 @@ def _dry_run(given: argparse.Namespace, bank: "Features", queries: "Features | N
         leave_one_out=given.leave_one_out,
         ignore_index=given.ignore_index,
     )
-    return estimate(task, max(*given.k, given.depth or 1), given.index)
+    return estimate(task, max(*_vote_settings(given)["k"], given.depth or 1), given.index)
 
 
 def _device(name: str) -> str | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from faiss_knn.offline.commands.arguments import count, positive, share, sweep, temperature, whole
+from faiss_knn.protocol import protocols
 
 EPILOG = """\
 Files: .npy .npz .pt .safetensors .parquet .arrow .feather .csv .tsv .jsonl .h5 .fvecs .bvecs .fbin .u8bin, or a folder
@@ -59,11 +60,17 @@ def _add_data(group: Any) -> None:
 
 
 def _add_vote(group: Any) -> None:
-    group.add_argument("--k", type=positive, nargs="+", default=[1, 5, 10, 20], help="default 1 5 10 20")
-    group.add_argument("--temperature", type=temperature, nargs="+", default=[0.07], metavar="T", help="default 0.07")
     group.add_argument(
-        "--weighting", nargs="+", default=["inverse"], choices=["inverse", "softmax", "uniform"], help="default inverse"
-    )
+        "--protocol", choices=list(protocols()), metavar="NAME",
+        help="k, temperature, weighting and distance of another library, unless given (faiss-knn protocols lists them)",
+    )  # fmt: skip
+    group.add_argument("--k", type=positive, nargs="+", help="default 1 5 10 20")
+    group.add_argument("--temperature", type=temperature, nargs="+", metavar="T", help="default 0.07")
+    group.add_argument("--weighting", nargs="+", choices=["inverse", "softmax", "uniform"], help="default inverse")
+    group.add_argument(
+        "--center", action=argparse.BooleanOptionalAction, default=False,
+        help="subtract the bank's mean from all features",
+    )  # fmt: skip
     group.add_argument(
         "--metric", nargs="+", default=[], metavar="NAME",
         help="further torchmetrics.classification metrics, such as MulticlassF1Score or MulticlassAUROC",
@@ -75,7 +82,7 @@ def _add_vote(group: Any) -> None:
 
 def _add_search(group: Any) -> None:
     group.add_argument(
-        "--distance", default="cosine", choices=["cosine", "euclidean", "squared_euclidean", "manhattan", "dot"],
+        "--distance", choices=["cosine", "euclidean", "squared_euclidean", "manhattan", "dot"],
         help="default cosine; dot: minus the inner product, with softmax or uniform weighting",
     )  # fmt: skip
     group.add_argument(

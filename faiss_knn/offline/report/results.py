@@ -24,6 +24,9 @@ class Record(TypedDict, total=False):
     temperature: float
     weighting: str
     distance_metric: str
+    protocol: str | None  # that the settings are of, and what differs from it, such as "dino, k=5"
+    center: bool  # whether the bank's mean was subtracted
+    normalize: bool  # whether rows were divided by their lengths; cosine does so by itself
     leave_one_out: bool
     per_class: int | None  # rows of each class in a few-shot bank
     tries: int | None  # few-shot banks drawn
@@ -92,6 +95,7 @@ _IDENTITY = (
 _TASK_WORDS = {
     "bank_file": "bank {}", "query_file": "queries {}", "leave_one_out": "leave-one-out: {}",
     "distance_metric": "{} distance", "per_class": "rows per class: {}", "tries": "draws: {}", "seed": "seed {}",
+    "center": "centred: {}", "normalize": "normalised: {}",
     "num_classes": "{} classes", "storage_dtype": "stored as {}",
 }  # fmt: skip
 
