@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from faiss_knn.measures.overlap import neighbor_overlap, overlap_by_query
 from faiss_knn.measures.significance import Pairs, bootstrap_interval, count_pairs, holm, mcnemar_p, queries_needed
 from faiss_knn.offline.report.comparison import comparison_files, comparison_table
 from faiss_knn.offline.report.content import setting
 from faiss_knn.offline.report.ledger import write
+from faiss_knn.offline.report.publish import read_neighbors
 from faiss_knn.offline.report.report import EvalReport
 from faiss_knn.offline.report.results import Outcome, Record, index_name, record_key
 from faiss_knn.search.inputs import as_integer, shown
@@ -20,6 +23,8 @@ from faiss_knn.search.inputs import as_integer, shown
 __all__ = ["Comparison", "compare"]
 
 Row = dict[str, Any]
+
+_CHANGED = 20  # queries whose neighbours agree least that are listed
 
 # What a record is of, but for the features: in which records of two runs must agree to be compared.
 _SETTING = ("spec", "settings", "k", "temperature", "weighting", "distance_metric", "leave_one_out", "per_class",
@@ -39,6 +44,10 @@ class Comparison:
         by_class: For the setting of highest mean accuracy a dict per pair of runs and class: `setting`, `a`, `b`,
             `class`, `n_queries`, `top1_a`, `top1_b`, `difference`, `p`, `p_holm` (corrected over all of these) and
             `separable`; none for multi-hot labels.
+        overlaps: For runs over the same bank that have kept their neighbours a dict per pair of runs, index and k: `a`,
+            `b`, `index`, `k`, and `mean`, `null_mean`, `null_std`, `z` as in `faiss_knn.measures.overlap.Overlap`.
+        changed: The queries whose neighbours agree least, at the largest k of each of these: `a`, `b`, `index`, `k`,
+            `row`, as it was given, and `overlap`.
 
     Example:
         >>> from faiss_knn import evaluate
@@ -58,6 +67,18 @@ class Comparison:
     rows: list[Row]
     accuracies: list[Row]
     by_class: list[Row]
+    overlaps: list[Row]
+    changed: list[Row]
+
+    @property
+    def neighbor_overlap(self) -> dict[int, Row]:
+        """Whether the first two runs see the same neighbours: `mean`, `null_mean`, `null_std` and `z` by k.
+
+        Of the first index that both have; empty where one has kept no neighbours. `overlaps` has every pair and index.
+        """
+        first = [row for row in self.overlaps if (row["a"], row["b"]) == (self.names[0], self.names[1])]
+        values = ("mean", "null_mean", "null_std", "z")
+        return {row["k"]: {x: row[x] for x in values} for row in first if row["index"] == first[0]["index"]}
 
     def table(self) -> list[Row]:
         """One row per setting and pair of runs, most accurate settings first.
@@ -76,6 +97,8 @@ class Comparison:
     def save(self, folder: str | Path) -> Path:
         """Write compare.jsonl, .csv, .md and .html, compare_classes.csv, and with matplotlib compare.png.
 
+        Where neighbours were kept there is compare_neighbors.csv too.
+
         Args:
             folder: Made if it is not there; what an earlier comparison wrote is replaced.
 
@@ -88,9 +111,7 @@ class Comparison:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name, content in comparison_files(
-                self.names, self.n_queries, self.confidence, self.rows, self.accuracies, self.by_class
-            ).items():
+            for name, content in comparison_files(**vars(self)).items():
                 write(folder / name, content)
         except OSError as error:
             raise ValueError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
@@ -104,10 +125,19 @@ class _Run:
     name: str
     report: EvalReport
     records: dict[str, Record]
+    folder: Path | None
 
     def outcome(self, key: str) -> Outcome:
         """What became of its queries under a setting."""
         return self.report.outcomes[record_key(self.records[key])]
+
+    def neighbors(self, key: str) -> npt.NDArray[Any] | None:
+        """(Q, K) rows that were found nearest, if they were kept."""
+        record = self.records[key]
+        name = " ".join([record["spec"], *(f"{x}={value}" for x, value in record["settings"].items())])
+        if name in self.report.neighbors:
+            return self.report.neighbors[name][1]
+        return None if self.folder is None else read_neighbors(self.folder, record, name)
 
 
 def compare(
@@ -147,7 +177,10 @@ def compare(
     n_queries = len(read[0].outcome(keys[0])["correct"])
     accuracies = [_accuracy(run, key, words[key]) for key in keys for run in read]
     by_class = list(_by_class(read, keys[0], words[keys[0]], confidence))
-    return Comparison([run.name for run in read], n_queries, float(confidence), rows, accuracies, by_class)
+    overlaps, changed = _overlaps(read, keys, seed)
+    return Comparison(
+        [run.name for run in read], n_queries, float(confidence), rows, accuracies, by_class, overlaps, changed
+    )
 
 
 def _accuracy(run: _Run, key: str, words: str) -> Row:
@@ -198,7 +231,7 @@ def _read(given: Any, number: int, name: str) -> _Run:
                 f"{records[key]['data'][:6]} and {record['data'][:6]}): write each to a folder of its own"
             )
         records[key] = record
-    return _Run(name, report, records)
+    return _Run(name, report, records, None if isinstance(given, EvalReport) else Path(given))
 
 
 def _setting_key(record: Record) -> str:
@@ -304,3 +337,37 @@ def _by_class(runs: Sequence[_Run], key: str, words: str, confidence: float) -> 
         ]  # fmt: skip
     for row, p_holm in zip(found, holm([row["p"] for row in found]), strict=True):
         yield row | {"p_holm": p_holm, "separable": p_holm <= 1 - confidence}
+
+
+def _overlaps(runs: Sequence[_Run], keys: Sequence[str], seed: int) -> tuple[list[Row], list[Row]]:
+    """Whether runs see the same neighbours, for each pair, index and k, and which queries' neighbours differ most."""
+    by_index: dict[str, list[str]] = {}
+    for key in keys:
+        by_index.setdefault(_search_key(runs[0].records[key]), []).append(key)
+    found: list[Row] = []
+    changed: list[Row] = []
+    for same in by_index.values():
+        for a, b in combinations(runs, 2):
+            first, second = a.neighbors(same[0]), b.neighbors(same[0])
+            if first is None or second is None or not _same_bank(a.records[same[0]], b.records[same[0]]):
+                continue
+            about = {"a": a.name, "b": b.name, "index": index_name(a.records[same[0]])}
+            shortest = min(first.shape[1], second.shape[1])
+            ks = sorted({k for key in same if (k := a.records[key]["k"]) <= shortest})
+            found += [about | {"k": k} | neighbor_overlap(first, second, k, seed=seed)._asdict() for k in ks]
+            if ks:
+                shares = overlap_by_query(first, second, ks[-1])
+                least = np.argsort(shares, kind="stable")[:_CHANGED]
+                rows = a.outcome(same[0])["row"]
+                changed += [about | {"k": ks[-1], "row": int(rows[i]), "overlap": float(shares[i])} for i in least]
+    return found, changed
+
+
+def _search_key(record: Record) -> str:
+    """What a record's neighbours depend on, but for the features."""
+    return json.dumps([index_name(record), record["distance_metric"], record["leave_one_out"]])
+
+
+def _same_bank(a: Record, b: Record) -> bool:
+    """Whether two banks can be of the same rows; what the rows are of cannot be told from other features."""
+    return a["n_bank"] == b["n_bank"]

@@ -232,3 +232,31 @@ def test_runs_that_cannot_be_read_end_with_one_line(folders, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "nowhere: is no folder of results" in said
     assert said.count("\n") == 1
+
+
+def test_runs_that_kept_their_neighbours_are_compared_by_them(runs, tmp_path):
+    kept = [run_of(0.4, keep_neighbors=True), run_of(0.9, seed=1, keep_neighbors=True)]
+    comparison = compare(*kept, names=["good", "poor"])
+    lists = [run.neighbors["flat"][1] for run in kept]
+    assert set(comparison.neighbor_overlap) == {1, 5}
+    for k, found in comparison.neighbor_overlap.items():
+        common = [len(set(a[:k]) & set(b[:k])) / k for a, b in zip(*(x.tolist() for x in lists), strict=True)]
+        assert found["mean"] == pytest.approx(np.mean(common))
+        assert set(found) == {"mean", "null_mean", "null_std", "z"}
+    itself = compare(kept[0], kept[0]).neighbor_overlap[5]
+    assert itself["mean"] == 1.0 > comparison.neighbor_overlap[5]["mean"]
+    assert itself["z"] > 20
+    assert [row["row"] for row in comparison.changed] == np.argsort(common, kind="stable")[:20].tolist()
+    folders = [run.save(tmp_path / name) for run, name in zip(kept, ("good", "poor"), strict=True)]
+    assert compare(*folders) == comparison
+    out = comparison.save(tmp_path / "out")
+    assert "Do they see the same neighbours?" in (out / "compare.html").read_text()
+    table = list(csv.DictReader((out / "compare_neighbors.csv").read_text().splitlines()))
+    assert [float(row["mean"]) for row in table] == [row["mean"] for row in comparison.overlaps]
+
+
+def test_neighbours_of_another_bank_or_of_none_are_not_compared(runs):
+    bank, queries = features(0.4)
+    half = evaluate(bank[:150], LABELS[:150], queries, TRUTH, k=(1, 5), keep_neighbors=True)
+    assert compare(run_of(0.4, keep_neighbors=True), half).neighbor_overlap == {}
+    assert compare(run_of(0.4, keep_neighbors=True), runs[0]).overlaps == []

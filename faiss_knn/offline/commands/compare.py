@@ -16,7 +16,8 @@ example:
 
 A difference is separable if McNemar's exact p, Holm-corrected over the table, is at most 1 - confidence. The interval
 is that of a paired bootstrap over the queries, in points. Where a difference is not separable, it is said about how
-many queries would do.
+many queries would do. Runs over the same bank rows that were made with --save-neighbors are also compared by how many
+neighbours they have in common, against chance.
 """
 
 

@@ -64,11 +64,18 @@ def _points(difference: float) -> str:
 
 
 def comparison_files(
-    names: Sequence[str], n_queries: int, confidence: float, rows: Rows, accuracies: Rows, by_class: Rows
+    names: Sequence[str],
+    n_queries: int,
+    confidence: float,
+    rows: Rows,
+    accuracies: Rows,
+    by_class: Rows,
+    overlaps: Rows,
+    changed: Rows,
 ) -> dict[str, str | bytes]:
     """Make all files of a comparison, as contents by name; the plot where matplotlib is installed."""
     title = f"faiss-knn: {', '.join(names[:4])}{', …' if len(names) > 4 else ''} compared"
-    shown = _sections(n_queries, confidence, rows, accuracies, by_class)
+    shown = _sections(n_queries, confidence, rows, accuracies, by_class) + _overlap_sections(overlaps, changed)
     pictures = _plot(names, accuracies)
     files: dict[str, str | bytes] = {
         "compare.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
@@ -77,6 +84,8 @@ def comparison_files(
         "compare.md": markdown(title, shown, {"runs": "compare.png"} if pictures else {}),
         "compare.html": page(title, shown, {"runs": pictures[1]} if pictures else {}),
     }
+    if overlaps:
+        files["compare_neighbors.csv"] = _csv(overlaps)
     return files | ({"compare.png": pictures[0]} if pictures else {})
 
 
@@ -136,6 +145,37 @@ def _class_section(by_class: Rows) -> list[Section]:
         for row in ordered
     ]  # fmt: skip
     return [Section("By class", text, (), Table(headings, cells, 3))]
+
+
+def _overlap_sections(overlaps: Rows, changed: Rows) -> list[Section]:
+    """Whether the runs see the same neighbours, and where they differ most."""
+    if not overlaps:
+        return []
+    text = (
+        "The share of a query's k nearest bank rows that both runs have, on average over the queries, in percent; by "
+        "chance, with the queries of one paired with those of the other at random; z, how many deviations of such "
+        "pairings it lies above chance. Both banks are taken to hold the same rows in the same order.",
+    )
+    headings = ["index", "a", "b", "k", "in common", "by chance", "±", "z"]
+    cells = [
+        [
+            row["index"], row["a"], row["b"], str(row["k"]), percent(row["mean"]), percent(row["null_mean"]),
+            percent(row["null_std"]), "–" if row["z"] is None else f"{row['z']:.1f}",
+        ]
+        for row in overlaps
+    ]  # fmt: skip
+    least = [
+        [row["index"], row["a"], row["b"], str(row["k"]), str(row["row"]), percent(row["overlap"])] for row in changed
+    ]
+    return [
+        Section("Do they see the same neighbours?", text, (), Table(headings, cells, 3)),
+        Section(
+            "Queries whose neighbours changed most",
+            ("By row number; neighbours in common in percent, at the largest k.",),
+            (),
+            Table(["index", "a", "b", "k", "row", "in common"], least, 3),
+        ),
+    ]
 
 
 def _plot(names: Sequence[str], accuracies: Rows) -> tuple[bytes, tuple[str, str]] | None:

@@ -16,12 +16,14 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from faiss_knn.offline.report.content import Section, overview, sections, title_of
 from faiss_knn.offline.report.html import page
 from faiss_knn.offline.report.ledger import write
 from faiss_knn.offline.report.markdown import markdown
 from faiss_knn.offline.report.results import (
+    Record,
     Results,
     index_name,
     name_tasks,
@@ -114,6 +116,16 @@ def _class_rows(names: Sequence[str], parts: Sequence[Results]) -> Iterator[list
                 known = "" if score is None or score != score else score
                 row = [*setting, label, part.class_name(i), known]
                 yield [*row, task] if several else row
+
+
+def read_neighbors(folder: Path, record: Record, name: str) -> npt.NDArray[Any] | None:
+    """Read (Q, K) indices that a folder holds of a record's evaluation, under an index's name; None if it has none."""
+    for path in sorted(folder.glob("neighbors*.npz")):
+        with np.load(path) as held:
+            if f"indices/{name}" in held and str(held["evaluation"]) == task_key(record):
+                indices: npt.NDArray[Any] = held[f"indices/{name}"]
+                return indices
+    return None
 
 
 def _kept_neighbors(added: Results, folder: Path) -> tuple[str, bytes]:
