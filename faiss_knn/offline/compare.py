@@ -17,7 +17,7 @@ from faiss_knn.offline.report.content import setting
 from faiss_knn.offline.report.ledger import write
 from faiss_knn.offline.report.publish import read_neighbors
 from faiss_knn.offline.report.report import EvalReport
-from faiss_knn.offline.report.results import Outcome, Record, index_name, record_key
+from faiss_knn.offline.report.results import Outcome, Record, index_name, record_key, value_of
 from faiss_knn.search.inputs import as_integer, shown
 
 __all__ = ["Comparison", "compare"]
@@ -27,8 +27,12 @@ Row = dict[str, Any]
 _CHANGED = 20  # queries whose neighbours agree least that are listed
 
 # What a record is of, but for the features: in which records of two runs must agree to be compared.
-_SETTING = ("spec", "settings", "k", "temperature", "weighting", "distance_metric", "leave_one_out", "per_class",
-            "protocol")  # fmt: skip
+_SETTING = (
+    "spec", "settings", "k", "temperature", "weighting", "distance_metric", "leave_one_out", "per_class", "center",
+    "normalize",
+)  # fmt: skip
+_WORDS = {"distance_metric": "{} distance", "leave_one_out": "leave-one-out {}", "center": "centred {}",
+          "normalize": "normalised {}"}  # fmt: skip
 _NO_MATTER = ("depth", "metrics", "latency")  # options that change no prediction
 
 
@@ -236,7 +240,7 @@ def _read(given: Any, number: int, name: str) -> _Run:
 
 def _setting_key(record: Record) -> str:
     options = {name: value for name, value in (record.get("options") or {}).items() if name not in _NO_MATTER}
-    return json.dumps([*(record.get(name) for name in _SETTING), options], sort_keys=True)
+    return json.dumps([*(value_of(record, name) or None for name in _SETTING), options], sort_keys=True)
 
 
 def _common_settings(runs: Sequence[_Run]) -> list[str]:
@@ -278,9 +282,16 @@ def _in_words(run: _Run, keys: Sequence[str]) -> dict[str, str]:
     """What tells the settings apart: always index and vote, and distance or storage where several occur."""
     records = [run.records[key] for key in keys]
     words = [f"{index_name(record)}, {setting(record)}" for record in records]
-    for field, form in (("distance_metric", "{} distance"), ("leave_one_out", "leave-one-out {}"), ("protocol", "{}")):
-        if len({str(record.get(field)) for record in records}) > 1:
-            words = [f"{word}, {form.format(record.get(field))}" for word, record in zip(words, records, strict=True)]
+    for field, form in (
+        ("distance_metric", "{} distance"),
+        ("leave_one_out", "leave-one-out {}"),
+        ("center", "centred {}"),
+        ("normalize", "normalised {}"),
+    ):
+        if len({str(value_of(record, field)) for record in records}) > 1:
+            words = [
+                f"{word}, {form.format(value_of(record, field))}" for word, record in zip(words, records, strict=True)
+            ]
     if len(set(words)) < len(words):
         words = [f"{word}, {json.dumps(record['options'])}" for word, record in zip(words, records, strict=True)]
     return dict(zip(keys, words, strict=True))
@@ -365,7 +376,8 @@ def _overlaps(runs: Sequence[_Run], keys: Sequence[str], seed: int) -> tuple[lis
 
 def _search_key(record: Record) -> str:
     """What a record's neighbours depend on, but for the features."""
-    return json.dumps([index_name(record), record["distance_metric"], record["leave_one_out"]])
+    names = ("distance_metric", "leave_one_out", "center", "normalize")
+    return json.dumps([index_name(record), *(value_of(record, name) or None for name in names)])
 
 
 def _same_bank(a: Record, b: Record) -> bool:

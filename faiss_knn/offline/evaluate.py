@@ -173,6 +173,7 @@ def evaluate_with(
     *,
     done: Iterable[Record] = (),
     on_record: Callable[[Record, list[float]], None] | None = None,
+    on_outcome: Callable[[str, Outcome], None] | None = None,
 ) -> EvalReport:
     """Evaluate a task as `evaluate` does, with options that were checked.
 
@@ -182,6 +183,7 @@ def evaluate_with(
         files: `bank_file` and `query_file` of the records.
         done: As in `evaluate`.
         on_record: As in `evaluate`.
+        on_outcome: Called before it, with the record's key and what became of each query, if that is kept.
 
     Raises:
         ValueError: If task and options do not fit, a row cannot be compared, or an index refuses the features.
@@ -203,6 +205,8 @@ def evaluate_with(
             report.per_class[key] = class_scores
             if outcome is not None:
                 report.outcomes[key] = outcome
+                if on_outcome is not None and key not in earlier:
+                    on_outcome(key, outcome)
             if on_record is not None and key not in earlier:
                 on_record(record, class_scores)
         if options.keep_neighbors:

@@ -108,6 +108,13 @@ def test_only_settings_that_all_have_are_compared(runs):
     assert {row["setting"] for row in compare(runs[0], more).table()} == {"flat, k = 5, T = 0.07, inverse weights"}
 
 
+def test_centred_features_are_another_setting(runs):
+    with pytest.raises(ValueError, match="no setting in common"):
+        compare(runs[0], run_of(0.4, center=True))
+    both = [run_of(noise, center=True) for noise in (0.4, 0.9)]
+    assert len(compare(*both).table()) == 2
+
+
 def test_runs_need_not_share_bank_or_dimension():
     bank, queries = features(0.4)
     half = evaluate(bank[:150, :6], LABELS[:150], queries[:, :6], TRUTH, k=(1, 5))

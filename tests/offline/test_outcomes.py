@@ -126,6 +126,27 @@ def test_the_command_writes_them_and_resumes_with_them(tmp_path):
     assert [o["correct"].mean() for o in after.outcomes.values()] == [r["top1"] for r in after.records]
 
 
+def test_a_run_that_is_cut_off_keeps_the_outcomes_of_its_records(tmp_path, monkeypatch):
+    np.savez(tmp_path / "bank.npz", features=BANK, labels=LABELS)
+    np.savez(tmp_path / "queries.npz", features=QUERIES, labels=TRUTH)
+    out = tmp_path / "out"
+    command = ["eval", str(tmp_path / "bank.npz"), str(tmp_path / "queries.npz"), "--out", str(out), "--k", "1", "5"]
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EvalReport, "save", cut)
+        assert main(command) == 130
+    left = EvalReport.load(out)
+    assert [left.outcomes[record_key(r)]["correct"].mean() for r in left.records] == [r["top1"] for r in left.records]
+    assert main([*command, "--resume", "--index", "flat", "IVF4,Flat"]) == 0
+    whole = EvalReport.load(out)
+    assert len(whole.outcomes) == 4
+    same(left.outcomes, {key: whole.outcomes[key] for key in left.outcomes})
+    assert [path.name for path in out.glob("outcomes*")] == ["outcomes.npz"]
+
+
 def test_a_file_that_is_none_of_outcomes_is_refused_at_once(tmp_path):
     report = evaluate(BANK, LABELS, QUERIES, TRUTH, k=1)
     report.save(tmp_path)

@@ -51,6 +51,7 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
         {name: path and str(path) for name, path in (("bank_file", given.bank), ("query_file", given.queries))},
         done=broadcast_object(ledger.done if ledger is not None else []),
         on_record=None if ledger is None else ledger.add,
+        on_outcome=None if ledger is None else ledger.add_outcome,
     )
     if ledger is not None:
         report.save(given.out)

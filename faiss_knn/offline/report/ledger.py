@@ -10,8 +10,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from faiss_knn.offline.report.outcomes_file import OUTCOMES, check_outcomes, pack_outcomes, read_outcomes
-from faiss_knn.offline.report.results import Record, Results, record_key, task_key
+from faiss_knn.offline.report.outcomes_file import (
+    OUTCOMES,
+    check_outcomes,
+    pack_outcomes,
+    part_path,
+    part_paths,
+    read_outcomes,
+)
+from faiss_knn.offline.report.results import Outcome, Record, Results, record_key, task_key
 
 RECORDS = "results.jsonl"
 BY_CLASS = "per_class.jsonl"
@@ -63,6 +70,12 @@ class Ledger:
             _append(self.folder / BY_CLASS, _line({"record": record_key(record), "scores": list(per_class)}))
             _append(self.folder / RECORDS, _line(record))
 
+    def add_outcome(self, key: str, outcome: Outcome) -> None:
+        """Keep what became of each query in a file of its own until all are merged, so that no cut loses it."""
+        with self._locked():
+            self._forget()
+            write(part_path(self.folder, key), pack_outcomes({key: outcome}, compress=False))
+
     def merge(self, results: Results) -> list[Results]:
         """Add results, keep the newest record of each key in the file, and return all that the folder holds by task."""
         described = {task_key(record) for record in results.records}
@@ -83,12 +96,15 @@ class Ledger:
 
     def _merge_outcomes(self, results: Results, held: dict[str, Record]) -> None:
         """Add what became of the queries; a record made anew without it has none."""
-        if not results.outcomes and not (self.folder / OUTCOMES).exists():
+        parts = part_paths(self.folder)
+        if not results.outcomes and not parts and not (self.folder / OUTCOMES).exists():
             return
         anew = {record_key(record) for record in results.records} & results.per_class.keys()
         earlier = {key: outcome for key, outcome in read_outcomes(self.folder).items() if key not in anew}
         outcomes = {key: outcome for key, outcome in (earlier | results.outcomes).items() if key in held}
         write(self.folder / OUTCOMES, pack_outcomes(outcomes))
+        for path in parts:
+            path.unlink()
 
     def _held(self) -> tuple[dict[str, Record], str | None]:
         """The newest record of each key; what is no record, or half of one, is set aside."""
@@ -104,7 +120,7 @@ class Ledger:
         if self._overwrite:
             for name in (RECORDS, BY_CLASS, _ODD, OUTCOMES):
                 (self.folder / name).unlink(missing_ok=True)
-            for path in self.folder.glob("neighbors*.npz"):
+            for path in (*self.folder.glob("neighbors*.npz"), *part_paths(self.folder)):
                 path.unlink()
         self._overwrite = False
 

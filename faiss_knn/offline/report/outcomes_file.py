@@ -39,15 +39,27 @@ def check_outcomes(folder: Path) -> None:
         raise ValueError(f"{path}: is no file of outcomes: remove it, or choose another folder")
 
 
+def part_path(folder: Path, key: str) -> Path:
+    """Name the file that holds a record's outcome until it is merged into outcomes.npz."""
+    return folder / f"outcomes-{blake2b(key.encode(), digest_size=8).hexdigest()}.npz"
+
+
+def part_paths(folder: Path) -> list[Path]:
+    """Find the files of single outcomes that a run has left, if it was cut off or is not done."""
+    return sorted(folder.glob("outcomes-*.npz"))
+
+
 def read_outcomes(folder: Path) -> dict[str, Outcome]:
     """Read the outcomes that a folder holds by `record_key`, none if it has no such file.
 
     Raises:
-        ValueError: If the file is something else.
+        ValueError: If a file is something else.
     """
-    path = folder / OUTCOMES
-    if not path.exists():
-        return {}
+    whole = [folder / OUTCOMES] if (folder / OUTCOMES).exists() else []
+    return {key: outcome for path in [*whole, *part_paths(folder)] for key, outcome in _read(path).items()}
+
+
+def _read(path: Path) -> dict[str, Outcome]:
     try:
         with np.load(path, allow_pickle=False) as held:
             arrays = dict(held)
@@ -62,7 +74,7 @@ def _outcome(arrays: Mapping[str, np.ndarray], number: int) -> Outcome:
     return {name: arrays[f"{number}/{name}"] for name in ("prediction", "correct", "score")} | shared
 
 
-def pack_outcomes(outcomes: Mapping[str, Outcome]) -> bytes:
+def pack_outcomes(outcomes: Mapping[str, Outcome], *, compress: bool = True) -> bytes:
     """Write outcomes by `record_key` as the content of outcomes.npz.
 
     Example:
@@ -80,7 +92,7 @@ def pack_outcomes(outcomes: Mapping[str, Outcome]) -> bytes:
         arrays |= {f"queries/{number}/{name}": array for name, array in shared.items()}
         arrays[f"{i}/queries"] = np.array(number)
     out = io.BytesIO()
-    np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
+    (np.savez_compressed if compress else np.savez)(out, **arrays)  # type: ignore[arg-type]
     return out.getvalue()
 
 
