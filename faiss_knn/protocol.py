@@ -50,8 +50,8 @@ _VISSL = _cosine(
     (200,),
     0.1,
     "facebookresearch/vissl, vissl/utils/knn_utils.py",
-    f"Sums exp(cos / T); {_ZERO_WEIGHT}; 0 for fewer than five classes. Features are normalised where its option "
-    "L2_NORM_FEATS says so, as its configurations for SwAV do.",
+    f"Sums exp(cos / T); {_ZERO_WEIGHT}; 0 for fewer than five classes. Features are normalised with its option "
+    "L2_NORM_FEATS, which is off by default: without it the rule is that of lightly-raw.",
 )
 
 _PROTOCOLS = {
