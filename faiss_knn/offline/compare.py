@@ -282,16 +282,10 @@ def _in_words(run: _Run, keys: Sequence[str]) -> dict[str, str]:
     """What tells the settings apart: always index and vote, and distance or storage where several occur."""
     records = [run.records[key] for key in keys]
     words = [f"{index_name(record)}, {setting(record)}" for record in records]
-    for field, form in (
-        ("distance_metric", "{} distance"),
-        ("leave_one_out", "leave-one-out {}"),
-        ("center", "centred {}"),
-        ("normalize", "normalised {}"),
-    ):
-        if len({str(value_of(record, field)) for record in records}) > 1:
-            words = [
-                f"{word}, {form.format(value_of(record, field))}" for word, record in zip(words, records, strict=True)
-            ]
+    for field, form in _WORDS.items():
+        values = [value_of(record, field) for record in records]
+        if len(set(map(str, values))) > 1:
+            words = [f"{word}, {form.format(value)}" for word, value in zip(words, values, strict=True)]
     if len(set(words)) < len(words):
         words = [f"{word}, {json.dumps(record['options'])}" for word, record in zip(words, records, strict=True)]
     return dict(zip(keys, words, strict=True))

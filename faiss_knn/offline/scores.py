@@ -105,9 +105,8 @@ class ClassJudge:
         k = scores.shape[1]
         local = self._numbering(k)[0]
         classes = torch.zeros_like(local).scatter_(1, local, self.labels[:, :k])
-        highest, place = scores.max(1, keepdim=True)  # the first of equal ones
-        prediction = classes.gather(1, place).masked_fill(highest <= 0, -1)
-        return prediction[:, 0], shares.gather(1, place)[:, 0]
+        place = scores.argmax(1, keepdim=True)  # the first of equal ones; without any vote that of the label -1
+        return classes.gather(1, place)[:, 0], shares.gather(1, place)[:, 0]
 
     def _numbering(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """(Q, k) numbers in [0, k) of the neighbours' classes, (Q,) the true class's, (Q,) whether it is there."""

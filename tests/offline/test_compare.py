@@ -68,6 +68,25 @@ def test_settings_stand_by_their_accuracy_and_say_who_won(runs):
     assert "equally often right on 120 queries" in str(compare(runs[0], runs[0]))
 
 
+def with_outcomes(run, correct):
+    return replace(run, outcomes={key: one | {"correct": correct} for key, one in run.outcomes.items()})
+
+
+def test_what_is_no_chance_alone_may_be_one_among_several():
+    alone = np.arange(120) < 6  # right where the other is wrong: p = 2 / 2^6
+    none = np.zeros(120, dtype=bool)
+    (row,) = compare(*(with_outcomes(run_of(0.4, k=5), correct) for correct in (alone, none))).table()
+    assert (row["p"], row["separable"]) == (pytest.approx(0.03125), True)
+    rows = compare(*(with_outcomes(run_of(0.4, k=(1, 5)), correct) for correct in (alone, none))).table()
+    assert [(row["p_holm"], row["separable"]) for row in rows] == 2 * [(pytest.approx(0.0625), False)]
+
+
+def test_more_queries_are_needed_than_did_not_do():
+    runs = [with_outcomes(run_of(0.4, k=5, truth=TRUTH[:5]), np.full(5, right)) for right in (True, False)]
+    (row,) = compare(*runs).table()
+    assert (row["p"], row["separable"], row["needed"]) == (pytest.approx(0.0625), False, 6)
+
+
 def test_a_model_compared_with_itself_under_other_noise_is_rarely_called_another():
     """Truly as good as each other: of 100 tables at most about five may hold a separable row."""
     called = 0

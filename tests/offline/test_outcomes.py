@@ -12,6 +12,7 @@ from faiss_knn.offline import outcomes as outcomes_step
 from faiss_knn.offline.cli import main
 from faiss_knn.offline.report.outcomes_file import pack_outcomes, read_outcomes
 from faiss_knn.offline.report.results import record_key
+from faiss_knn.offline.scores import ClassJudge, MultiHotJudge, SharesJudge, neighbor_labels
 
 RNG = np.random.default_rng(0)
 LABELS, TRUTH = RNG.integers(0, 4, 300), RNG.integers(0, 4, 60)
@@ -68,14 +69,27 @@ def test_labels_that_are_shares_or_multi_hot_have_outcomes_too():
 
 
 def test_without_a_vote_there_is_no_prediction():
-    shares = np.zeros((2, 2))
-    _, outcome = only(evaluate(np.eye(2), [0, 1], np.eye(2)[:1], [0], k=1, num_classes=2))
-    assert outcome["prediction"].tolist() == [0]
-    shares[1] = [0.0, 1.0]
-    shares[0] = [0.5, 0.5]
-    _, outcome = only(evaluate(np.eye(2), shares, np.eye(2)[:1], [1], k=1))
-    assert outcome["prediction"].tolist() == [0]  # the lower of two equal ones
-    assert not outcome["correct"][0]
+    distances = torch.tensor([[0.1, 0.2], [torch.inf, torch.inf], [0.3, torch.inf]])
+    indices = torch.tensor([[1, 0], [-1, -1], [2, -1]])
+    labels, truth = torch.tensor([2, 1, 0]), torch.tensor([1, 0, 0])
+    shares = torch.eye(3)[labels]
+    for judge in (
+        ClassJudge(distances, neighbor_labels(indices, labels), truth, 3),
+        SharesJudge(distances, indices, shares, truth),
+        MultiHotJudge(distances, indices, shares.long(), torch.eye(3).long()[truth]),
+    ):
+        hits = judge.judge(2, 0.07, "inverse", {})
+        assert hits.prediction.tolist() == [1, -1, 0]
+        assert hits.top1.tolist() == [True, False, True]
+        assert hits.share.tolist()[1:] == [0.0, 1.0]
+
+
+def test_of_equal_votes_the_lowest_class_is_predicted():
+    for labels in ([1, 0], [[0.5, 0.5], [0.5, 0.5]]):
+        _, outcome = only(evaluate(np.ones((2, 2)), np.array(labels), np.ones((1, 2)), [1], k=2))
+        assert outcome["prediction"].tolist() == [0]
+        assert outcome["score"].tolist() == [0.5]
+        assert not outcome["correct"][0]
 
 
 def test_nothing_is_kept_of_several_draws_on_refusal_or_beyond_the_bound(monkeypatch):
@@ -181,6 +195,8 @@ def test_the_fingerprint_is_of_the_queries_rows_and_classes_alone():
     left_out = TRUTH.copy()
     left_out[5] = -1
     assert len({own, fingerprint(LABELS, other), fingerprint(LABELS, left_out)}) == 3
+    alike = [np.where(np.arange(60) == row, -1, 0) for row in (3, 7)]  # the same labels, of other rows
+    assert fingerprint(LABELS, alike[0]) != fingerprint(LABELS, alike[1])
     names = np.array(["ant", "bee", "cat", "dog"])
     assert fingerprint(names[LABELS], names[TRUTH]) != own
     more = np.where(np.arange(300) < 5, "aardvark", names[LABELS])  # numbers shift, names do not
