@@ -30,10 +30,15 @@ def multiply(rows: Tensor, queries: Tensor, out: Tensor) -> Tensor:
         `out`.
     """
     # The rows on the left: oneDNN packs the right side anew for every product, and the queries are fewer.
-    if rows.device.type == "cpu" and rows.dtype == torch.float32 and _numpy_may_be_used() and prefers_numpy():
+    if uses_numpy(rows):
         np.matmul(rows.numpy(), queries.numpy().T, out=out.numpy())
         return out
     return torch.mm(rows, queries.T, out=out)
+
+
+def uses_numpy(rows: Tensor) -> bool:
+    """Tell whether products with these rows are numpy's."""
+    return rows.device.type == "cpu" and rows.dtype == torch.float32 and _numpy_may_be_used() and prefers_numpy()
 
 
 @cache

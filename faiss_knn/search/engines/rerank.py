@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance, get_distance, normalize, pair_norms
+from faiss_knn.search.engines.workers import run_together
 from faiss_knn.search.stored_rows import StoredRows
 
 _PAIR_BYTES = 4 << 20  # float64 rows gathered at once: more makes the heap shrink and grow with every search
@@ -81,15 +82,20 @@ def measure(
     values = (_GPU_PAIR_BYTES if rows.device.type == "cuda" else _PAIR_BYTES) // 8
     step = max(1, values // (rows.dim * max(1, width)))
     columns = max(1, min(width, values // rows.dim))
-    for start in range(0, len(ids), step):
-        part = slice(start, start + step)
-        for left in range(0, width, columns):
-            chosen = ids[part, left : left + columns]
-            known = chosen.reshape(-1).clamp(min=0)
-            taken = rows.as_compared(known, distance, dtype) if distance.normalized else rows.take(known)
-            asking = queries[part] if of is None else queries[of[part]]
-            taken = taken.view(*chosen.shape, rows.dim)
-            norms[part, left : left + columns] = pair_norms(asking, taken, distance, dtype, wide=wide)
+    parts = iter(range(0, len(ids), step))  # one for all threads
+
+    def measure_parts() -> None:
+        for part in (slice(start, start + step) for start in parts):
+            for left in range(0, width, columns):
+                chosen = ids[part, left : left + columns]
+                known = chosen.reshape(-1).clamp(min=0)
+                taken = rows.as_compared(known, distance, dtype) if distance.normalized else rows.take(known)
+                asking = queries[part] if of is None else queries[of[part]]
+                taken = taken.view(*chosen.shape, rows.dim)
+                norms[part, left : left + columns] = pair_norms(asking, taken, distance, dtype, wide=wide)
+
+    threads = torch.get_num_threads() if ids.device.type == "cpu" else 1
+    run_together([measure_parts] * min(threads, max(1, -(-len(ids) // step))))
     return distance.from_norm(norms).masked_fill_(ids < 0, torch.inf)
 
 

@@ -1,11 +1,15 @@
 """One pass over a bank's scores: the best few of each query, without an (N, B) array and without sorting it."""
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from faiss_knn.search.engines.bounds import Bounds, PreparedQueries
+from faiss_knn.search.engines.products import uses_numpy
+from faiss_knn.search.engines.workers import run_together
 
 Places = npt.NDArray[np.int64]
 
@@ -61,12 +65,46 @@ def _best_above_a_threshold(bounds: Bounds, prepared: PreparedQueries, rows: int
     row_bytes = prepared.vectors.element_size() * max(1, len(prepared.vectors))
     first = min(rows, max(_PER_KEPT * kept, min(_FIRST_BLOCK, _FIRST_BYTES // row_bytes)))
     step = min(max(_BLOCK_BYTES // row_bytes // _ROWS_OF_GROUPS * _ROWS_OF_GROUPS, _MIN_BLOCK), _MAX_BLOCK)
-    best = _Best(*_best_rows(bounds.scores(prepared, 0, first), kept))
-    buffer = prepared.vectors.new_empty(min(step, rows - first), len(prepared.vectors))
-    for start in range(first, rows, step):
-        stop = min(start + step, rows)
-        best.add(bounds.scores(prepared, start, stop, out=buffer[: stop - start]), start)
-    return best.merged()
+    # numpy's BLAS has threads of its own
+    threads = 1 if uses_numpy(prepared.vectors) else torch.get_num_threads()
+    found = _best_of_first(bounds, prepared, first, kept, threads)
+    least = found[0].amin(1)  # what one thread found, all go by
+    starts = iter(range(first, rows, step))  # one for all threads: who is done takes the next
+
+    def scan() -> tuple[Tensor, Tensor]:
+        best = _Best(torch.full_like(found[0], -torch.inf), torch.full_like(found[1], -1), least)
+        buffer = prepared.vectors.new_empty(min(step, rows - first), len(prepared.vectors))
+        for start in starts:
+            stop = min(start + step, rows)
+            best.add(bounds.scores(prepared, start, stop, out=buffer[: stop - start]), start)
+        return best.merged()
+
+    parts = [found, *run_together([scan] * min(threads, -(-(rows - first) // step)))]
+    return _best_of(torch.cat([scores for scores, _ in parts], 1), torch.cat([ids for _, ids in parts], 1), kept)
+
+
+def _best_of_first(
+    bounds: Bounds, prepared: PreparedQueries, rows: int, kept: int, threads: int
+) -> tuple[Tensor, Tensor]:
+    """Return the best of the first `rows` rows: threads divide the rows for the product, and then the queries."""
+    block = prepared.vectors.new_empty(rows, len(prepared.vectors))
+
+    def fill(start: int, stop: int) -> None:
+        scores = bounds.scores(prepared, start, stop, out=block[start:stop])
+        if scores.data_ptr() != block[start:stop].data_ptr():
+            block[start:stop] = scores
+
+    run_together([partial(fill, start, stop) for start, stop in _spans(rows, threads)])
+    parts = run_together(
+        [partial(_best_rows, block[:, start:stop], kept) for start, stop in _spans(block.shape[1], threads)]
+    )
+    return torch.cat([scores for scores, _ in parts]), torch.cat([ids for _, ids in parts])
+
+
+def _spans(length: int, parts: int) -> list[tuple[int, int]]:
+    """Cut 0 … length into so many pieces of about one size, none empty."""
+    step = max(1, -(-length // parts))
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 class _Best:
@@ -75,9 +113,12 @@ class _Best:
     Args:
         scores: (B, kept), kept of each query.
         ids: (B, kept) their rows.
+        least: (B,) what further ones must reach: raised here, and by others that look through other rows. (Where two
+            raise it at once, the lower may stay for a while, which costs time alone.)
     """
 
-    def __init__(self, scores: Tensor, ids: Tensor) -> None:
+    def __init__(self, scores: Tensor, ids: Tensor, least: Tensor) -> None:
+        self._least = least
         self._waiting: list[tuple[Tensor, Tensor]] = []  # scores, and places in an (N, B) array of all scores
         self._count = 0
         self._set(scores, ids)
@@ -140,7 +181,7 @@ class _Best:
 
     def _set(self, scores: Tensor, ids: Tensor) -> None:
         self._scores, self._ids = scores, ids
-        self._least = scores.amin(1)
+        torch.maximum(self._least, scores.amin(1), out=self._least)
         self._comparable_least = _comparable(self._least)
 
     def merged(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,84 @@
+"""Threads of our own: they change no setting, no result, and no mode of the thread that asks."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from faiss_knn import KNNIndex
+from faiss_knn.search.engines.workers import run_together
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+class TestRunTogether:
+    def test_each_task_computes_alone_and_all_return_in_order(self):
+        def task():
+            return torch.get_num_threads(), torch.ones(1000, 1000).sum().item()
+
+        assert run_together([task] * 5) == [(1, 1e6)] * 5
+        assert torch.get_num_threads() == 2
+
+    def test_modes_are_those_of_the_thread_that_asks(self):
+        values = torch.ones(3, requires_grad=True)
+        for inference in (True, False):
+            with torch.inference_mode(inference):
+                made = run_together([lambda: values * 2] * 2)
+                assert [part.is_inference() for part in made] == [inference] * 2
+                assert not any(part.requires_grad for part in made)
+
+    def test_an_error_is_raised_where_it_was_asked_for(self):
+        def fail():
+            raise ValueError("this one")
+
+        with pytest.raises(ValueError, match="this one"):
+            run_together([fail, lambda: None])
+        assert run_together([lambda: 1, lambda: 2]) == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_do_not_depend_on_the_number_of_threads(dtype, monkeypatch):
+    monkeypatch.setattr("faiss_knn.search.engines.products.has_fast_bfloat16", lambda device: dtype == torch.bfloat16)
+    monkeypatch.setattr("faiss_knn.search.engines.products.prefers_numpy", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(30_000, 16, generator=generator), torch.randn(300, 16, generator=generator)
+    bank[5000:5040] = bank[77]  # equal distances are ordered by index, whoever found them
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            index = KNNIndex().build(bank)
+            assert index.stats.parameters["scan_dtype"] == str(dtype).removeprefix("torch.")
+            found.append(index.search(queries, 20))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert torch.equal(other.indices, found[0].indices)
+        assert torch.equal(other.distances, found[0].distances)
+
+
+def test_searches_leave_threads_alone_and_a_fresh_process_too():
+    code = """
+import threading, torch
+from faiss_knn import KNNIndex
+torch.set_num_threads(2)
+said, asked, answered = [], threading.Event(), threading.Event()
+def other():
+    said.append(torch.get_num_threads()); asked.wait(); said.append(torch.get_num_threads()); answered.set()
+threading.Thread(target=other).start()
+bank = torch.randn(20000, 16)
+KNNIndex().build(bank).search(bank[:256], 5)
+asked.set(); answered.wait()
+threading.Thread(target=lambda: said.append(torch.get_num_threads())).start()
+print(torch.get_num_threads(), *said)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"2"}
