@@ -32,6 +32,10 @@ def test_search_and_offline_leave_lightning_alone():
         assert not modules_after(f"from faiss_knn import {names}") & {"lightning", "pytorch_lightning"}
 
 
+def test_a_validation_epoch_needs_no_lightning():
+    assert not modules_after("import faiss_knn.online.evaluation") & {"lightning", "pytorch_lightning"}
+
+
 def imports(path):
     found = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE)
     return {name for name in found if not name.startswith("__")}
@@ -42,6 +46,14 @@ def test_only_the_backend_imports_faiss_and_only_online_imports_lightning():
         roots = {name.split(".")[0] for name in imports(path)}
         assert "faiss" not in roots or path.name == "backend.py", path
         assert not roots & {"lightning", "pytorch_lightning"} or path.parent.name == "online", path
+
+
+def test_the_map_names_files_that_are_there():
+    named = set(re.findall(r"[\w/]+\.py", (ROOT / "ARCHITECTURE.md").read_text()))
+    files = {str(path.relative_to(ROOT)) for path in ROOT.glob("*/**/*.py") if path.parts[-1] != "__init__.py"}
+    assert len(named) > 30
+    for name in named:
+        assert any(f"/{file}".endswith(f"/{name}") for file in files), name
 
 
 @pytest.mark.parametrize(
