@@ -44,7 +44,7 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine", "manhattan"])
+@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine", "manhattan", "dot"])
 @pytest.mark.parametrize(("counts", "asked"), SPLITS, ids=str)
 def test_as_one_index_whatever_the_split(ranks: Ranks, counts: list[int], asked: list[int], distance: str) -> None:
     options = {"distance_metric": distance}

@@ -35,7 +35,7 @@ def check_exact(bank: torch.Tensor, queries: torch.Tensor, k: int, distance: str
     return index
 
 
-@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine", "manhattan"])
+@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine", "manhattan", "dot"])
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_flat_equals_brute_force(distance, offset, dtype):

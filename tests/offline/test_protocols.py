@@ -236,6 +236,7 @@ def test_the_command_line_takes_a_protocol(tmp_path, capsys):
     assert main(["eval", "--protocol", "dinov2", "--k", "5", "--out", str(tmp_path), "--center"]) == 0
     last = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
     assert (last["k"], last["protocol"], last["center"]) == (5, "dinov2, k=5, center=True", True)
+    assert "protocol dinov2" in (tmp_path / "report.md").read_text()
     assert main(["eval", "--distance", "dot", "--k", "5"]) == 1
     assert "distance_metric='dot'" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ import torch
 from faiss_knn import FeatureBank, KNNIndex, OnlineKNN, evaluate, vote
 from faiss_knn.search.distance import get_distance, pair_norms
 from faiss_knn.search.engines.bounds import InnerProductBounds
+from faiss_knn.search.engines.tuning import recall_sample
 from faiss_knn.search.stored_rows import StoredRows
 from tests.reference import brute_force, distances
 
@@ -162,3 +163,30 @@ def test_evaluation_by_products():
     every = distances(rows.numpy(), rows.numpy(), "dot")
     np.fill_diagonal(every, np.inf)
     np.testing.assert_array_equal(alone.neighbors["flat"][1], np.argsort(every, axis=1, kind="stable")[:, :3])
+
+
+def test_sums_that_leave_float64_on_the_way():
+    pairs = ((1.7e308, -1.7e308), (1.6e308, -1.7e308), (1.7e308, -1.6e308), (1, 1))
+    rows = torch.tensor([[a, b] * 4 for a, b in pairs], dtype=torch.float64)
+    queries = torch.tensor([[1.0] * 8, [-1.0] * 8, [1e-9] * 8], dtype=torch.float64)
+    large = torch.tensor([[1e300, -1e300] * 4, [1e300, 1e300] * 4], dtype=torch.float64)
+    for bank, asked in ((rows, queries), (large, large), (rows.repeat(200, 1), queries)):
+        found = KNNIndex(distance_metric="dot", storage_dtype=torch.float64).build(bank)._search_in_float64(asked, 2)
+        most = np.finfo(np.float64).max
+        every = distances(asked.numpy(), bank.numpy(), "dot").clip(-most, most).astype(float)
+        ids = np.argsort(every, axis=1, kind="stable")[:, :2]
+        np.testing.assert_array_equal(found.indices.numpy(), ids)
+        np.testing.assert_allclose(found.distances.numpy(), np.take_along_axis(every, ids, 1), rtol=1e-14)
+
+
+def test_held_out_rows_have_no_near_twins_by_products():
+    rows = normal(30, 4)
+    stored = StoredRows(rows)
+    stored.check(get_distance("dot"))
+    sample = recall_sample(stored, get_distance("dot"), 10)  # farther ones are at positive distances
+    own = sample.excluded[:, 0]
+    assert (sample.excluded[:, 1:] == -1).all()
+    every = distances(rows.numpy(), rows.numpy(), "dot")
+    np.fill_diagonal(every, np.inf)
+    expected = np.argsort(every, axis=1, kind="stable")[:, :10]
+    np.testing.assert_array_equal(sample.neighbors.numpy(), expected[own.numpy()])

@@ -88,7 +88,7 @@ def _summary(report: Results) -> Section:
     drawn = f"; banks of {best['per_class']} rows per class, {best['tries']} draws" if best["per_class"] else ""
     if report.checks.get("classes_short"):
         drawn = drawn.replace("banks of", "banks of up to")
-    how = f"{where}, {best['num_classes']:,} classes, {best['distance_metric']} distance{drawn}."
+    how = f"{where}, {best['num_classes']:,} classes, {best['distance_metric']} distance{_prepared(best)}{drawn}."
     spread = f" ± {percent(best['top1_se'])} (standard error)"
     if best["top1_std"] is not None:
         spread = f" ± {percent(best['top1_std'])} (deviation over the draws)"
@@ -99,6 +99,13 @@ def _summary(report: Results) -> Section:
     top = f"{title_of(report)}{spread}, with {setting(best)} on index {index_name(best)}."
     left_out = " Each query's own row is left out." if best["leave_one_out"] else ""
     return Section("Result", (top, how + left_out))
+
+
+def _prepared(record: Record) -> str:
+    """Say which protocol the settings are of, and what was done to the features first."""
+    words = f", protocol {record['protocol']}" if record.get("protocol") else ""
+    words += ", the bank's mean subtracted" if record.get("center") else ""
+    return words + (", rows divided by their lengths" if record.get("normalize") else "")
 
 
 def _trust(report: Results) -> Section:
