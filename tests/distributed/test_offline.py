@@ -39,8 +39,9 @@ def evaluated(options: dict[str, Any]) -> list[dict[str, Any]]:
         {"index": ("flat", "IVF8,Flat"), "k": (1, 5), "nprobe": 2, "weighting": ("inverse", "softmax")},
         {"leave_one_out": True, "metrics": ("MulticlassAUROC",)},
         {"per_class": 1, "tries": 2, "k": 7},  # a rank has fewer rows than k
+        {"protocol": "lightly-raw", "k": (1, 9), "center": True},
     ],
-    ids=["indexes", "leave-one-out", "few-shot"],
+    ids=["indexes", "leave-one-out", "few-shot", "protocol"],
 )
 def test_records_are_those_of_one_process(ranks: Ranks, options: dict[str, Any]) -> None:
     (alone,) = ranks.run(evaluated, options, ranks=1)
