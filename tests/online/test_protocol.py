@@ -29,6 +29,13 @@ def test_scores_are_those_of_evaluate(given):
     assert plain != online
 
 
+def test_products_of_features_as_they_are():
+    _, online = scores(protocol="lightly-raw", k=(20, 200))
+    offline = evaluate(BANK["x"], BANK["label"], QUERIES["x"], QUERIES["label"], protocol="lightly-raw", k=(20, 200))
+    assert online == {f"eval/knn_k{r['k']}_acc": pytest.approx(r["top1"]) for r in offline.records}
+    assert 0.3 < offline.records[0]["top1"] < 1
+
+
 def test_options_that_are_not_given_stay_what_they_were():
     knn = OnlineKNN("knn", "embedding", "label", 400)
     assert (knn.k, knn.temperature, knn.distance_metric, knn.weighting) == (5, 0.07, "euclidean", "inverse")
