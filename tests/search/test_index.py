@@ -247,9 +247,10 @@ def test_float64_rows_far_from_zero_have_float64s_neighbours(distance, offset):
 
 @pytest.mark.parametrize("scale", [1e-310, 1e-200, 1e160, 1e200, 1e307])
 @pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean"])
-@pytest.mark.parametrize("count", [60, 1000])
-def test_float64_rows_whose_squares_float64_cannot_hold(scale, distance, count):
-    rows, queries = bank(0, count, 16).double() * scale, bank(1, 40, 16).double() * scale
+@pytest.mark.parametrize(("count", "dim"), [(60, 16), (1000, 16), (2500, 600)])  # wide ones may be projected
+def test_float64_rows_whose_squares_float64_cannot_hold(scale, distance, count, dim):
+    scale = min(scale, 1e308 / dim)  # the distances themselves it can hold
+    rows, queries = bank(0, count, dim).double() * scale, bank(1, 40, dim).double() * scale
     queries[0] = rows.median(0).values  # its own square is small, those of its distances are not
     _, expected = brute_force((queries / scale).numpy(), (rows / scale).numpy(), 10)
     index = KNNIndex(distance_metric=distance).build(rows)

@@ -13,8 +13,7 @@ def effective_rank(sample: Tensor) -> float:
 
     From n rows the second moment is too large by what n noise rows add to it; that part is taken off.
     """
-    part = sample[:_GRAM].double()
-    part = part / part.norm().clamp(min=1e-300)  # squares of squares below neither over- nor underflow
+    part = _of_norm_one(sample[:_GRAM])
     gram = part @ part.T
     squares = gram.diagonal()
     between = (gram.square().sum() - squares.square().sum()) / max(1, len(part) * (len(part) - 1))
@@ -31,8 +30,7 @@ def leading_directions(sample: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         (d, count) float32 directions, the leading first, and (count,) float64 energies, shares of the whole spread.
     """
-    sample = sample[:SAMPLE_ROWS].double()
-    sample = sample / sample.norm().clamp(min=1e-300)  # float32 products below neither over- nor underflow
+    sample = _of_norm_one(sample[:SAMPLE_ROWS])
     rows = sample.float()
     generator = torch.Generator("cpu").manual_seed(0)
     basis = torch.randn(rows.shape[1], count, generator=generator, dtype=torch.float32, device="cpu").to(rows.device)
@@ -42,3 +40,11 @@ def leading_directions(sample: Tensor, count: int) -> tuple[Tensor, Tensor]:
     _, rotation = torch.linalg.eigh(inside.T @ inside)
     basis = torch.linalg.qr(basis.double() @ rotation.flip(1)).Q
     return basis.float(), (sample @ basis).square().sum(0)
+
+
+def _of_norm_one(sample: Tensor) -> Tensor:
+    """Scale rows (n, d), so that squares of their squares neither over- nor underflow; zeros stay zeros."""
+    sample = sample.double()
+    sample = sample / sample.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    scaled: Tensor = sample / sample.norm().clamp(min=1.0)
+    return scaled
