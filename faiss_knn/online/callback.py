@@ -17,9 +17,9 @@ from faiss_knn.online.failures import kept, start, tell
 from faiss_knn.online.memory import Memory
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.queue import OnlineQueue, QueueStorage, align_all, belong_together, find_or_create_queue
+from faiss_knn.online.row_owner import WeightsWatch, drop_rows_of_others, fingerprint, remember, remembered
 from faiss_knn.online.state import trainer_state
 from faiss_knn.online.unique_samples import check_sample_ids
-from faiss_knn.online.weights import WeightsWatch, drop_rows_of_others, fingerprint, remember, remembered
 
 
 @dataclass

@@ -14,8 +14,8 @@ from faiss_knn.online.batch import find_tensor, was_skipped
 from faiss_knn.online.failures import kept, settle, settle_first_step, start, tell
 from faiss_knn.online.resume import rows_of_rank, rows_of_stable_pretraining, total_of_rank
 from faiss_knn.online.ring import Dim, QueueStorage, RingBuffer, align, as_device_or_none, as_dtype, row_shape
+from faiss_knn.online.row_owner import AVERAGED, remember
 from faiss_knn.online.state import trainer_state
-from faiss_knn.online.weights import AVERAGED, remember
 from faiss_knn.search.inputs import as_key, as_positive, as_switch
 
 __all__ = [
