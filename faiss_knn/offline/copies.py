@@ -78,7 +78,7 @@ def _gaps(task: EvalTask, indices: Tensor) -> Tensor:
     gaps = torch.full(indices.shape, torch.inf, dtype=torch.float64, device="cpu")
     for number, column in enumerate(indices.T):
         order, rows, queries = _side_by_side(task, column, 0)
-        lengths = np.linalg.norm(rows.astype(np.float64) - queries.astype(np.float64), axis=1)
+        lengths = _lengths(rows.astype(np.float64) - queries.astype(np.float64))
         gaps[torch.from_numpy(order), number] = torch.from_numpy(lengths)
     return gaps.masked_fill(indices.cpu() < 0, torch.inf)
 
@@ -98,7 +98,7 @@ def _ordinary(distances: Tensor, distance_metric: str) -> float:
 def _is_near(rows: Floats, queries: Floats, bound: float, distance_metric: str) -> npt.NDArray[np.bool_]:
     rows, queries = (_scaled(block.astype(np.float64), distance_metric) for block in (rows, queries))
     order = 1 if distance_metric == "manhattan" else 2
-    gaps, lengths = (np.linalg.norm(block, order, axis=1) for block in (rows - queries, rows))
+    gaps, lengths = (_lengths(block, order) for block in (rows - queries, rows))
     near: npt.NDArray[np.bool_] = (gaps <= _ROUNDING * lengths) & (gaps <= bound)
     return near
 
@@ -110,6 +110,13 @@ def _scaled(rows: Floats, distance_metric: str) -> Floats:
     rows = rows / np.abs(rows).max(1, keepdims=True)
     unit: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return unit
+
+
+def _lengths(rows: Floats, order: int = 2) -> Floats:
+    """Norms (n,) of rows (n, d), whose squares float64 need not hold."""
+    sizes = np.abs(rows).max(1)
+    lengths: Floats = np.linalg.norm(rows / np.where(sizes > 0, sizes, 1.0)[:, None], order, axis=1) * sizes
+    return lengths
 
 
 def _on_host(block: npt.NDArray[Any] | Tensor) -> npt.NDArray[Any]:

@@ -160,7 +160,10 @@ def search_task(task: EvalTask, k: int, variant: Variant, options: SearchOptions
         distances, indices = drop_self(result.distances, result.indices, own)
         result = replace(result, distances=distances, indices=indices)
     result = _padded(result, k)
-    return replace(result, distances=Neighbors(result.distances, result.indices).single().distances)
+    neighbors = Neighbors(result.distances, result.indices)
+    if options.distance_metric == "squared_euclidean":  # till here their roots: float64 does not hold every square
+        neighbors = neighbors.squared()
+    return replace(result, distances=neighbors.single().distances)
 
 
 def _split_bank(task: EvalTask, k: int, options: SearchOptions) -> SearchResult:
@@ -320,8 +323,8 @@ def _searched_blocks(
 
 
 def _search_block(index: KNNIndex, queries: Any, k: int, variant: Variant) -> tuple[Tensor, Tensor]:
-    """Distances in float64, so that pieces of a bank can be merged in their order, and indices."""
-    distances, indices = index._search_in_float64(queries, k * variant.settings.get("k_factor", 1))
+    """Distances as they are ordered by, so that pieces of a bank can be merged, and indices."""
+    distances, indices = index._nearest(queries, k * variant.settings.get("k_factor", 1))
     return distances[:, :k], indices[:, :k]
 
 

@@ -256,16 +256,9 @@ class KNNIndex:
         """Search queries that are known to be finite in float32 and, under cosine, not zero: no GPU is waited for."""
         return self._reported(self._nearest(queries, k, is_checked=True)).single()
 
-    def _search_in_float64(self, queries: Tensor | np.ndarray, k: int) -> Neighbors:
-        """Search like `search`, with distances in float64, so that parts of a bank can be joined in their order."""
-        return self._reported(self._nearest(queries, k))
-
     def _reported(self, neighbors: Neighbors) -> Neighbors:
         """Return distances for what neighbours are ordered by: squares for their roots, where those are asked for."""
-        if not self._is_squared:
-            return neighbors
-        squares = neighbors.distances.square().clamp_(max=torch.finfo(torch.float64).max)
-        return Neighbors(squares.masked_fill_(neighbors.indices < 0, torch.inf), neighbors.indices)
+        return neighbors.squared() if self._is_squared else neighbors
 
     def _nearest(self, queries: Tensor | np.ndarray, k: int, *, is_checked: bool = False) -> Neighbors:
         """Find the k nearest rows by (distance, index), the distances in float64 and, instead of squares, their roots.

@@ -328,6 +328,18 @@ def test_rows_of_any_kind_give_the_same_neighbours(tmp_path, monkeypatch, kind, 
     np.testing.assert_allclose(got.neighbors[index][0], distances, rtol=1e-6)
 
 
+def test_pieces_whose_squared_distances_float64_cannot_hold_are_joined_in_order(monkeypatch):
+    monkeypatch.setattr(search_step, "BANK_BLOCK_BYTES", 4 * 5 * 37)
+    rng = np.random.default_rng(9)
+    bank, queries = rng.standard_normal((150, 5)), rng.standard_normal((20, 5))
+    _, indices = oracle.neighbors(queries, bank, 9, "euclidean")
+    large = Shards([1e180 * bank[:70], 1e180 * bank[70:]])
+    labels = np.arange(150) % 4
+    options = {"distance_metric": "squared_euclidean", "storage_dtype": torch.float64, "keep_neighbors": True}
+    got = evaluate(large, labels, 1e180 * queries, labels[:20], k=9, **options)
+    np.testing.assert_array_equal(got.neighbors["flat"][1], indices)
+
+
 LIMITED = """
 import resource, sys
 import numpy as np

@@ -257,7 +257,7 @@ def test_float64_rows_whose_squares_float64_cannot_hold(scale, distance, count, 
     found = index.search(queries, 10)
     assert torch.equal(found.indices, torch.from_numpy(expected))
     assert found.distances.isfinite().all()
-    assert index._search_in_float64(queries, 10).distances.isfinite().all()
+    assert index._nearest(queries, 10).squared().distances.isfinite().all()
 
 
 def test_differences_beyond_float64():

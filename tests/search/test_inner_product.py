@@ -171,7 +171,7 @@ def test_sums_that_leave_float64_on_the_way():
     queries = torch.tensor([[1.0] * 8, [-1.0] * 8, [1e-9] * 8], dtype=torch.float64)
     large = torch.tensor([[1e300, -1e300] * 4, [1e300, 1e300] * 4], dtype=torch.float64)
     for bank, asked in ((rows, queries), (large, large), (rows.repeat(200, 1), queries)):
-        found = KNNIndex(distance_metric="dot", storage_dtype=torch.float64).build(bank)._search_in_float64(asked, 2)
+        found = KNNIndex(distance_metric="dot", storage_dtype=torch.float64).build(bank)._nearest(asked, 2)
         most = np.finfo(np.float64).max
         every = distances(asked.numpy(), bank.numpy(), "dot").clip(-most, most).astype(float)
         ids = np.argsort(every, axis=1, kind="stable")[:, :2]

@@ -36,6 +36,11 @@ class Neighbors(NamedTuple):
         """Return the first k columns."""
         return Neighbors(self.distances[:, :k], self.indices[:, :k])
 
+    def squared(self) -> "Neighbors":
+        """Square distances in float64; what is beyond it becomes its largest number, not inf, which means missing."""
+        squares = self.distances.square().clamp_(max=torch.finfo(self.distances.dtype).max)
+        return Neighbors(squares.masked_fill_(self.indices < 0, torch.inf), self.indices)
+
     def single(self) -> "Neighbors":
         """Round distances to float32; those beyond it become its largest numbers, for inf means that none was found."""
         most = torch.finfo(torch.float32).max
