@@ -48,6 +48,8 @@ class TestRunTogether:
 def test_results_do_not_depend_on_the_number_of_threads(dtype, monkeypatch):
     monkeypatch.setattr("faiss_knn.search.engines.products.has_fast_bfloat16", lambda device: dtype == torch.bfloat16)
     monkeypatch.setattr("faiss_knn.search.engines.products.prefers_numpy", lambda: False)
+    for module in ("scan", "rerank"):
+        monkeypatch.setattr(f"faiss_knn.search.engines.{module}._ALONE", 0)
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(30_000, 16, generator=generator), torch.randn(300, 16, generator=generator)
     bank[5000:5040] = bank[77]  # equal distances are ordered by index, whoever found them
@@ -74,6 +76,8 @@ said, asked, answered = [], threading.Event(), threading.Event()
 def other():
     said.append(torch.get_num_threads()); asked.wait(); said.append(torch.get_num_threads()); answered.set()
 threading.Thread(target=other).start()
+from faiss_knn.search.engines import rerank, scan
+rerank._ALONE = scan._ALONE = 0
 bank = torch.randn(20000, 16)
 KNNIndex().build(bank).search(bank[:256], 5)
 asked.set(); answered.wait()

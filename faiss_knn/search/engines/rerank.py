@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance, get_distance, normalize, pair_norms
-from faiss_knn.search.engines.workers import run_together
+from faiss_knn.search.engines.workers import run_together, threads_for
 from faiss_knn.search.stored_rows import StoredRows
 
 _PAIR_BYTES = 4 << 20  # float64 rows gathered at once: more makes the heap shrink and grow with every search
 _GPU_PAIR_BYTES = 128 << 20
+_ALONE = 1 << 23  # differences from which on each thread measures pairs by itself
 _SHORT = 2048  # dimensions that float32 sums may have
 _NEAR, _FAR = 2.0**-40, 2.0**55
 _NEAR_DIRECTIONS = 2.0**-3
@@ -99,7 +100,7 @@ def measure(
                 taken = taken.view(*chosen.shape, rows.dim)
                 norms[part, left : left + columns] = pair_norms(asking, taken, distance, dtype, wide=wide)
 
-    threads = torch.get_num_threads() if ids.device.type == "cpu" else 1
+    threads = threads_for(ids.numel() * rows.dim, _ALONE) if ids.device.type == "cpu" else 1
     run_together([measure_parts] * min(threads, max(1, -(-len(ids) // step))))
     return distance.from_norm(norms).masked_fill_(ids < 0, torch.inf)
 

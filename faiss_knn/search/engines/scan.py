@@ -9,7 +9,7 @@ from torch import Tensor
 
 from faiss_knn.search.engines.bounds import Bounds, PreparedQueries
 from faiss_knn.search.engines.products import uses_numpy
-from faiss_knn.search.engines.workers import run_together
+from faiss_knn.search.engines.workers import run_together, threads_for
 
 Places = npt.NDArray[np.int64]
 
@@ -23,6 +23,7 @@ _GPU_BLOCK_BYTES, _GPU_MIN_BLOCK, _GPU_MAX_BLOCK = 1 << 27, 1 << 13, 1 << 20  # 
 _FLAGS = 8  # bytes of a word
 _ROWS_OF_GROUPS = _GROUP * _FLAGS
 _CROWDED = 8  # one in so many groups reaching the least score: sorting the block is cheaper
+_ALONE = 1 << 31  # multiply-adds from which on each thread scans blocks by itself
 _PENDING = 2  # for each score kept, how many wait for being compared with them
 
 
@@ -65,8 +66,8 @@ def _best_above_a_threshold(bounds: Bounds, prepared: PreparedQueries, rows: int
     row_bytes = prepared.vectors.element_size() * max(1, len(prepared.vectors))
     first = min(rows, max(_PER_KEPT * kept, min(_FIRST_BLOCK, _FIRST_BYTES // row_bytes)))
     step = min(max(_BLOCK_BYTES // row_bytes // _ROWS_OF_GROUPS * _ROWS_OF_GROUPS, _MIN_BLOCK), _MAX_BLOCK)
-    # numpy's BLAS has threads of its own
-    threads = 1 if uses_numpy(prepared.vectors) else torch.get_num_threads()
+    # numpy's BLAS has threads of its own.
+    threads = 1 if uses_numpy(prepared.vectors) else threads_for(rows * prepared.vectors.numel(), _ALONE)
     found = _best_of_first(bounds, prepared, first, kept, threads)
     least = found[0].amin(1)  # what one thread found, all go by
     starts = iter(range(first, rows, step))  # one for all threads: who is done takes the next

@@ -17,6 +17,14 @@ import torch
 T = TypeVar("T")
 
 
+def threads_for(work: int, least: int) -> int:
+    """Return how many threads to run tasks on: below `least` work, to begin and to meet costs more than barriers.
+
+    Then a task runs where it is, and PyTorch divides its operations.
+    """
+    return torch.get_num_threads() if work >= least else 1
+
+
 def run_together(tasks: Sequence[Callable[[], T]]) -> list[T]:
     """Run tasks at once, each on one thread, where there are several; return what they return.
 
