@@ -39,8 +39,9 @@ class ShardedBank:
         features: (n_r, d) of this rank, all labelled; may be empty, and unlike the others in shape then.
         labels: (n_r,) class ids, or (n_r, C) multi-hot.
         num_classes: Width of the scores.
-        index: This rank's index, to be built.
+        index: This rank's index, to be built unless `is_built`.
         expected_k: See `KNNIndex.build`.
+        is_built: Whether the index holds the features already.
 
     Raises:
         ValueError: On every rank, if no rank has rows, they do not fit together, or a rank cannot build its index.
@@ -53,12 +54,19 @@ class ShardedBank:
     """
 
     def __init__(
-        self, features: Tensor, labels: Tensor, *, num_classes: int, index: KNNIndex, expected_k: int | None = None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        index: KNNIndex,
+        expected_k: int | None = None,
+        is_built: bool = False,
     ) -> None:
         with all_or_none():
             self.num_classes = as_class_count(num_classes)
             labels = _checked(features, labels, self.num_classes)
-            self._index = ShardedIndex(index).build(features, expected_k=expected_k)
+            self._index = ShardedIndex(index).build(features, expected_k=expected_k, is_built=is_built)
             self._labels = ShardedRows(labels)
 
     def __len__(self) -> int:

@@ -171,9 +171,10 @@ class EpochBank:
                     self.index.build(self.features, expected_k=self._hints["expected_k"])
             except TooFewRowsError as error:
                 failure = error
-        if any(all_gather_object(failure is not None)):
+        has_failed = any(all_gather_object(failure is not None))
+        if has_failed:
             self.index = self._exact_for_now(failure)
-        return ShardedBank(self.features, self._labels, index=self.index, **self._hints)
+        return ShardedBank(self.features, self._labels, index=self.index, is_built=not has_failed, **self._hints)
 
     def _exact_for_now(self, why: Exception | None) -> KNNIndex:
         """Return an exact index, which any number of rows is enough for."""

@@ -61,7 +61,7 @@ class ShardedRows:
             (B_r, k, …) on the device of `indices`, zero where the index is -1.
 
         Raises:
-            Exception: On every rank, if it fails on one (`agree`).
+            Exception: On every rank, if it fails on one (`raise_together`).
         """
         with all_or_none(self.group):
             return self._take(indices)
@@ -111,12 +111,13 @@ class ShardedIndex:
         """The number of rows over all ranks."""
         return sum(self.counts)
 
-    def build(self, features: Tensor | None, *, expected_k: int | None = None) -> ShardedIndex:
+    def build(self, features: Tensor | None, *, expected_k: int | None = None, is_built: bool = False) -> ShardedIndex:
         """Index this rank's rows; global indices count the ranks' rows in rank order.
 
         Args:
             features: (n_r, d) of this rank; None or no rows from a rank that has none.
             expected_k: See `KNNIndex.build`.
+            is_built: Whether this rank's index holds them already.
 
         Raises:
             ValueError: On every rank, if no rank has rows, if d or the dtype differs, or if any rank cannot build.
@@ -128,7 +129,7 @@ class ShardedIndex:
                     "`features` must have rows on at least one rank, got none on all: fill the bank first."
                 )
             (dim,) = _matrix_shape(kind, "features")
-            if features is not None and len(features):
+            if features is not None and len(features) and not is_built:
                 self.index.build(features, **({} if expected_k is None else {"expected_k": expected_k}))
         self.counts, self.dim = counts, dim
         return self
@@ -147,7 +148,7 @@ class ShardedIndex:
         Raises:
             ValueError: On every rank, if `build` was not called, if k differs between ranks, if queries do not have
                 the bank's dimension, or if any shard refuses them.
-            Exception: On every rank, if it fails on one (`agree`).
+            Exception: On every rank, if it fails on one (`raise_together`).
         """
         with all_or_none(self.group):
             return self._search(queries, k)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
-from faiss_knn import OnlineKNN
+from faiss_knn import KNNIndex, OnlineKNN
 from faiss_knn.distributed import rank_and_size
 from faiss_knn.online.queue import OnlineQueue, find_or_create_queue
 from faiss_knn.search.engines.faiss_engine import FaissEngine
@@ -58,6 +58,13 @@ def fit(options: dict[str, Any], batch_size: int = 7, epochs: int = 1) -> dict[s
     run = ddp(knn(**options), max_epochs=epochs)
     run.fit(Echo(), loader(batch_size, **TRAIN), loader(batch_size, **VAL))
     return logged(run)
+
+
+def count_builds(options: dict[str, Any]) -> int:
+    """Fit, and count how often this rank built an index."""
+    with mock.patch.object(KNNIndex, "build", autospec=True, side_effect=KNNIndex.build) as build:
+        fit(options)
+    return build.call_count
 
 
 class Batches(L.LightningDataModule):

@@ -46,6 +46,11 @@ def test_the_number_is_that_of_one_process(
 
 
 @pytest.mark.parametrize("gather", GATHERS)
+def test_a_bank_is_indexed_once_an_epoch(ranks: Ranks, gather: str) -> None:
+    assert ranks.run(runs.count_builds, {"gather": gather}) == [1, 1]
+
+
+@pytest.mark.parametrize("gather", GATHERS)
 @pytest.mark.parametrize("counts", [[[3, 5], [5, 1]], [[0, 0], [20, 9]], [[9, 9], [0, 0], [2, 40]]], ids=str)
 def test_ranks_with_other_fill_hold_each_row_once(ranks: Ranks, counts: list[list[int]], gather: str) -> None:
     rows = sum(map(sum, counts))
