@@ -75,7 +75,7 @@ def evaluate(
     records but for times.
 
     Args:
-        bank_features: (N, d) tensor, ndarray, memmap, DataFrame, or `Rows` that are read in blocks.
+        bank_features: (N, d) tensor, ndarray, memmap, DataFrame, or `RowSource` that is read in blocks.
         bank_labels: (N,) class ids from 0 (-1: left out) or names, also as a pandas Series or Categorical; or (N, C)
             multi-hot of 0 and 1; or (N, C) shares of the classes, by which a neighbour's weight is divided, while the
             class of a query is its largest share. Rows with one 1 each are class ids, unless a Multilabel metric is

@@ -31,11 +31,11 @@ def excluded(bank, queries, metric="euclidean", dtype=torch.float32, directions=
     if directions:
         sample = rows.as_compared(torch.arange(len(bank)), distance)
         basis = leading_directions(sample - sample.median(0).values, directions)[0].contiguous()
-    sketch = ProductBounds(rows, distance, dtype, basis=basis)
-    asked = sketch.prepare(queries.to(rows.dtype))
-    scores = sketch.scores(asked, 0, len(bank)).T.double()
+    bounds = ProductBounds(rows, distance, dtype, basis=basis)
+    prepared = bounds.prepare(queries.to(rows.dtype))
+    scores = bounds.scores(prepared, 0, len(bank)).T.double()
     norms = torch.from_numpy(exact_norms(queries, bank, metric).astype(float))
-    least = torch.stack([sketch.least_score(asked, column) for column in norms.T], 1)
+    least = torch.stack([bounds.least_score(prepared, column) for column in norms.T], 1)
     return ~(scores >= least)
 
 

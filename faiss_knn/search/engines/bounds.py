@@ -214,13 +214,17 @@ class ProductBounds:
         square = exact.square().sum(1)
         outside = ~(square < (self._reach / 4) ** 2)
         exact.masked_fill_(outside[:, None], 0.0)
+        return PreparedQueries(self._columns(exact, bound), square.masked_fill(outside, torch.inf))
+
+    def _columns(self, exact: Tensor, bound: bool) -> Tensor:
+        """Return all columns (B, K) of queries v (B, d) float64; without `bound`, those that prove are 0."""
         seen = exact if self._basis is None else exact @ self._basis.double()
-        vectors = torch.zeros(len(queries), self._width, dtype=self.dtype, device=queries.device)
+        vectors = torch.zeros(len(exact), self._width, dtype=self.dtype, device=exact.device)
         vectors[:, : self._vector] = seen
         vectors[:, self._vector : self._vector + self._pieces] = -1
         if bound:
             self._widen(vectors, exact, seen)
-        return PreparedQueries(vectors, square.masked_fill(outside, torch.inf))
+        return vectors
 
     def narrow(self, prepared: PreparedQueries, dims: int) -> None:
         """Restrict queries, prepared without bound, to the first `dims` directions, in place."""
@@ -293,12 +297,7 @@ class InnerProductBounds(ProductBounds):
     def prepare(self, queries: Tensor, *, bound: bool = True) -> PreparedQueries:
         """Prepare queries (B, d); without `bound`, scores estimate and prove nothing."""
         exact, exponents = scaled_by_powers(queries)
-        seen = exact if self._basis is None else exact @ self._basis.double()
-        vectors = torch.zeros(len(queries), self._width, dtype=self.dtype, device=queries.device)
-        vectors[:, : self._vector] = seen
-        vectors[:, self._vector : self._vector + self._pieces] = -1
-        if bound:
-            self._widen(vectors, exact, seen)
+        vectors = self._columns(exact, bound)
         scale = self._scale * torch.exp2(-exponents)
         return PreparedQueries(vectors, exact.square().sum(1), (exact * self._offset).sum(1), scale)
 
