@@ -93,7 +93,29 @@ def test_faiss_is_an_extra_and_never_a_requirement():
 
 
 def test_the_version_is_said_once():
-    assert PYPROJECT["project"]["version"] == faiss_knn.__version__
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "faiss_knn.__version__"}
+    said = [path for path in (ROOT / "faiss_knn").rglob("*.py") if f'"{faiss_knn.__version__}"' in path.read_text()]
+    assert said == [ROOT / "faiss_knn/__init__.py"]
+
+
+def test_the_distribution_has_one_name_everywhere():
+    assert PYPROJECT["project"]["name"] == "faiss-knn-eval"
+    assert list(PYPROJECT["project"]["scripts"]) == ["faiss-knn"]
+    for extra in re.findall(r"faiss-knn[\w-]*\[", (ROOT / "pyproject.toml").read_text()):
+        assert extra == "faiss-knn-eval["
+    for path in [*(ROOT / "faiss_knn").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        assert not re.search(r"pip install [^\n]*faiss-knn(?!-eval)", path.read_text()), path
+
+
+def test_pythons_are_the_same_everywhere():
+    classifiers = re.findall(r"Python :: (3\.\d+)", str(PYPROJECT["project"]["classifiers"]))
+    assert classifiers == ["3.11", "3.12", "3.13", "3.14"]
+    assert PYPROJECT["project"]["requires-python"] == ">=3.11"
+    assert "Python 3.11 to 3.14" in (ROOT / "README.md").read_text()
+    assert "(3, 11) <= sys.version_info[:2] <= (3, 14)" in (ROOT / "scripts/setup.sh").read_text()
+    for path in ENVIRONMENTS.values():
+        assert "python>=3.11,<3.15" in yaml.safe_load(path.read_text())["dependencies"]
 
 
 def bounds(spec):

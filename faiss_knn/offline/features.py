@@ -146,7 +146,7 @@ def digits(seed: int = 0) -> tuple[Features, Features]:
         from sklearn.datasets import load_digits  # an extra
     except ImportError as error:
         raise DataError(
-            "the digits data need scikit-learn: pip install 'faiss-knn[demo]', or name two files"
+            "the digits data need scikit-learn: pip install 'faiss-knn-eval[demo]', or name two files"
         ) from error
     data = load_digits()
     order = np.random.default_rng(seed).permutation(len(data.target))

@@ -93,7 +93,7 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except ImportError as error:
         extra = _EXTRAS[path.suffix.lower()]
-        raise DataError(f"{path}: reading it needs {error.name}: pip install 'faiss-knn[{extra}]'") from error
+        raise DataError(f"{path}: reading it needs {error.name}: pip install 'faiss-knn-eval[{extra}]'") from error
     except Exception as error:  # each library has its own exceptions, zip and pickle ones among them
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be read as {path.suffix}: {reason}") from error

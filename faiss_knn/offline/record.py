@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from faiss_knn import __version__
 from faiss_knn.measures.recall import recalls
 from faiss_knn.measures.retrieval import retrieval_metrics
 from faiss_knn.measures.significance import wilson_interval
@@ -149,8 +150,9 @@ def surroundings() -> dict[str, Any]:
 
 @cache
 def _versions() -> dict[str, Any]:
-    names = ("faiss-knn", "torch", "numpy", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss")
-    return {"versions": {"python": platform.python_version()} | {name: v for name in names if (v := _version(name))}}
+    names = ("torch", "numpy", "faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss")
+    ours = {"python": platform.python_version(), "faiss-knn": __version__}
+    return {"versions": ours | {name: v for name in names if (v := _version(name))}}
 
 
 def _version(name: str) -> str | None:

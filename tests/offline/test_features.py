@@ -305,4 +305,4 @@ def test_a_reader_that_is_not_installed_is_named(tmp_path, module, suffix, extra
     code = f"import sys; sys.modules[{module!r}] = None\nfrom faiss_knn.offline.features import read_features\n"
     code += f"try: read_features({str(path)!r})\nexcept ValueError as error: print(error)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert f"pip install 'faiss-knn[{extra}]'" in out
+    assert f"pip install 'faiss-knn-eval[{extra}]'" in out

@@ -155,7 +155,7 @@ def _sizes(record: "Record") -> str:
 
 def _show(report: "EvalReport", out: Path | None, notes: list[str]) -> None:
     if out is not None and find_spec("matplotlib") is None:
-        notes = [*notes, "the report is without plots, which need matplotlib: pip install 'faiss-knn[plot]'"]
+        notes = [*notes, "the report is without plots, which need matplotlib: pip install 'faiss-knn-eval[plot]'"]
     for note in (*report.warnings, *notes):
         print(f"faiss-knn: warning: {note}", file=sys.stderr)
     try:
