@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
 # Everything that CI runs: lint, types, unit tests, doctests, multi-process tests. Needs no GPU.
-# Usage: bash scripts/test.sh [pytest arguments]
+# Usage: bash scripts/test.sh [quick] [pytest arguments]
+#   quick: lint, types, and the tests that are not marked slow, for while you work
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
+quick=
+if [ "${1:-}" = quick ]; then quick=1; shift; fi
 step() { echo "test: $1"; shift; "$@"; }
 step "ruff (lint)" .venv/bin/ruff check --no-cache .
 step "ruff (format)" .venv/bin/ruff format --no-cache --check .
 step "mypy (types)" .venv/bin/mypy
-step "pytest (unit, doctest, multi-process)" .venv/bin/python -m pytest -q "$@"
+if [ -n "$quick" ]; then
+    step "pytest (quick)" .venv/bin/python -m pytest -q -m "not slow" "$@"
+    exit
+fi
+step "pytest (unit, doctest, multi-process)" .venv/bin/python -m pytest -q --durations=15 "$@"

@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 import faiss_knn
+from faiss_knn.offline.formats import OPENERS
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 ENVIRONMENTS = {"gpu": ROOT / "environment.yml", "cpu": ROOT / "environment-cpu.yml"}
 
 
@@ -89,7 +91,7 @@ def test_every_public_name_is_there_and_listed():
 
 def test_faiss_is_an_extra_and_never_a_requirement():
     assert not [need for need in PYPROJECT["project"]["dependencies"] if "faiss" in need]
-    assert {"cpu", "gpu", "cuvs"} <= set(PYPROJECT["project"]["optional-dependencies"])
+    assert {"cpu", "gpu", "cuvs"} <= set(EXTRAS)
 
 
 def test_the_version_is_said_once():
@@ -137,3 +139,44 @@ def test_environment_files_agree_with_pyproject(kind):
             assert wanted <= specs[name], name
     assert {"!=2.6.2", "!=2.6.3"} <= specs["lightning"]
     assert not {"torch", "faiss", "pytorch"} & set(specs)
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == faiss_knn.__version__
+    assert citation["license"] == PYPROJECT["project"]["license"]
+    assert [author["name"].lower() for author in citation["authors"]] == [PYPROJECT["project"]["authors"][0]["name"]]
+
+
+def test_the_changelog_has_a_place_for_what_comes_next():
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", heading) for heading in headings[1:])
+
+
+def test_what_contributors_are_told_of_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    places = [
+        ROOT,
+        ROOT / "faiss_knn",
+        ROOT / "faiss_knn/search/engines",
+        ROOT / "faiss_knn/offline",
+        *ROOT.glob("tests/*"),
+    ]
+    for name in re.findall(r"[\w/]+\.(?:py|md|sh|toml|txt|cff)", text):
+        assert name == "faiss_knn/offline/commands/NAME.py" or any((place / name).is_file() for place in places), name
+    for script, word in re.findall(r"^bash (\S+)(?: +(\w+))?", text, re.MULTILINE):
+        assert not word or f"= {word} ]" in (ROOT / script).read_text(), word
+
+
+def test_what_may_happen_is_said_of_every_format():
+    told = (ROOT / "SECURITY.md").read_text()
+    for suffix in OPENERS:
+        assert suffix in told, suffix
+
+
+def test_pre_commit_runs_the_pinned_tools():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["entry"].split()[0] for hook in hooks] == [".venv/bin/ruff", ".venv/bin/ruff", ".venv/bin/mypy"]
+    pinned = {line.split("==")[0] for line in (ROOT / "scripts/constraints.txt").read_text().splitlines()}
+    assert {"ruff", "mypy"} <= pinned & {need.split(">=")[0] for need in EXTRAS["test"]}
