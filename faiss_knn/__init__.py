@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from faiss_knn.offline.evaluate import EvalReport, evaluate
     from faiss_knn.offline.extract import extract
     from faiss_knn.offline.features import read_features
+    from faiss_knn.offline.neighbors import exact_neighbors
     from faiss_knn.online.callback import OnlineKNN
     from faiss_knn.online.queue import OnlineQueue, find_or_create_queue
     from faiss_knn.protocol import protocols
@@ -29,6 +30,7 @@ _HOMES = {
     "OnlineQueue": "faiss_knn.online.queue",
     "compare": "faiss_knn.offline.compare",
     "evaluate": "faiss_knn.offline.evaluate",
+    "exact_neighbors": "faiss_knn.offline.neighbors",
     "extract": "faiss_knn.offline.extract",
     "find_or_create_queue": "faiss_knn.online.queue",
     "protocols": "faiss_knn.protocol",
@@ -48,6 +50,7 @@ __all__ = [
     "OnlineQueue",
     "compare",
     "evaluate",
+    "exact_neighbors",
     "extract",
     "find_or_create_queue",
     "protocols",

@@ -168,7 +168,7 @@ def search_task(task: EvalTask, k: int, variant: Variant, options: SearchOptions
 
 def _split_bank(task: EvalTask, k: int, options: SearchOptions) -> SearchResult:
     """Search this rank's part of the bank exactly, and merge the lists of all ranks."""
-    span = _own_part(len(task.bank.rows))
+    span = own_part(len(task.bank.rows))
     own: SearchResult | None = None
     with all_or_none():
         if span[0] < span[1]:
@@ -178,12 +178,12 @@ def _split_bank(task: EvalTask, k: int, options: SearchOptions) -> SearchResult:
     if own is None:
         nothing = torch.empty(n_queries, 0, dtype=torch.float64, device="cpu")
         own = SearchResult(nothing, nothing.long(), {})
-    return SearchResult(*_merge_ranks(own, min(k, len(task.bank.rows))), cost)
+    return SearchResult(*merge_ranks(own, min(k, len(task.bank.rows))), cost)
 
 
 def _split_queries(task: EvalTask, k: int, variant: Variant, options: SearchOptions) -> SearchResult:
     """Search the whole bank for this rank's part of the queries, and put the lists of all ranks together."""
-    start, stop = _own_part(len(task.queries.rows))
+    start, stop = own_part(len(task.queries.rows))
     own: SearchResult | None = None
     with all_or_none():
         if start < stop:
@@ -194,7 +194,7 @@ def _split_queries(task: EvalTask, k: int, variant: Variant, options: SearchOpti
     return SearchResult(distances, indices, cost)
 
 
-def _own_part(length: int) -> Span:
+def own_part(length: int) -> Span:
     """This rank's part of so many rows."""
     rank, size = rank_and_size()
     return length * rank // size, length * (rank + 1) // size
@@ -215,7 +215,7 @@ def _joint_cost(own: SearchResult | None, n_queries: int, *, sum_bytes: bool) ->
     return joint | {"storage_dtype": stored, "qps": n_queries / joint["search_s"]}
 
 
-def _merge_ranks(own: SearchResult, k: int) -> tuple[Tensor, Tensor]:
+def merge_ranks(own: SearchResult, k: int) -> tuple[Tensor, Tensor]:
     """Merge the lists of all ranks' parts of the bank, some queries at a time: (Q, k) distances and indices."""
     own = _padded(own, k)
     _, size = rank_and_size()
@@ -232,7 +232,7 @@ def _search_rows(task: EvalTask, span: Span, k: int, variant: Variant, options: 
     """Search some of the bank's rows for all queries: float64 distances, min(k, stop - start) neighbours."""
     bank = task.bank.rows
     start, stop = span
-    whole = variant.spec != "flat" or (_is_plain(bank) and not is_memmap(bank))  # pieces are read from disk once
+    whole = variant.spec != "flat" or (is_plain(bank) and not is_memmap(bank))  # pieces are read from disk once
     size = stop - start if whole else max(1, BANK_BLOCK_BYTES // (4 * bank.shape[1]))
     pieces = (_search_piece(task, (start + a, start + b), k, variant, options) for a, b in spans(stop - start, size))
     result = next(pieces)
@@ -290,7 +290,7 @@ def _cost(index: KNNIndex, build_s: float, search_s: float, n_queries: int) -> d
     }
 
 
-def _is_plain(rows: RowSource) -> bool:
+def is_plain(rows: RowSource) -> bool:
     """Tell whether `KNNIndex` can take the rows as they are."""
     return isinstance(rows, Tensor) or (
         isinstance(rows, np.ndarray) and rows.dtype.kind == "f" and bool(rows.dtype.isnative)
@@ -299,7 +299,7 @@ def _is_plain(rows: RowSource) -> bool:
 
 def _bank_rows(bank: RowSource, span: Span) -> Any:
     """Some of the bank's rows, as `KNNIndex.build` takes them."""
-    if _is_plain(bank) and (span == (0, len(bank)) or not is_memmap(bank)):
+    if is_plain(bank) and (span == (0, len(bank)) or not is_memmap(bank)):
         return bank[span[0] : span[1]]
     block = read_rows(bank, *span)
     return np.array(block) if is_memmap(block) else block

@@ -162,7 +162,7 @@ def make_task(
         _check_order(name, features, labels)
     query_features = _with_columns_of(bank_features, query_features, "features")
     query_labels = _with_columns_of(bank_labels, query_labels, "labels")
-    bank_rows, query_rows = _as_rows(bank_features, "bank_features"), _as_rows(query_features, "query_features")
+    bank_rows, query_rows = as_rows(bank_features, "bank_features"), as_rows(query_features, "query_features")
     _check_rows(bank_rows, query_rows)
     read = [
         read_labels(labels, f"`{name}`", ignore_index=ignore_index)
@@ -234,7 +234,7 @@ def _some(names: list[Any]) -> str:
     return ", ".join(map(repr, names[:3])) + (f", … ({len(names)} of them)" if len(names) > 3 else "")
 
 
-def _as_rows(features: Any, name: str) -> RowSource:
+def as_rows(features: Any, name: str) -> RowSource:
     """Tensors, arrays, lists and DataFrames as rows; what is read in blocks stays as it is."""
     if hasattr(features, "to_numpy"):  # a DataFrame
         features = features.to_numpy()

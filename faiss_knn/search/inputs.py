@@ -236,9 +236,9 @@ def check_finite(block: Tensor, argument: str, start: int = 0) -> None:
             _refuse(bad, start, f"`{argument}` must be finite as {block.dtype}", "NaN or infinite")
 
 
-def refuse_zero(bad: Tensor, argument: str) -> None:
-    """Raise a ValueError that names the rows which `bad` (n,) marks as zero."""
-    _refuse(bad, 0, f"`{argument}` must have no zero rows for the cosine distance", "zero")
+def refuse_zero(bad: Tensor, argument: str, start: int = 0) -> None:
+    """Raise a ValueError that names the rows which `bad` (n,) marks as zero, the first of which is number `start`."""
+    _refuse(bad, start, f"`{argument}` must have no zero rows for the cosine distance", "zero")
 
 
 def _refuse(bad: Tensor, start: int, need: str, what: str) -> None:
