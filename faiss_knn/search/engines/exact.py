@@ -13,7 +13,7 @@ from faiss_knn.search.engines.costs import seconds_per_candidate
 from faiss_knn.search.engines.duplicates import Duplicates
 from faiss_knn.search.engines.oversampling import Oversampling
 from faiss_knn.search.engines.products import scan_dtype
-from faiss_knn.search.engines.projection import SAMPLE_ROWS, effective_rank, leading_directions
+from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions, participation_ratio
 from faiss_knn.search.engines.rerank import measure, nearest
 from faiss_knn.search.engines.scan import best_scores, rows_at_least
 from faiss_knn.search.stored_rows import StoredRows
@@ -255,7 +255,7 @@ def _worthwhile_basis(rows: StoredRows, distance: Distance) -> Tensor | None:
     sample = rows.sample(SAMPLE_ROWS, distance)
     sample -= sample.median(0).values
     most = rows.dim // _BASIS_SHARE
-    rank = effective_rank(sample)
+    rank = participation_ratio(sample)
     if len(sample) < 2 * most or rank > most:
         return None
     for count in dict.fromkeys((min(2 * math.ceil(rank), most), most)):  # the time grows with its square

@@ -8,7 +8,7 @@ SAMPLE_ROWS = 2048  # that directions are found from
 _POWERS = 2
 
 
-def effective_rank(sample: Tensor) -> float:
+def participation_ratio(sample: Tensor) -> float:
     """Return about how many directions the rows (n, d), centred, spread over: (Σλ)² / Σλ² of their covariance.
 
     From n rows the second moment is too large by what n noise rows add to it; that part is taken off.
