@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from faiss_knn.offline.extract import extract
     from faiss_knn.offline.features import read_features
     from faiss_knn.offline.neighbors import exact_neighbors
+    from faiss_knn.offline.verify import verify_neighbors
     from faiss_knn.online.callback import OnlineKNN
     from faiss_knn.online.queue import OnlineQueue, find_or_create_queue
     from faiss_knn.protocol import protocols
@@ -36,6 +37,7 @@ _HOMES = {
     "protocols": "faiss_knn.protocol",
     "read_features": "faiss_knn.offline.features",
     "retrieval_metrics": "faiss_knn.measures.retrieval",
+    "verify_neighbors": "faiss_knn.offline.verify",
     "vote": "faiss_knn.classify.vote",
 }
 
@@ -56,6 +58,7 @@ __all__ = [
     "protocols",
     "read_features",
     "retrieval_metrics",
+    "verify_neighbors",
     "vote",
 ]
 

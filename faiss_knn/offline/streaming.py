@@ -1,7 +1,7 @@
 """Exact neighbours in one pass over a bank: block by block, with all queries at hand and a list of each kept."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -87,6 +87,7 @@ def find_nearest(
     *,
     argument: str = "queries",
     keeper: Keeper | None = None,
+    watch: Callable[[Span, Span, KNNIndex], None] | None = None,
     progress: bool | None = False,
 ) -> Neighbors:
     """Find each query's k nearest rows in one pass over the bank.
@@ -97,6 +98,7 @@ def find_nearest(
         k: How many.
         argument: What errors call the queries.
         keeper: Where what was found is kept block by block, and found again by a later run; None: nowhere.
+        watch: Called with a span of queries, a block's span and the index over it, once for each pair of them.
         progress: Show a bar; None: if stderr is a terminal.
 
     Returns:
@@ -119,6 +121,8 @@ def find_nearest(
             for part in parts:
                 if part.searched <= start:
                     part.search(index, start, stop)
+                    if watch is not None:
+                        watch(part.span, (start, stop), index)
                     bar.update(len(part) * (stop - start))
     distances, indices = zip(*(part.found for part in parts), strict=True)
     return Neighbors(torch.cat(distances), torch.cat(indices))
