@@ -160,7 +160,8 @@ def _blocks(length: int) -> Iterator[Span]:
 def _common(lists: Ids, exact: Ids) -> Ids:
     """(n,) how many of a list's rows, each once, are in the exact one."""
     both = np.sort(np.concatenate([lists, exact], axis=1), axis=1)
-    return ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(1)
+    shared: Ids = ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(1)
+    return shared
 
 
 def _repeated(lists: Ids) -> npt.NDArray[np.bool_]:
@@ -180,7 +181,8 @@ def _wrong(given: npt.NDArray[np.float64], judged: _Judged, distance_metric: str
     slack = DISTANCE_TOLERANCE * np.abs(true) + (_OF_ONE if distance_metric == "cosine" else 0.0)
     with np.errstate(invalid="ignore"):  # inf - inf, where no row is listed
         is_right = np.abs(given - true) <= slack
-    return (judged.is_listed & ~is_right).sum(1)
+    wrong: Ids = (judged.is_listed & ~is_right).sum(1)
+    return wrong
 
 
 def _worst(recalls: npt.NDArray[np.float64], wrong: Ids | None) -> Ids:
