@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from faiss_knn.offline.neighbors import exact_neighbors
     from faiss_knn.offline.verify import verify_neighbors
     from faiss_knn.online.callback import OnlineKNN
+    from faiss_knn.online.evaluator import OnlineEvaluator
     from faiss_knn.online.queue import OnlineQueue, find_or_create_queue
     from faiss_knn.protocol import protocols
     from faiss_knn.search.index import KNNIndex, Neighbors
@@ -27,6 +28,7 @@ _HOMES = {
     "FeatureBank": "faiss_knn.classify.bank",
     "KNNIndex": "faiss_knn.search.index",
     "Neighbors": "faiss_knn.search.index",
+    "OnlineEvaluator": "faiss_knn.online.evaluator",
     "OnlineKNN": "faiss_knn.online.callback",
     "OnlineQueue": "faiss_knn.online.queue",
     "compare": "faiss_knn.offline.compare",
@@ -48,6 +50,7 @@ __all__ = [
     "FeatureBank",
     "KNNIndex",
     "Neighbors",
+    "OnlineEvaluator",
     "OnlineKNN",
     "OnlineQueue",
     "compare",

@@ -1,6 +1,8 @@
 """Files import one way: a reader who goes down never comes back to where they were."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -33,3 +35,25 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
         "faiss_knn.offline.report.content",
     }
     TopologicalSorter(graph).prepare()  # names the circle, if there is one
+
+
+PLAIN_LOOP = """
+import sys
+import torch
+import faiss_knn
+knn = faiss_knn.OnlineEvaluator("knn", "embedding", "label", 8, k=1, num_classes=2)
+for _ in range(2):
+    knn.observe(embedding=torch.eye(2), label=torch.tensor([0, 1]))
+knn.start()
+assert knn.score(embedding=torch.eye(2), label=torch.tensor([0, 1])).argmax(1).tolist() == [0, 1]
+assert knn.finish() == {}
+knn.load_state_dict(knn.state_dict())
+print(*{name.split(".")[0] for name in sys.modules})
+"""
+
+
+def test_a_plain_loop_loads_no_lightning() -> None:
+    done = subprocess.run([sys.executable, "-c", PLAIN_LOOP], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = set(done.stdout.split())
+    assert "faiss_knn" in loaded
+    assert not loaded & {"lightning", "pytorch_lightning", "lightning_fabric"}

@@ -40,11 +40,11 @@ def find_rows(options: OnlineOptions, outputs: Any, batch: Any) -> dict[str, Ten
         ValueError: As `find_tensor`, or if they differ in length.
     """
     rows = {key: find_tensor(key, outputs, batch, options.name) for key in options.keys}
-    check_aligned(options.name, rows)
+    check_aligned(options.title, rows)
     return rows
 
 
-def check_aligned(name: str, rows: Mapping[str, Tensor]) -> None:
+def check_aligned(title: str, rows: Mapping[str, Tensor]) -> None:
     """Check that every tensor has as many rows as the others.
 
     Raises:
@@ -54,7 +54,7 @@ def check_aligned(name: str, rows: Mapping[str, Tensor]) -> None:
     if len({shape[0] for shape in shapes.values()}) > 1:
         described = " and ".join(f"'{key}' of shape {shape}" for key, shape in shapes.items())
         raise ValueError(
-            f"OnlineKNN[{name}]: one step must give as many features as labels, got {described}: "
+            f"{title}: one step must give as many features as labels, got {described}: "
             "repeat the labels once per view, or keep one view's features"
         )
 

@@ -4,22 +4,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 
 from faiss_knn.distributed import all_or_none
-from faiss_knn.online.batch import find_rows, flat_rows, was_skipped
+from faiss_knn.online.batch import was_skipped
 from faiss_knn.online.dataloaders import check_bank_loader, cut_of_bank, plan_of
-from faiss_knn.online.evaluation import Evaluation
 from faiss_knn.online.failures import kept, start, tell
-from faiss_knn.online.memory import Memory
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.queue import OnlineQueue, QueueStorage, align_all, belong_together, find_or_create_queue
 from faiss_knn.online.row_owner import WeightsWatch, drop_rows_of_others, fingerprint, remember, remembered
+from faiss_knn.online.scorer import Scorer
 from faiss_knn.online.state import trainer_state
-from faiss_knn.online.unique_samples import check_sample_ids
 
 
 @dataclass
@@ -27,20 +24,14 @@ class _Run:
     """What one callback holds for one call of fit, validate or test.
 
     Attributes:
-        memory: What validations leave to each other; kept from run to run.
-        stored: The queues' rows by key, None where a dataloader fills the bank.
+        scorer: Scores; its memory is kept from run to run.
         watch: Whose weights made the rows.
-        evaluation: The validation epoch under way.
-        is_tried: Whether the index is known to work for rows of this width.
         validations: How many there were.
         logged: What was logged last.
     """
 
-    memory: Memory
-    stored: dict[str, QueueStorage] | None
+    scorer: Scorer
     watch: WeightsWatch = field(default_factory=WeightsWatch)
-    evaluation: Evaluation | None = None
-    is_tried: bool = False
     validations: int = 0
     logged: dict[str, Tensor] = field(default_factory=dict)
 
@@ -120,8 +111,8 @@ class OnlineKNN(OnlineOptions, Callback):
             self._check_name(trainer)
             earlier = trainer_state(trainer).get(self)
             stored = None if self.bank_dataloader_idx is not None else self._stored(trainer)
-            memory = Memory(earlier.memory.index, earlier.memory.width) if earlier else Memory(self.new_index())
-            trainer_state(trainer)[self] = _Run(memory, stored)
+            memory = earlier.scorer.memory.of_next_run() if earlier else None
+            trainer_state(trainer)[self] = _Run(Scorer(self, stored, memory))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         with all_or_none():
@@ -129,16 +120,16 @@ class OnlineKNN(OnlineOptions, Callback):
                 check_bank_loader(trainer, self.name, self.bank_dataloader_idx)
             align_all(trainer)
             if drop_rows_of_others(trainer, pl_module):
-                self._run(trainer).memory.warn_once(
+                self._run(trainer).scorer.memory.warn_once(
                     "dropped",
-                    f"OnlineKNN[{self.name}]: the queue's rows were made by another module, or by other weights, than "
+                    f"{self.title}: the queue's rows were made by another module, or by other weights, than "
                     "are trained from here on, and are dropped",
                 )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.bank_dataloader_idx is None and not was_skipped(pl_module, outputs):
             with kept(trainer):
-                self._check_step(trainer, outputs, batch)
+                self._run(trainer).scorer.check_step(outputs, batch)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         with all_or_none():
@@ -148,13 +139,15 @@ class OnlineKNN(OnlineOptions, Callback):
         with all_or_none():
             align_all(trainer)
             run, is_fitting = self._run(trainer), trainer.state.fn == TrainerFn.FITTING
-            if any(len(rows.ring) for rows in (run.stored or {}).values()):
+            if run.scorer.has_rows:
                 self._object(run, run.watch.start_validation(trainer, pl_module, is_fitting=is_fitting))
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         with all_or_none():
             run = self._run(trainer)
-            run.evaluation = self._evaluation(trainer, pl_module, run) if self._is_due(trainer, run) else None
+            run.scorer.drop()
+            if self._is_due(trainer, run):
+                self._start(trainer, pl_module, run.scorer)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -162,15 +155,13 @@ class OnlineKNN(OnlineOptions, Callback):
         """Say where weights were swapped between the start of validation and its first batch."""
         if batch_idx == dataloader_idx == 0:  # not on a rank without batches: the ranks cannot meet here
             run = self._run(trainer)
-            with kept(trainer) if run.evaluation is None else run.evaluation.defer_error():
+            with run.scorer.defer_error() if run.scorer.is_scoring else kept(trainer):
                 self._object(run, run.watch.check_swapped(pl_module))
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        evaluation = self._run(trainer).evaluation
-        if evaluation is not None:
-            evaluation.add(outputs, batch, batch_idx, dataloader_idx)
+        self._run(trainer).scorer.add(outputs, batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         with all_or_none():
@@ -196,7 +187,7 @@ class OnlineKNN(OnlineOptions, Callback):
         tell(trainer, exception)
         align_all(trainer)
         if run := trainer_state(trainer).get(self):
-            run.evaluation = None
+            run.scorer.drop()
         if trainer.state.fn == TrainerFn.FITTING and remembered(trainer) is None:  # training had begun
             with suppress(RuntimeError):  # a GPU that failed answers no more; the error itself is what matters
                 remember(trainer, fingerprint(pl_module))
@@ -221,42 +212,25 @@ class OnlineKNN(OnlineOptions, Callback):
 
     def _stored(self, trainer: Any) -> dict[str, QueueStorage]:
         """Find or make the queues, and return where they keep their rows, by key."""
-        dtype = self.bank_dtype or (torch.float32 if self.input_dim else None)
-        queues = {
-            self.input: self._queue(trainer, self.input, self.input_dim, dtype),
-            self.target: self._queue(trainer, self.target, self.target_dim, None),
-        }
-        if self.id is not None:
-            queues[self.id] = self._queue(trainer, self.id, None, None)
+        queues = {key: self._queue(trainer, key) for key in self.keys}
         belong_together(trainer, list(queues))
         return {key: queue.storage(trainer) for key, queue in queues.items()}
 
-    def _queue(self, trainer: Any, key: str, dim: Any, dtype: torch.dtype | None) -> OnlineQueue:
+    def _queue(self, trainer: Any, key: str) -> OnlineQueue:
         queue = find_or_create_queue(
-            trainer, key, self.queue_length, dim, dtype, gather_distributed=True, device=self.bank_device
+            trainer, key, self.queue_length, *self.queue_form(key), gather_distributed=True, device=self.bank_device
         )
         if queue.verbose is None:
             queue.verbose = self.verbose
         return queue
 
-    def _check_step(self, trainer: Any, outputs: Any, batch: Any) -> None:
-        """Find what is wrong with a training step now, not after an epoch of training."""
-        rows = find_rows(self, outputs, batch)
-        if self.id is not None:
-            check_sample_ids(rows[self.id], f"'{self.id}'")
-        run = self._run(trainer)
-        if not run.is_tried:
-            run.memory.index.check_spec(flat_rows(rows[self.input]).shape[1])
-            self.check_first_step(rows[self.target])
-            run.is_tried = True
-
-    def _evaluation(self, trainer: Any, pl_module: Any, run: _Run) -> Evaluation:
+    def _start(self, trainer: Any, pl_module: Any, scorer: Scorer) -> None:
         plan = plan_of(trainer)
         if self.bank_dataloader_idx is not None:
             check_bank_loader(trainer, self.name, self.bank_dataloader_idx)
             if cut := cut_of_bank(trainer, plan, self.bank_dataloader_idx):
-                run.memory.warn_once("cut", f"OnlineKNN[{self.name}]: {cut}")
-        return Evaluation(self, run.memory, plan, pl_module.device, run.stored)
+                scorer.memory.warn_once("cut", f"{self.title}: {cut}")
+        scorer.start(plan, pl_module.device)
 
     def _is_due(self, trainer: Any, run: _Run) -> bool:
         """Tell whether to score: where the score is monitored also the first time, so that there always is one."""
@@ -276,11 +250,10 @@ class OnlineKNN(OnlineOptions, Callback):
     def _finish(self, trainer: Any) -> dict[str, Tensor]:
         """Compute what is logged; where no score is due, the last one, so that monitors find it."""
         run = self._run(trainer)
-        evaluation, run.evaluation = run.evaluation, None
-        if evaluation is None:
+        if not run.scorer.is_scoring:
             return run.logged
         stage = "test" if trainer.state.stage == RunningStage.TESTING else "eval"
-        values, self.results = evaluation.finish(f"{stage}/{self.name}")
+        values, self.results = run.scorer.finish(f"{stage}/{self.name}")
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             run.logged = values
         return values
@@ -289,5 +262,5 @@ class OnlineKNN(OnlineOptions, Callback):
         if complaint is None:
             return
         if self.strict:
-            raise ValueError(f"OnlineKNN[{self.name}]: {complaint} (strict=True)")
-        run.memory.warn_once("weights", f"OnlineKNN[{self.name}]: {complaint}")
+            raise ValueError(f"{self.title}: {complaint} (strict=True)")
+        run.scorer.memory.warn_once("weights", f"{self.title}: {complaint}")

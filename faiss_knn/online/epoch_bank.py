@@ -55,7 +55,7 @@ class BankRows:
     def _usable(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return features (n, d), labels (n,) or (n, C), and (n,) bool: which of them can be searched and vote."""
         options = self._options
-        check_aligned(options.name, rows)
+        check_aligned(options.title, rows)
         features = options.prepared(flat_rows(rows[options.input]))
         labels = options.read_labels(rows[options.target])
         return features, labels, searchable(features, options.is_normalized) & is_labelled(labels)
@@ -73,12 +73,12 @@ class BankRows:
 
     def _shared_lengths(self) -> list[list[int]]:
         """Tell how many rows each rank has of each key: a key that is younger than the others has fewer."""
-        name, keys, most = self._options.name, self._options.keys, self._options.queue_length
+        title, keys, most = self._options.title, self._options.keys, self._options.queue_length
         lengths = all_gather_object([min(len(self._stored[key].ring), most) for key in keys])
         if any(len(set(own)) > 1 for own in lengths):
             self._memory.warn_once(
                 "lengths",
-                f"OnlineKNN[{name}]: {', '.join(keys)} have {lengths} rows (by rank): the last that all "
+                f"{title}: {', '.join(keys)} have {lengths} rows (by rank): the last that all "
                 "of them have are used, until the queues have filled again",
             )
         return lengths
@@ -105,7 +105,7 @@ def warn_of_skipped(options: OnlineOptions, memory: Memory, skipped: int, rows: 
     """Say once per run that rows were left out of the "bank" or the queries ("query")."""
     memory.warn_once(
         "skipped",
-        f"OnlineKNN[{options.name}]: left out {skipped} of {rows} {where} rows: '{options.input}' not finite "
+        f"{options.title}: left out {skipped} of {rows} {where} rows: '{options.input}' not finite "
         f"(or zero, under cosine) or '{options.target}' -1. All are counted in {options.name}_skipped; "
         "this is said once per run",
     )
@@ -181,7 +181,6 @@ class EpochBank:
         options = self._options
         self._memory.warn_once(
             "few",
-            f"OnlineKNN[{options.name}]: searches exactly until there are rows enough for index={options.index!r} "
-            f"({why})",
+            f"{options.title}: searches exactly until there are rows enough for index={options.index!r} ({why})",
         )
         return options.new_index("flat")

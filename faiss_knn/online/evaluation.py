@@ -92,7 +92,7 @@ class Evaluation:
         most = max(all_gather_object(sum(batches.values())))
         if most == float("inf"):
             raise ValueError(
-                f"OnlineKNN[{self._options.name}]: gather='shard' needs validation dataloaders with a length, got "
+                f"{self._options.title}: gather='shard' needs validation dataloaders with a length, got "
                 f"{batches} batches by dataloader: ranks that cannot know how often the others search would hang; "
                 "use gather='replicate'"
             )
@@ -133,9 +133,9 @@ class Evaluation:
         self._bank = EpochBank(options, self._memory, features, labels, self._expected_queries)
         self._sample = RecallSample(options, self._bank, self._expected_queries)
         if options.verbose and rank_and_size()[0] == 0 and len(self._bank.index):
-            logger.info(f"OnlineKNN[{options.name}]: bank of {rows:,} rows, {self._bank.index.stats}")
+            logger.info(f"{options.title}: bank of {rows:,} rows, {self._bank.index.stats}")
 
-    def add(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def add(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | None:
         """Take a batch into the bank, where its dataloader is the bank's; else vote on it and update the metrics.
 
         Args:
@@ -143,15 +143,19 @@ class Evaluation:
             batch: What it was given; gets the predictions.
             batch_idx: Number of the batch in its dataloader, on this rank.
             dataloader_idx: Number of the dataloader.
+
+        Returns:
+            The predictions, (B, C) raw scores; None for a batch of the bank's, without a bank, or after an error that
+            the ranks have yet to raise.
         """
         if dataloader_idx == self._options.bank_dataloader_idx:
             with self.defer_error():
                 self._fill(outputs, batch, batch_idx)
-            return
+            return None
         if not self._is_built:
             self._build()
         if self._bank is None:
-            return
+            return None
         asked: BatchQueries | None = None
         with self.defer_error():
             asked = self._read(self._bank, outputs, batch, batch_idx, dataloader_idx)
@@ -160,17 +164,23 @@ class Evaluation:
                 self._sample.draw(asked.queries)
             neighbors = self._search(self._bank, None if asked is None else asked.queries)
             if asked is not None and neighbors is not None and self._error is None:
-                self._score(self._bank, asked, neighbors, dataloader_idx)
+                return self._score(self._bank, asked, neighbors, dataloader_idx)
+        return None
 
     def _fill(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Take a batch of the bank's dataloader in."""
         options, number = self._options, self._options.bank_dataloader_idx or 0
+        if self._is_built:
+            raise ValueError(
+                f"{options.title}: a batch of dataloader {number}, which fills the bank, came after one that is "
+                "scored: go through the bank's dataloader first"
+            )
         rows = find_rows(options, outputs, batch)
         own = unpadded_rows(self._plan.dataloaders[number], batch_idx, len(rows[options.input]))
         if len(self._stored[options.input].ring) + own > options.queue_length:
             self._memory.warn_once(
                 "full",
-                f"OnlineKNN[{options.name}]: dataloader {number} has more than queue_length="
+                f"{options.title}: dataloader {number} has more than queue_length="
                 f"{options.queue_length} rows for the bank on each rank: only the last are kept. Raise queue_length",
             )
         for key, values in rows.items():
@@ -189,7 +199,7 @@ class Evaluation:
         if len(features) and queries.shape[1] != features.shape[1]:
             options = self._options
             raise ValueError(
-                f"OnlineKNN[{options.name}]: '{options.input}' has {queries.shape[1]} values a row in validation, and "
+                f"{options.title}: '{options.input}' has {queries.shape[1]} values a row in validation, and "
                 f"{features.shape[1]} in the bank: score the features that training queues, or begin with an empty "
                 "queue if a checkpoint brought others"
             )
@@ -209,7 +219,7 @@ class Evaluation:
         while self._bank is not None and self._searches < self._most_searches:
             self._search(self._bank, None)
 
-    def _score(self, bank: EpochBank, asked: BatchQueries, neighbors: Any, number: int) -> None:
+    def _score(self, bank: EpochBank, asked: BatchQueries, neighbors: Any, number: int) -> Tensor:
         """Update the dataloader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance."""
         options = self._options
         predictions = asked.queries.new_zeros(len(asked.labels), bank.bank.num_classes, dtype=torch.float32)
@@ -228,6 +238,7 @@ class Evaluation:
         else:
             self._unique[number].add(asked.ids, lambda new: count(asked.counted_of(new)))
         asked.hand_out(predictions_key(options), predictions)
+        return predictions
 
     def finish(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Compute the metrics over all ranks, and free the bank; all ranks must call it together.

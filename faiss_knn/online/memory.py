@@ -22,6 +22,10 @@ class Memory:
     width: int = 0
     warned: set[str] = field(default_factory=set)
 
+    def of_next_run(self) -> "Memory":
+        """Return what the next run gets: it warns anew."""
+        return Memory(self.index, self.width)
+
     def warn_once(self, what: str, message: str) -> None:
         """Log a warning on rank zero, once for each `what`."""
         if what not in self.warned and rank_and_size()[0] == 0:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class OnlineOptions:
     """The arguments of `OnlineKNN`, where they are described.
 
     Attributes:
+        kind: What messages call it.
         ks: The numbers of neighbours, as a tuple.
         metrics: Name to metric.
         keys: Those of the tensors that are read of each batch: features, labels, and sample ids where they count.
@@ -37,6 +38,8 @@ class OnlineOptions:
     Raises:
         ValueError: For each bad argument, naming it.
     """
+
+    kind: ClassVar[str] = "OnlineKNN"
 
     name: str
     input: str
@@ -141,6 +144,11 @@ class OnlineOptions:
         self.strict = as_switch(self.strict, "strict")
 
     @property
+    def title(self) -> str:
+        """What messages begin with."""
+        return f"{self.kind}[{self.name}]"
+
+    @property
     def keys(self) -> list[str]:
         """Keys of the tensors that are read of each batch: features, labels, and sample ids where they count."""
         return [self.input, self.target, *([] if self.id is None else [self.id])]
@@ -197,6 +205,13 @@ class OnlineOptions:
         dtype = self.bank_dtype if key == self.input else None
         return RingBuffer(self.queue_length, None, dtype, self.bank_device or device)
 
+    def queue_form(self, key: str) -> tuple[int | None, torch.dtype | None]:
+        """Return the `dim` and dtype of the queue that keeps a key's rows; None: as in the first batch."""
+        if key == self.input:
+            assert not isinstance(self.input_dim, Sequence)  # its product by now
+            return self.input_dim, self.bank_dtype or (torch.float32 if self.input_dim else None)
+        return (self.target_dim if key == self.target else None), None
+
     def read_labels(self, values: Tensor) -> Tensor:
         """Read labels; one-hot ones as the class ids they are, where the metrics are made for one class a row.
 
@@ -212,7 +227,7 @@ class OnlineOptions:
         ids = one_hot_ids(labels)
         if ids is None and not is_soft(labels) and len(labels):
             raise ValueError(
-                f"OnlineKNN[{self.name}]: '{self.target}' has rows with several or no labels, and the metrics are "
+                f"{self.title}: '{self.target}' has rows with several or no labels, and the metrics are "
                 "made for one class a row: give Multilabel metrics, or class ids"
             )
         return labels if ids is None else ids
@@ -224,12 +239,12 @@ class OnlineOptions:
             seen: The bank's largest label + 1.
             earlier: Width of earlier validations, below which it does not fall.
         """
-        if self._known_width is not None:
+        if self.known_width is not None:
             self.check_label(seen - 1)
-            return self._known_width
+            return self.known_width
         if not self._warned_inferred_num_classes and rank_and_size()[0] == 0:
             logger.warning(
-                f"OnlineKNN[{self.name}]: inferring num_classes={seen} from the labels in the bank. "
+                f"{self.title}: inferring num_classes={seen} from the labels in the bank. "
                 "Give num_classes to keep the width of the scores the same in every run."
             )
         self._warned_inferred_num_classes = True
@@ -237,16 +252,17 @@ class OnlineOptions:
 
     def check_label(self, highest: int) -> None:
         """Refuse a label beyond the width that was asked for; where none was, the width grows."""
-        width = self._known_width
+        width = self.known_width
         if width is not None and highest >= width:
             whose = "" if self.num_classes else f" The metrics are made for {width} classes: make them for more."
             raise ValueError(
-                f"OnlineKNN[{self.name}]: configured num_classes={width} but observed label {highest} >= "
+                f"{self.title}: configured num_classes={width} but observed label {highest} >= "
                 f"num_classes. Increase num_classes to at least {highest + 1}.{whose}"
             )
 
     @property
-    def _known_width(self) -> int | None:
+    def known_width(self) -> int | None:
+        """How many classes are scored, where that is known before any label is seen."""
         return self.num_classes or self._metrics_class_count
 
 

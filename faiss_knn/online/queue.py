@@ -9,11 +9,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from loguru import logger
 from torch import Tensor
 
-from faiss_knn.distributed import all_gather_object, all_or_none, gather_to, rank_and_size
+from faiss_knn.distributed import all_or_none, rank_and_size
 from faiss_knn.online.batch import find_tensor, was_skipped
 from faiss_knn.online.failures import kept, settle, settle_first_step, start, tell
-from faiss_knn.online.resume import rows_of_rank, rows_of_stable_pretraining, total_of_rank
-from faiss_knn.online.ring import Dim, QueueStorage, RingBuffer, align, as_device_or_none, as_dtype, row_shape
+from faiss_knn.online.resume import own_rows, put_back, rows_of_all_ranks, rows_of_stable_pretraining
+from faiss_knn.online.ring import Dim, QueueStorage, RingBuffer, align, as_device_or_none, as_dtype, as_rows, row_shape
 from faiss_knn.online.row_owner import AVERAGED, remember
 from faiss_knn.online.state import trainer_state
 from faiss_knn.search.inputs import as_key, as_positive, as_switch
@@ -181,21 +181,15 @@ class OnlineQueue(Callback):
 
     def _rows_of_all_ranks(self, trainer: Any) -> tuple[list[Tensor] | None, list[int]]:
         """What a checkpoint holds, one tensor per rank, on rank zero, which writes it; and how many there ever were."""
+        ring, end = self.storage(trainer).ring, _common_end(trainer, self.key)
         if rank_and_size()[1] > 1 and trainer.interrupted:
             # Not every rank need have failed, and one alone would wait for the others for ever.
             logger.warning(f"OnlineQueue[{self.key}]: saved after an exception, with the rows of one rank only")
-            rows, total = self._own_rows(trainer)
+            rows, total = own_rows(ring, end)
             return [rows.cpu()], [total]
         with all_or_none():
             settle(trainer)
-            rows, total = self._own_rows(trainer)
-            return gather_to(rows), all_gather_object(total)
-
-    def _own_rows(self, trainer: Any) -> tuple[Tensor, int]:
-        """This rank's rows up to the last whole step, and how many there ever were."""
-        ring, end = self.storage(trainer).ring, _common_end(trainer, self.key)
-        total = ring.total if end is None else min(ring.total, end)
-        return ring.latest(until=total), total
+            return rows_of_all_ranks(ring, end)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         with all_or_none():
@@ -219,17 +213,9 @@ class OnlineQueue(Callback):
         state = states.get(self.state_key) or rows_of_stable_pretraining(checkpoint, self.key)
         if not self._is_first(trainer) or not state:
             return
-        saved, ring = state["rows"], self.storage(trainer).ring
-        rank, size = rank_and_size()
-        rows = rows_of_rank(saved, rank, size)
         averaged = "averaging_state" in checkpoint and trainer.state.fn != TrainerFn.FITTING
         remember(trainer, AVERAGED if averaged else None)
-        ring.replace(rows if len(rows) else None, total=total_of_rank(state.get("totals", []), rank, size))
-        if len(rows) > ring.length and len(saved) != size and rank == 0:
-            logger.warning(
-                f"OnlineQueue[{self.key}]: the checkpoint of {len(saved)} ranks has {len(rows):,} rows for each of "
-                f"{size}, of which the last {ring.length:,} fit: raise queue_length to keep them"
-            )
+        put_back(self.storage(trainer).ring, state["rows"], state.get("totals", []), f"OnlineQueue[{self.key}]")
         states[self.state_key] = {}  # Lightning would deep-copy the rows once more for load_state_dict
 
     def _is_first(self, trainer: Any) -> bool:
@@ -328,13 +314,6 @@ def _common_end(trainer: Any, key: str) -> int | None:
     """Tell up to which row all keys that belong to this one have come: in the midst of a step, up to that step."""
     group = next((group for group in trainer_state(trainer).get("together", []) if key in group), {key})
     return min((ring.total for ring in _rings(trainer, group) if len(ring)), default=None)
-
-
-def as_rows(values: Tensor, dim: Dim) -> Tensor:
-    """Give values the trailing shape that an int `dim` asks for: flattened, or with a column added."""
-    if isinstance(dim, int) and values.ndim != 2:
-        return values.unsqueeze(1) if values.ndim == 1 else values.flatten(1)
-    return values
 
 
 def _checked_dim(dim: Any) -> Dim:

@@ -78,7 +78,7 @@ def warn_of_recall(options: OnlineOptions, memory: Memory, recall: float) -> Non
     if recall < wanted - _RECALL_LEEWAY:
         memory.warn_once(
             "recall",
-            f"OnlineKNN[{options.name}]: index={options.index!r} found {recall:.3f} of the exact neighbours: the score "
+            f"{options.title}: index={options.index!r} found {recall:.3f} of the exact neighbours: the score "
             + ("may be too low: its next build is tuned on the queries asked" if is_tuned else "may be too low")
             + "; index='flat' finds all",
         )

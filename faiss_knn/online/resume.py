@@ -1,10 +1,53 @@
-"""Which of the rows in a checkpoint each rank gets back."""
+"""What of a queue's rows a checkpoint holds, and which of them each rank gets back."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor
+
+from faiss_knn.distributed import all_gather_object, gather_to, rank_and_size
+from faiss_knn.online.ring import RingBuffer
+
+
+def own_rows(ring: RingBuffer, end: int | None = None) -> tuple[Tensor, int]:
+    """Return this rank's rows, and how many there ever were.
+
+    Args:
+        ring: Where they are kept.
+        end: Number of the first row that is too new; None: none is.
+    """
+    total = ring.total if end is None else min(ring.total, end)
+    return ring.latest(until=total), total
+
+
+def rows_of_all_ranks(ring: RingBuffer, end: int | None = None) -> tuple[list[Tensor] | None, list[int]]:
+    """Return what a checkpoint holds, one tensor per rank, on rank zero alone; and how many there ever were.
+
+    All ranks must call it together. `end`: as in `own_rows`.
+    """
+    rows, total = own_rows(ring, end)
+    return gather_to(rows), all_gather_object(total)
+
+
+def put_back(ring: RingBuffer, saved: Sequence[Tensor], totals: Sequence[int], title: str) -> None:
+    """Fill a ring with this rank's part of what a checkpoint holds: see `rows_of_rank`.
+
+    Args:
+        ring: Gets the newest rows that fit.
+        saved: The rows of each rank that wrote.
+        totals: How many each of them had ever had.
+        title: What a warning begins with, where the ranks of before have rows for more than fit.
+    """
+    rank, size = rank_and_size()
+    rows = rows_of_rank(saved, rank, size)
+    ring.replace(rows if len(rows) else None, total=total_of_rank(totals, rank, size))
+    if len(rows) > ring.length and len(saved) != size and rank == 0:
+        logger.warning(
+            f"{title}: the checkpoint of {len(saved)} ranks has {len(rows):,} rows for each of "
+            f"{size}, of which the last {ring.length:,} fit: raise queue_length to keep them"
+        )
 
 
 def rows_of_rank(saved: Sequence[Tensor], rank: int, size: int) -> Tensor:

@@ -144,6 +144,13 @@ class RingBuffer:
         if rows is not None and given:
             self.append(rows)
 
+    def move_to(self, device: torch.device, pin_memory: bool = False) -> None:
+        """Keep the rows on a device, page-locked or not, from here on."""
+        if self.device != device or self.pin_memory != pin_memory:
+            rows, self._rows, self._copied = self.latest(), None, None
+            self.device, self.pin_memory = device, pin_memory
+            self.replace(rows if len(rows) else None, total=self.total)
+
     def count_from(self, total: int) -> None:
         """Let `total` be so many, and the next row's number with it."""
         start, filled, _, torn = self._state
@@ -300,6 +307,13 @@ def row_shape(dim: Any) -> tuple[int, ...] | None:
         return None
     sizes = tuple(dim) if isinstance(dim, Sequence) and not isinstance(dim, str) else (dim,)
     return tuple(as_positive(size, "`dim`") for size in sizes)
+
+
+def as_rows(values: Tensor, dim: Dim) -> Tensor:
+    """Give values the trailing shape that an int `dim` asks for: flattened, or with a column added."""
+    if isinstance(dim, int) and values.ndim != 2:
+        return values.unsqueeze(1) if values.ndim == 1 else values.flatten(1)
+    return values
 
 
 def _common_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:

@@ -1,0 +1,144 @@
+"""OnlineEvaluator under plain torch.distributed: the numbers of one process, and no rank that waits for ever."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+
+from faiss_knn import OnlineEvaluator
+from faiss_knn.distributed import rank_and_size
+from tests.distributed import runs
+from tests.distributed.ranks import RankFailed, Ranks
+from tests.distributed.runs import CLASSES, TRAIN, VAL
+from tests.online.parts import Rows
+
+GATHERS = ("replicate", "shard")
+
+
+def evaluator(**options: Any) -> OnlineEvaluator:
+    metrics = {"acc": MulticlassAccuracy(CLASSES, average="micro"), "auroc": MulticlassAUROC(CLASSES)}
+    return OnlineEvaluator("knn", "embedding", "label", **{"queue_length": 400, "metrics": metrics} | options)
+
+
+def dealt(columns: dict[str, Any], batch_size: int = 7) -> Any:
+    rank, size = rank_and_size()
+    rows = Rows(**columns)
+    return DataLoader(rows, batch_size, sampler=DistributedSampler(rows, size, rank, shuffle=False))
+
+
+def observed(knn: OnlineEvaluator) -> OnlineEvaluator:
+    for batch in dealt(TRAIN):
+        knn.observe(embedding=batch["x"], label=batch["label"], id=batch["id"])
+    return knn
+
+
+def scored(knn: OnlineEvaluator) -> dict[str, float]:
+    loader = dealt(VAL)
+    knn.start(loader)
+    for batch in loader:
+        knn.score(embedding=batch["x"], label=batch["label"], id=batch["id"])
+    return knn.finish()
+
+
+def loop(options: dict[str, Any]) -> dict[str, float]:
+    return scored(observed(evaluator(**options)))
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_the_numbers_are_those_of_the_callback_to_the_bit(ranks: Ranks, gather: str) -> None:
+    for size in (1, 2, 3):
+        ours = ranks.run(loop, {"gather": gather}, ranks=size)
+        assert ours == ranks.run(runs.fit, {"gather": gather}, ranks=size)
+        assert len({tuple(values.items()) for values in ours}) == 1
+
+
+def uneven(gather: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Rank 1 has all of the batches but one; ids tell which rows are a sampler's repetitions."""
+    rank, _ = rank_and_size()
+    knn = observed(evaluator(gather=gather, id="id"))
+    batches = [range(20)] if rank == 0 else [range(20, 60), range(60, 97), range(5, 20)]
+    knn.start([[None] * len(batches)])
+    for rows in batches:
+        knn.score(embedding=VAL["x"][list(rows)], label=VAL["label"][list(rows)], id=VAL["id"][list(rows)])
+    return knn.finish(), scored(observed(evaluator(id="id")))
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_uneven_ranks_count_each_sample_once(ranks: Ranks, gather: str) -> None:
+    for by_hand, dealt_out in ranks.run(uneven, gather):
+        assert by_hand == pytest.approx(dealt_out, abs=1e-6)
+
+
+def without_length() -> None:
+    observed(evaluator(gather="shard")).start()
+
+
+def test_shards_need_to_know_how_often_the_others_search(ranks: Ranks) -> None:
+    with pytest.raises(RankFailed, match="gather='shard' needs validation dataloaders with a length"):
+        ranks.run(without_length)
+
+
+def fail_in_training() -> str:
+    knn = observed(evaluator())
+    if rank_and_size()[0] == 1:
+        knn.observe(embedding=TRAIN["x"])  # logged, and kept
+    observed(knn)
+    try:
+        knn.start()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def fail_in_validation() -> str:
+    knn = observed(evaluator())
+    knn.start()
+    labels = VAL["label"][:10] + 10 * (rank_and_size()[0] == 1)
+    scores = knn.score(embedding=VAL["x"][:10], label=labels)
+    assert bool(scores.any()) == (rank_and_size()[0] == 0)
+    try:
+        knn.finish()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("run", "message"), [(fail_in_training, "observe() needs the tensors"), (fail_in_validation, "observed label 1")]
+)
+def test_what_fails_on_one_rank_is_raised_on_all(ranks: Ranks, run: Any, message: str) -> None:
+    of_another, own = ranks.run(run)
+    assert message in own
+    assert of_another.startswith("rank 1 failed, so rank 0 stops too: ValueError: OnlineEvaluator[knn]")
+    assert message in of_another
+
+
+def save(path: Path) -> list[int]:
+    state = observed(evaluator()).state_dict()
+    if rank_and_size()[0] == 0:
+        torch.save(state, path)
+    again = evaluator()
+    again.load_state_dict(state)  # each rank's own also serves it
+    assert scored(again) == loop({})
+    return [len(rows) for rows in state["queues"]["embedding"]["rows"]]
+
+
+def resume(path: Path, length: int) -> tuple[dict[str, float], torch.Tensor]:
+    knn = evaluator(queue_length=length)
+    knn.load_state_dict(torch.load(path, weights_only=True))
+    values, state = scored(knn), knn.state_dict()["queues"]["embedding"]
+    return values, torch.cat(state["rows"])
+
+
+def test_it_resumes_on_any_number_of_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks.run(save, tmp_path / "state.pt") == [[60, 60], [60]]
+    ((whole, rows),) = ranks.run(resume, tmp_path / "state.pt", 400, ranks=1)
+    assert sorted(rows.tolist()) == sorted(TRAIN["x"].tolist())
+    for size in (2, 3):
+        for values, _ in ranks.run(resume, tmp_path / "state.pt", 400, ranks=size):
+            assert values == pytest.approx(whole, abs=1e-6)
+    ((_, rows),) = ranks.run(resume, tmp_path / "state.pt", 30, ranks=1)
+    assert sorted(rows.tolist()) == sorted(TRAIN["x"][90:].tolist())  # the newest of both
