@@ -1,5 +1,6 @@
 """Recall of an index: which share of the exact neighbours it found."""
 
+import torch
 from torch import Tensor
 
 _BLOCK = 1 << 23  # pairs of ids that are compared at once
@@ -16,16 +17,15 @@ def recalls(distances: Tensor, indices: Tensor, exact_distances: Tensor, exact_i
         distances: (Q, k) found, inf where missing.
         indices: (Q, k) found, -1 where missing.
         exact_distances: (Q, k) ascending.
-        exact_indices: (Q, k), none missing.
+        exact_indices: (Q, k), -1 where there are fewer.
 
     Returns:
-        Two shares of all Q·k exact neighbours: counted by distance, and by id.
+        Two shares of all exact neighbours: counted by distance, and by id.
 
     Raises:
         ValueError: If a row is found twice by one query: neither count would mean anything.
 
     Example:
-        >>> import torch
         >>> distances = torch.tensor([[0.1, 0.2]])
         >>> recalls(distances, torch.tensor([[4, 7]]), distances, torch.tensor([[4, 5]]))
         (1.0, 0.5)
@@ -33,10 +33,14 @@ def recalls(distances: Tensor, indices: Tensor, exact_distances: Tensor, exact_i
     ordered = indices.sort(dim=1).values
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         raise ValueError("the index returned a row twice for one query: its recall cannot be measured")
-    near = (distances <= exact_distances[:, -1:] + 1e-5 * exact_distances[:, -1:].abs()) & (indices >= 0)
+    there = exact_indices >= 0
+    last = exact_distances.masked_fill(~there, -torch.inf).amax(1, keepdim=True)
+    near = (distances <= last + 1e-5 * last.abs()) & (indices >= 0)
     size = max(1, _BLOCK // indices.shape[1] ** 2)  # queries of a block
-    same = sum(
-        int((indices[a : a + size, :, None] == exact_indices[a : a + size, None, :]).sum())
-        for a in range(0, len(indices), size)
-    )
-    return float(near.sum()) / indices.numel(), same / indices.numel()
+    same = sum(_count_common(indices[a : a + size], exact_indices[a : a + size]) for a in range(0, len(indices), size))
+    total = int(there.sum())
+    return (float(near.sum()) / total, same / total) if total else (1.0, 1.0)
+
+
+def _count_common(indices: Tensor, exact_indices: Tensor) -> int:
+    return int(((indices[:, :, None] == exact_indices[:, None, :]) & (indices[:, :, None] >= 0)).sum())

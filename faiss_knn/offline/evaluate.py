@@ -28,7 +28,7 @@ from faiss_knn.offline.report.report import EvalReport
 from faiss_knn.offline.report.results import Outcome, Record, record_key
 from faiss_knn.offline.scores import make_judge
 from faiss_knn.offline.search import EXACT, SearchResult, Variant, search_task
-from faiss_knn.offline.task import EvalTask, check_values, few_shot_facts, make_task, warning_facts
+from faiss_knn.offline.task import EvalTask, Limits, check_values, few_shot_facts, make_task, warning_facts
 from faiss_knn.search.inputs import as_switch, shown
 
 __all__ = ["EvalReport", "evaluate", "evaluate_with", "task_for"]
@@ -66,6 +66,10 @@ def evaluate(
     progress: bool | None = False,
     protocol: str | None = None,
     center: bool = False,
+    groups: Any = None,
+    exclude_same_group: bool = False,
+    own_rows: Any = None,
+    ignored_rows: Any = None,
     done: Iterable[Record] = (),
     on_record: Callable[[Record, list[float]], None] | None = None,
 ) -> EvalReport:
@@ -115,6 +119,13 @@ def evaluate(
         protocol: Name of one of `protocols`, which settles k, temperature, weighting, distance and whether features are
             normalised or centred. What is given beside it counts, and is named in the records' `protocol`.
         center: Subtract the mean of the bank's labelled rows from all features.
+        groups: (Q,) integers or names of groups that queries are of (scene, patient, product; -1: a group of its own):
+            the 95 % interval of top-1 and the standard errors are then over groups, which are drawn whole. Or a pair,
+            of the bank's rows and of the queries; with leave_one_out (N,).
+        exclude_same_group: A query may not find rows of its own group: its neighbours are the nearest of the others.
+        own_rows: (Q,) the row of the bank that each query is itself, -1 for none: for queries that are a part of the
+            bank, none of which is its own neighbour.
+        ignored_rows: Rows of the bank that each query may not find: a list of lists, or (Q, m) padded with -1.
         done: Records of an earlier run: what they cover is not done again, and they stand in the report.
         on_record: Called with each new record, and its scores by class, as soon as it is there.
 
@@ -144,15 +155,21 @@ def evaluate(
     done = _checked_done(done)
     if on_record is not None and not callable(on_record):
         raise ValueError(f"`on_record` must be a function of a record and its scores, got {shown(on_record)}")
-    task = task_for(options, bank_features, bank_labels, query_features, query_labels)
+    limits = Limits(groups, as_switch(exclude_same_group, "`exclude_same_group`"), own_rows, ignored_rows)
+    task = task_for(options, bank_features, bank_labels, query_features, query_labels, limits)
     files = {"bank_file": _file_of(bank_features), "query_file": _file_of(query_features)}
     return evaluate_with(options, task, files, done=done, on_record=on_record)
 
 
 def task_for(
-    options: EvalOptions, bank_features: Any, bank_labels: Any, query_features: Any, query_labels: Any
+    options: EvalOptions,
+    bank_features: Any,
+    bank_labels: Any,
+    query_features: Any,
+    query_labels: Any,
+    limits: Limits | None = None,
 ) -> EvalTask:
-    """Make the task of features and labels as `evaluate` takes them; see `make_task`."""
+    """Make the task of features, labels and limits as `evaluate` takes them; see `make_task`."""
     return make_task(
         bank_features,
         bank_labels,
@@ -163,6 +180,7 @@ def task_for(
         leave_one_out=options.leave_one_out,
         ignore_index=options.ignore_index,
         multi_label=any(name.startswith("Multilabel") for name in options.metrics),
+        limits=limits,
     )
 
 
@@ -233,6 +251,11 @@ class _Evaluation:
         self.draws = _drawn(self.task, options)
         self._exact_top1: dict[VoteOptions, Tensor] = {}
         self._query_fingerprint = query_fingerprint(self.draws[0])
+        self._groups = self.draws[0].queries.groups
+        if self.draws[0].n_groups == 1:
+            raise ValueError(
+                "`groups` must name two groups of queries or more, got 1: an interval is drawn over groups"
+            )
         self._queries = describe_queries(self.draws[0]) if keeps_outcomes(options, self.draws) else None
 
     def setup(self, variant: Variant, vote: VoteOptions) -> Record:
@@ -270,7 +293,7 @@ class _Evaluation:
             class_scores = torch.stack([one.per_class for one in hits]).mean(0)
             fields = {
                 **self.setup(variant, vote),
-                **accuracy_fields(hits, self._exact_top1[vote], class_scores, self.draws[0].multi_hot),
+                **accuracy_fields(hits, self._exact_top1[vote], class_scores, self.draws[0].multi_hot, self._groups),
                 **recall[vote.k],
                 **retrieval_at(retrieval, vote.k),
                 **cost,

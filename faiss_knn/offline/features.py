@@ -126,6 +126,24 @@ def read_labels(path: str | Path, role: Role = "bank", key: str | None = None) -
     return _as_labels(path, arrays[name])
 
 
+def read_column(path: str | Path, role: Role, key: str) -> npt.NDArray[Any]:
+    """Read an array that stands beside the features, such as the group of each row, in the order of the rows.
+
+    Raises:
+        DataError: If it is not there, or no array of integers or names, one entry per row.
+    """
+    path = Path(path)
+    files = open_folder(path, role, allow_partial=False) if path.is_dir() else Folder([path])
+    columns = []
+    for file in files.features:
+        values = np.asarray(read_array(file, _named(file, open_arrays(file), key, "rows")[1]))
+        if values.dtype.kind not in "iuUSO":
+            raise DataError(f"{file}: {key!r} must hold integers or names, got {values.dtype}")
+        columns.append(values)
+    found = np.concatenate(columns)
+    return found[_sample_order(files, len(found))] if files.ids else found
+
+
 def read_class_names(path: str | Path) -> list[str]:
     """Read class names in the order of the class ids: one a line, a JSON list, or JSON {id: name}.
 

@@ -15,7 +15,11 @@ from torch import Tensor
 from faiss_knn import __version__
 from faiss_knn.measures.recall import recalls
 from faiss_knn.measures.retrieval import retrieval_metrics
-from faiss_knn.measures.significance import wilson_interval
+from faiss_knn.measures.significance import (
+    cluster_bootstrap_interval,
+    cluster_standard_error,
+    wilson_interval,
+)
 from faiss_knn.offline.lazy_rows import spans
 from faiss_knn.offline.options import EvalOptions, VoteOptions
 from faiss_knn.offline.report.results import Record
@@ -47,6 +51,8 @@ def setup_fields(task: EvalTask, options: EvalOptions, variant: Variant, vote: V
         "center": options.center,
         "normalize": options.normalize,
         "leave_one_out": task.leave_one_out,
+        "n_groups": task.n_groups,
+        "exclude_same_group": task.exclude_same_group,
         "per_class": options.per_class,
         "tries": options.tries,
         "seed": options.seed,
@@ -73,7 +79,9 @@ def top1_by_query(hits: Sequence[Hits]) -> Tensor:
     return torch.stack([one.top1 for one in hits]).double().mean(0)
 
 
-def accuracy_fields(hits: Sequence[Hits], exact_top1: Tensor, class_scores: Tensor, multi_hot: bool) -> dict[str, Any]:
+def accuracy_fields(
+    hits: Sequence[Hits], exact_top1: Tensor, class_scores: Tensor, multi_hot: bool, groups: Tensor | None
+) -> dict[str, Any]:
     """Say how often a vote was right, and how much less often than with exact neighbours.
 
     Args:
@@ -81,15 +89,16 @@ def accuracy_fields(hits: Sequence[Hits], exact_top1: Tensor, class_scores: Tens
         exact_top1: (Q,) `top1_by_query` of the exact neighbours under the same vote.
         class_scores: (C,) means over the draws of `Hits.per_class`.
         multi_hot: Whether queries may have several classes.
+        groups: (Q,) which group each query is of: what is said to be sure is so over groups; None: over queries.
     """
     by_query = top1_by_query(hits)
     by_draw = torch.stack([one.top1 for one in hits]).double().mean(1)
     top1, loss = by_query.mean().item(), exact_top1 - by_query
     class_mean = class_scores.nanmean().item()
-    low, high = wilson_interval(min(by_query.sum().item(), len(by_query)), len(by_query))  # of draws, by their mean
+    low, high = _interval(by_query, groups)
     return {
         "top1": top1,
-        "top1_se": math.sqrt(top1 * (1 - top1) / len(by_query)),
+        "top1_se": math.sqrt(top1 * (1 - top1) / len(by_query)) if groups is None else _grouped_error(by_query, groups),
         "top1_low": low,
         "top1_high": high,
         "top1_std": by_draw.std().item() if len(hits) > 1 else None,
@@ -97,9 +106,22 @@ def accuracy_fields(hits: Sequence[Hits], exact_top1: Tensor, class_scores: Tens
         "macro_top1": None if multi_hot else class_mean,
         "map": class_mean if multi_hot else None,
         "accuracy_loss": loss.mean().item(),
-        "accuracy_loss_se": loss.std(correction=0).item() / math.sqrt(len(loss)),
+        "accuracy_loss_se": (
+            loss.std(correction=0).item() / math.sqrt(len(loss)) if groups is None else _grouped_error(loss, groups)
+        ),
         **mean_values([one.values for one in hits]),
     }
+
+
+def _interval(by_query: Tensor, groups: Tensor | None) -> tuple[float, float]:
+    """The 95 % interval of a share of right queries; of several draws, by the mean over them."""
+    if groups is None:
+        return wilson_interval(min(by_query.sum().item(), len(by_query)), len(by_query))
+    return cluster_bootstrap_interval(by_query.cpu().numpy(), groups.numpy())
+
+
+def _grouped_error(by_query: Tensor, groups: Tensor) -> float:
+    return cluster_standard_error(by_query.cpu().numpy(), groups.numpy())
 
 
 def recall_fields(

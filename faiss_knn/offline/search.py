@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from faiss_knn.distributed import all_gather_object, all_or_none, gather_rows, rank_and_size
 from faiss_knn.offline.lazy_rows import RowSource, read_rows, spans
+from faiss_knn.offline.left_out import nearest_allowed
 from faiss_knn.offline.task import EvalTask
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.engines.backend import make_index
-from faiss_knn.search.engines.rerank import Neighbors, drop_self, nearest
+from faiss_knn.search.engines.rerank import Neighbors, nearest
 from faiss_knn.search.index import KNNIndex
 from faiss_knn.search.inputs import is_memmap
 
@@ -141,24 +142,19 @@ def search_task(task: EvalTask, k: int, variant: Variant, options: SearchOptions
 
     Args:
         task: Bank and queries, the same on every rank.
-        k: How many, not counting the query itself with leave-one-out; lists are padded where the bank is smaller.
+        k: How many, of those that the query may find; lists are padded where there are fewer.
         variant: Which index.
         options: How to search.
 
     Raises:
         ValueError: On every rank, if the index refuses the features or its parameters.
     """
-    depth = k + task.leave_one_out
     if rank_and_size()[1] == 1:
-        result = _search_rows(task, (0, len(task.bank.rows)), depth, variant, options)
+        result = _search_rows(task, (0, len(task.bank.rows)), k, variant, options)
     elif variant == EXACT:
-        result = _split_bank(task, depth, options)
+        result = _split_bank(task, k, options)
     else:
-        result = _split_queries(task, depth, variant, options)
-    if task.leave_one_out:
-        own = torch.arange(len(result.indices), device=result.indices.device)
-        distances, indices = drop_self(result.distances, result.indices, own)
-        result = replace(result, distances=distances, indices=indices)
+        result = _split_queries(task, k, variant, options)
     result = _padded(result, k)
     neighbors = Neighbors(result.distances, result.indices)
     if options.distance_metric == "squared_euclidean":  # till here their roots: float64 does not hold every square
@@ -258,19 +254,68 @@ def _search_piece(task: EvalTask, span: Span, k: int, variant: Variant, options:
     """Build the variant's index over some of the bank's rows and search it for all queries, timed."""
     queries = task.queries.rows
     index = options.index(variant)
+    depth = k if task.left_out is None else k + min(k, int(task.left_out.counts.max()))
     start = time.perf_counter()
-    index.build(_bank_rows(task.bank.rows, span), expected_k=k, expected_queries=len(queries))
+    index.build(_bank_rows(task.bank.rows, span), expected_k=depth, expected_queries=len(queries))
     build_s = time.perf_counter() - start
+    search = _Search(index, task, span, k, variant)
     if build_s < _SHORT:  # threads and buffers are made once, outside the timing of a short search
-        index.search(read_rows(queries, 0, 1), k)
-    blocks = list(_searched_blocks(index, queries, k, variant, options.progress))
+        search.block(0, 1)
+    blocks = list(search.blocks(options.progress))
     search_s = sum(seconds for *_, seconds in blocks)
     if search_s < _SHORT:  # other work on the machine shows in a short search: the fastest of three counts
-        again = [_searched_blocks(index, queries, k, variant, options.progress) for _ in range(2)]
+        again = [search.blocks(options.progress) for _ in range(2)]
         search_s = min(search_s, *(sum(seconds for *_, seconds in run) for run in again))
     distances, indices = (torch.cat(parts) for parts in list(zip(*blocks, strict=True))[:2])
-    cost = _cost(index, build_s, search_s, len(indices)) | _latencies(index, queries, k, variant, options.latency)
+    cost = _cost(index, build_s, search_s, len(indices)) | search.latencies(options.latency)
     return SearchResult(distances, torch.where(indices < 0, indices, indices + span[0]), cost)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """An index over some of the bank's rows, asked for the neighbours that the task's queries may find."""
+
+    index: KNNIndex
+    task: EvalTask
+    span: Span
+    k: int
+    variant: Variant
+
+    def blocks(self, progress: bool | None) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Distances, indices and seconds, block by block."""
+        count = len(self.task.queries.rows)
+        disabled = None if progress is None else not progress
+        with tqdm(
+            total=count, desc=self.variant.name, unit="query", disable=disabled, file=sys.stderr, leave=False
+        ) as bar:
+            for a, b in spans(count, QUERY_BLOCK):
+                yield self.block(a, b)
+                bar.update(b - a)
+
+    def block(self, a: int, b: int) -> tuple[Tensor, Tensor, float]:
+        """Distances, as they are ordered by, so that pieces of a bank can be merged; indices in the piece; seconds."""
+        queries = read_rows(self.task.queries.rows, a, b)
+        start = time.perf_counter()
+        if self.task.left_out is None:
+            distances, indices = self._nearest(queries, self.k)
+        else:
+            numbers = torch.arange(a, b, device="cpu")
+            distances, indices = nearest_allowed(self._nearest, queries, numbers, self.k, self.task.left_out, self.span)
+        if indices.is_cuda:
+            torch.cuda.synchronize(indices.device)
+        return distances, indices, time.perf_counter() - start
+
+    def latencies(self, count: int) -> dict[str, float]:
+        """The median and the 95th percentile of the milliseconds of single queries; nothing if none is timed."""
+        if not count:
+            return {}
+        seconds = [self.block(i, i + 1)[2] for i in range(min(count, len(self.task.queries.rows)))]
+        p50, p95 = np.percentile(seconds, [50, 95])
+        return {"latency_p50_ms": 1e3 * float(p50), "latency_p95_ms": 1e3 * float(p95)}
+
+    def _nearest(self, queries: Any, k: int) -> tuple[Tensor, Tensor]:
+        distances, indices = self.index._nearest(queries, k * self.variant.settings.get("k_factor", 1))
+        return distances[:, :k], indices[:, :k]
 
 
 def _cost(index: KNNIndex, build_s: float, search_s: float, n_queries: int) -> dict[str, Any]:
@@ -303,48 +348,6 @@ def _bank_rows(bank: RowSource, span: Span) -> Any:
         return bank[span[0] : span[1]]
     block = read_rows(bank, *span)
     return np.array(block) if is_memmap(block) else block
-
-
-def _searched_blocks(
-    index: KNNIndex, queries: RowSource, k: int, variant: Variant, progress: bool | None
-) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Distances, indices and seconds, block by block."""
-    disabled = None if progress is None else not progress
-    with tqdm(
-        total=len(queries), desc=variant.name, unit="query", disable=disabled, file=sys.stderr, leave=False
-    ) as bar:
-        for a, b in spans(len(queries), QUERY_BLOCK):
-            block = read_rows(queries, a, b)
-            start = time.perf_counter()
-            distances, indices = _search_block(index, block, k, variant)
-            _wait(indices)
-            yield distances, indices, time.perf_counter() - start
-            bar.update(b - a)
-
-
-def _search_block(index: KNNIndex, queries: Any, k: int, variant: Variant) -> tuple[Tensor, Tensor]:
-    """Distances as they are ordered by, so that pieces of a bank can be merged, and indices."""
-    distances, indices = index._nearest(queries, k * variant.settings.get("k_factor", 1))
-    return distances[:, :k], indices[:, :k]
-
-
-def _wait(result: Tensor) -> None:
-    if result.is_cuda:
-        torch.cuda.synchronize(result.device)
-
-
-def _latencies(index: KNNIndex, queries: RowSource, k: int, variant: Variant, count: int) -> dict[str, float]:
-    """The median and the 95th percentile of the milliseconds that single queries take; nothing if none is timed."""
-    if not count:
-        return {}
-    seconds = []
-    for i in range(min(count, len(queries))):
-        query = read_rows(queries, i, i + 1)
-        start = time.perf_counter()
-        _wait(_search_block(index, query, k, variant)[1])
-        seconds.append(time.perf_counter() - start)
-    p50, p95 = np.percentile(seconds, [50, 95])
-    return {"latency_p50_ms": 1e3 * float(p50), "latency_p95_ms": 1e3 * float(p95)}
 
 
 def _widest(dtypes: Sequence[str]) -> str:

@@ -24,7 +24,9 @@ from faiss_knn.classify.labels import (
     read_labels,
     width_of,
 )
+from faiss_knn.offline.groups import read_groups
 from faiss_knn.offline.lazy_rows import RowSource, Subset, read_rows, spans
+from faiss_knn.offline.left_out import LeftOut
 from faiss_knn.search.inputs import check_dense
 
 Ids = npt.NDArray[np.int64]
@@ -45,6 +47,9 @@ class LabelledRows:
         unlabelled: How many rows were left out for want of a label.
         shares: (n, C) shares of the classes, of which `labels` are the largest; None if each row has one class.
         skipped: How many rows were left out because no distance can be measured from them.
+        groups: (n,) int64 which group each is of, or None.
+        own: (n,) int64 of queries, each one's own row in what was given as the bank, -1 without one; or None.
+        ignored: (n, m) int64 of queries, rows of what was given as the bank that each may not find, or -1; or None.
     """
 
     rows: RowSource
@@ -53,13 +58,41 @@ class LabelledRows:
     unlabelled: int
     shares: Tensor | None = None
     skipped: int = 0
+    groups: Tensor | None = None
+    own: Ids | None = None
+    ignored: Ids | None = None
 
     def pick(self, places: Ids) -> "LabelledRows":
         """Pick some of the rows, by ascending place."""
         chosen = torch.from_numpy(places)
         shares = None if self.shares is None else self.shares[chosen]
-        rows = Subset(self.rows, places)
-        return replace(self, rows=rows, labels=self.labels[chosen], ids=self.ids[places], shares=shares)
+        return replace(
+            self,
+            rows=Subset(self.rows, places),
+            labels=self.labels[chosen],
+            ids=self.ids[places],
+            shares=shares,
+            groups=None if self.groups is None else self.groups[chosen],
+            own=None if self.own is None else self.own[places],
+            ignored=None if self.ignored is None else self.ignored[places],
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which rows belong together, and which of the bank a query may not find, all as `evaluate` takes them.
+
+    Attributes:
+        groups: See `faiss_knn.offline.groups.read_groups`.
+        exclude_same_group: Whether a query may not find rows of its own group.
+        own_rows: (Q,) each query's own row in the bank, -1 where it has none.
+        ignored_rows: Lists, or (Q, m) padded with -1, of bank rows that each query may not find.
+    """
+
+    groups: Any = None
+    exclude_same_group: bool = False
+    own_rows: Any = None
+    ignored_rows: Any = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +109,7 @@ class EvalTask:
         leave_one_out: See above.
         class_ids: (C,) ids by class number, where these are not the same.
         fingerprint: Of every number and label, once they were looked at.
+        exclude_same_group: Whether a query may not find rows of its own group.
     """
 
     bank: LabelledRows
@@ -85,6 +119,7 @@ class EvalTask:
     leave_one_out: bool
     class_ids: list[int] | None = None
     fingerprint: str = ""
+    exclude_same_group: bool = False
 
     @property
     def multi_hot(self) -> bool:
@@ -99,7 +134,33 @@ class EvalTask:
     @property
     def reachable(self) -> int:
         """How many neighbours a query can have."""
-        return len(self.bank.rows) - self.leave_one_out
+        return len(self.bank.rows) - (0 if self.left_out is None else int(self.left_out.counts.min()))
+
+    @cached_property
+    def n_groups(self) -> int | None:
+        """How many groups the queries are of, None where no groups were given."""
+        return None if self.queries.groups is None else len(torch.unique(self.queries.groups))
+
+    @cached_property
+    def left_out(self) -> LeftOut | None:
+        """Which bank rows each query may not find; None: it may find all."""
+        queries = self.queries
+        own = queries.ids if self.leave_one_out else queries.own
+        grouped = self.exclude_same_group
+        if own is None and queries.ignored is None and not grouped:
+            return None
+        nowhere = np.full(len(queries.ids), -1)
+        listed = np.empty((0, 2), np.int64)
+        if queries.ignored is not None:
+            places = _places_of(queries.ignored, self.bank.ids)
+            listed = np.stack([np.nonzero(places >= 0)[0], places[places >= 0]], 1)
+        return LeftOut(
+            torch.from_numpy(nowhere if own is None else _places_of(own, self.bank.ids)),
+            self.bank.groups if grouped else None,
+            queries.groups if grouped else None,
+            torch.from_numpy(np.unique(listed[:, 0] * len(self.bank.ids) + listed[:, 1])),
+            len(self.bank.ids),
+        )
 
     def name(self, label: int) -> str:
         """What a class is called."""
@@ -119,8 +180,11 @@ class EvalTask:
 
     @cached_property
     def relevant_counts(self) -> Tensor:
-        """(Q,) bank rows of the query's class, itself not counted; for single labels."""
-        return self.bank_counts[self.queries.labels] - int(self.leave_one_out)
+        """(Q,) bank rows of the query's class that it may find; for single labels."""
+        counts = self.bank_counts[self.queries.labels]
+        if self.left_out is None:
+            return counts
+        return counts - self.left_out.count_alike(self.bank.labels, self.queries.labels)
 
     def few_shot(self, per_class: int, random: np.random.SeedSequence) -> "EvalTask":
         """The same queries before a bank of `per_class` rows drawn from each class, or all of a smaller class."""
@@ -146,11 +210,13 @@ def make_task(
     leave_one_out: bool,
     ignore_index: int | None = None,
     multi_label: bool = False,
+    limits: Limits | None = None,
 ) -> EvalTask:
     """Check bank and queries and number the classes.
 
     Labels that are names are numbered in their sorted order, and so are class ids that are few and large. Rows of 0 and
-    1 with one 1 each are class ids, unless `multi_label`.
+    1 with one 1 each are class ids, unless `multi_label`. `limits` say which groups rows are of, and which rows queries
+    may not find.
 
     Raises:
         ValueError: If shapes or kinds do not fit, a label is out of range, or nothing is labelled.
@@ -179,7 +245,61 @@ def make_task(
     bank = both[0]
     if leave_one_out and len(bank.rows) < 2:
         raise ValueError("leave_one_out needs a bank of two labelled rows or more, got 1")
-    return EvalTask(bank, bank if leave_one_out else both[1], count, names, leave_one_out, ids)
+    task = EvalTask(bank, bank if leave_one_out else both[1], count, names, leave_one_out, ids)
+    return task if limits is None else _limited(task, limits, len(bank_rows), len(query_rows))
+
+
+def _limited(task: EvalTask, limits: Limits, n_bank: int, n_queries: int) -> EvalTask:
+    """The task with groups and lists of rows that queries may not find, as they were given for all rows."""
+    bank, queries = task.bank, task.queries
+    if limits.groups is not None:
+        groups = read_groups(limits.groups, n_bank, n_queries, leave_one_out=task.leave_one_out)
+        bank, queries = (
+            side if of_all is None else replace(side, groups=of_all[torch.from_numpy(side.ids)])
+            for side, of_all in zip((bank, queries), groups, strict=True)
+        )
+    if limits.exclude_same_group and bank.groups is None:
+        missing = "" if limits.groups is None else "those of the bank too, "
+        raise ValueError(f"exclude_same_group needs groups: give {missing}`groups`, (bank_groups, query_groups)")
+    own, ignored = limits.own_rows, limits.ignored_rows
+    if task.leave_one_out and own is not None:
+        raise ValueError("leave_one_out says which row is a query's own: leave out `own_rows`")
+    if own is not None:
+        queries = replace(queries, own=_bank_rows(own, "own_rows", n_queries, n_bank, 1)[queries.ids])
+    if ignored is not None:
+        queries = replace(queries, ignored=_bank_rows(ignored, "ignored_rows", n_queries, n_bank, 2)[queries.ids])
+    bank = queries if task.leave_one_out else bank
+    task = replace(task, bank=bank, queries=queries, exclude_same_group=limits.exclude_same_group)
+    if task.reachable < 1:
+        raise ValueError("no query has a neighbour that it may find: each has lost the whole bank")
+    return task
+
+
+def _bank_rows(given: Any, argument: str, n_queries: int, n_bank: int, ndim: int) -> Ids:
+    """Row numbers of the bank, -1 for none: (Q,), or (Q, m) from lists of any lengths."""
+    values = given.cpu().numpy() if isinstance(given, Tensor) else given
+    if ndim == 2 and not hasattr(values, "shape"):
+        width = max((len(one) for one in values), default=0)
+        values = [[*one, *[-1] * (width - len(one))] for one in values]
+    rows = np.asarray(values)
+    if rows.size == 0 and ndim == 2:
+        rows = np.full((n_queries, 1), -1) if len(rows) == n_queries else rows
+    if rows.dtype.kind not in "iu" or rows.ndim != ndim or len(rows) != n_queries:
+        what = "a row of the bank, or -1," if ndim == 1 else "a list of rows of the bank"
+        raise ValueError(
+            f"`{argument}` must be {what} for each of {n_queries} queries, got {rows.dtype} of shape {rows.shape}"
+        )
+    if rows.size and not -1 <= rows.min() <= rows.max() < n_bank:
+        wrong = rows.min() if rows.min() < -1 else rows.max()
+        raise ValueError(f"`{argument}` must be rows of the bank, in [0, {n_bank}), or -1, got {wrong}")
+    return rows.astype(np.int64)
+
+
+def _places_of(rows: Ids, ids: Ids) -> Ids:
+    """Places of row numbers among ascending `ids`, -1 where they are not there."""
+    places = np.searchsorted(ids, rows).clip(max=len(ids) - 1)
+    found: Ids = np.where(ids[places] == rows, places, -1)
+    return found
 
 
 def _check_queries_given(query_features: RowSource | None, query_labels: ArrayLike | None, leave_one_out: bool) -> None:
@@ -374,6 +494,8 @@ def check_values(task: EvalTask, distance_metric: str, skip_bad_rows: bool = Fal
         ValueError: If there is such a row, naming it as the caller numbers it, or there is no other one.
     """
     digest = blake2b(str((task.dim, task.class_ids)).encode(), digest_size=8)
+    if task.exclude_same_group:
+        digest.update(b"without its group")
     bank = _checked_values(task.bank, "bank_features", distance_metric, skip_bad_rows, digest)
     queries = bank
     if not task.leave_one_out:
@@ -397,8 +519,8 @@ def _checked_values(
             need = "finite, and not zero under cosine" if needs_direction else "finite"
             row = int(labelled.ids[bad[-1][0]])
             raise ValueError(f"`{name}` must be {need}: row {row} is not: leave it out (label -1) or mend it")
-    for labels in (labelled.labels, labelled.shares):
-        digest.update(b"" if labels is None else _bytes_of(labels))
+    for told in (labelled.labels, labelled.shares, labelled.groups, labelled.own, labelled.ignored):
+        digest.update(b"" if told is None else _bytes_of(told))
     places = np.concatenate(bad)
     if not len(places):
         return labelled

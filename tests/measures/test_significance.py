@@ -7,6 +7,8 @@ from scipy import stats
 from faiss_knn.measures.significance import (
     Pairs,
     bootstrap_interval,
+    cluster_bootstrap_interval,
+    cluster_standard_error,
     count_pairs,
     holm,
     mcnemar_p,
@@ -139,3 +141,43 @@ def test_more_queries_are_needed_for_less_difference_more_power_and_more_compari
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_cluster_bootstrap_draws_whole_groups():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 30, 400)
+    values = (rng.random(30)[groups] + 0.3 * rng.random(400)) > 0.7
+    ours = cluster_bootstrap_interval(values, groups, 0.9, draws=4000, seed=1)
+    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    means = [values[np.concatenate([members[g] for g in rng.integers(0, 30, 30)])].mean() for _ in range(4000)]
+    assert ours == pytest.approx(tuple(np.quantile(means, [0.05, 0.95])), abs=0.01)
+    alone = cluster_bootstrap_interval(values, np.arange(400), 0.9, draws=4000)
+    assert alone[1] - alone[0] < 0.6 * (ours[1] - ours[0])
+    error = cluster_standard_error(values, groups)
+    assert error == pytest.approx(np.std(means), rel=0.1)
+    assert cluster_standard_error(values, np.arange(400)) == pytest.approx(values.std() / 20)
+
+
+def test_a_cluster_bootstrap_covers_the_mean_as_often_as_it_says():
+    covered = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        shares = rng.beta(4, 2, 60)
+        groups = np.repeat(np.arange(60), rng.integers(1, 9, 60))
+        low, high = cluster_bootstrap_interval(rng.random(len(groups)) < shares[groups], groups, draws=1000)
+        covered += low <= 4 / 6 <= high
+    assert 0.90 <= covered / 300 <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("values", "groups", "options", "message"),
+    [
+        ([1, 0], [3, 3], {}, "`groups` must be two groups or more, got 1"),
+        ([1, 0], [3, 4, 5], {}, "of the same queries as `values`"),
+        ([1, 0], [3, 4], {"draws": 0}, "`draws` must be 1 or more, got 0"),
+        ([1, 0], [3, 4], {"confidence": 1.0}, "`confidence` must be in"),
+    ],
+)
+def test_a_cluster_bootstrap_refuses(values, groups, options, message):
+    with pytest.raises(ValueError, match=message):
+        cluster_bootstrap_interval(values, groups, **options)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from faiss_knn.offline.features import Features
+    from faiss_knn.offline.folders import Role
     from faiss_knn.offline.options import EvalOptions
     from faiss_knn.offline.report.report import EvalReport, Record
+    from faiss_knn.offline.task import Limits
 
 # torch and the readers are imported when there is something to evaluate, so that --help and bad usage answer at once.
 
@@ -37,6 +39,7 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
     ledger = None
     with all_or_none():
         bank, queries = _read(given)
+        limits = _limits(given)
         names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
         if given.out is not None and not given.dry_run and first:
             ledger = Ledger(given.out, given.resume, overwrite=given.overwrite)
@@ -47,7 +50,14 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
     options = _options(given, names, progress=None if first else False)
     report = evaluate_with(
         options,
-        task_for(options, bank.rows, bank.labels, *((queries.rows, queries.labels) if queries else (None, None))),
+        task_for(
+            options,
+            bank.rows,
+            bank.labels,
+            queries.rows if queries else None,
+            queries.labels if queries else None,
+            limits,
+        ),
         {name: path and str(path) for name, path in (("bank_file", given.bank), ("query_file", given.queries))},
         done=broadcast_object(ledger.done if ledger is not None else []),
         on_record=None if ledger is None else ledger.add,
@@ -119,6 +129,20 @@ def _read(given: argparse.Namespace) -> "tuple[Features, Features | None]":
                 f"{features.source}: holds no labels: give them with {option}, or name them with --labels-key"
             )
     return read[0][0], None if given.leave_one_out else read[1][0]
+
+
+def _limits(given: argparse.Namespace) -> "Limits":
+    from faiss_knn.offline.features import read_column
+    from faiss_knn.offline.task import Limits
+
+    def column(role: "Role", key: str | None) -> Any:
+        return None if key is None else read_column(given.bank if role == "bank" else given.queries, role, key)
+
+    groups = column("bank" if given.leave_one_out else "queries", given.groups)
+    if given.exclude_same_group and not given.leave_one_out:
+        groups = (column("bank", given.groups), groups)
+    own, ignored = column("queries", given.own_rows), column("queries", given.ignored_rows)
+    return Limits(groups, given.exclude_same_group, own, ignored)
 
 
 def _dry_run(given: argparse.Namespace, bank: "Features", queries: "Features | None", names: list[str] | None) -> str:

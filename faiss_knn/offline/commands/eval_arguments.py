@@ -54,9 +54,31 @@ def _add_data(group: Any) -> None:
         "--leave-one-out", action=argparse.BooleanOptionalAction, default=False,
         help="BANK alone: its rows are the queries, none is its own neighbour",
     )  # fmt: skip
+    _add_limits(group)
     group.add_argument("--per-class", type=positive, metavar="N", help="few-shot: banks of N rows per class")
     group.add_argument("--tries", type=positive, metavar="T", help="few-shot banks to draw (default 5)")
     group.add_argument("--seed", type=count, default=0, help="of the draws, which no two seeds share (default 0)")
+
+
+def _add_limits(group: Any) -> None:
+    """Which rows belong together, and which of the bank a query may not find: arrays in the same files."""
+    group.add_argument(
+        "--groups", metavar="KEY",
+        help="array of groups (scene, patient): intervals are over the queries' groups; -1: a group of its own",
+    )  # fmt: skip
+    group.add_argument(
+        "--exclude-same-group", action=argparse.BooleanOptionalAction, default=False,
+        help="no query finds rows of its own group: --groups is in BANK too",
+    )  # fmt: skip
+    group.add_argument(
+        "--own-rows", metavar="KEY",
+        help="array in QUERIES: the row of BANK that each query is itself, and does not find; -1: none",
+    )  # fmt: skip
+    group.add_argument(
+        "--ignored-rows",
+        metavar="KEY",
+        help="array (Q, m) in QUERIES: rows of BANK that each query may not find, or -1",
+    )
 
 
 def _add_vote(group: Any) -> None:
@@ -137,6 +159,13 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
         parser.error("QUERIES is missing: name the queries' file, or add --leave-one-out")
     if given.leave_one_out and given.per_class is not None:
         parser.error("--per-class does not go with --leave-one-out")
+    for name in ("own_rows", "ignored_rows"):
+        if getattr(given, name) is not None and given.queries is None:
+            parser.error(f"--{name.replace('_', '-')} is an array in QUERIES: name the file")
+    if given.groups is not None and given.bank is None:
+        parser.error("--groups is an array in BANK or QUERIES: name the files")
+    if given.exclude_same_group and given.groups is None:
+        parser.error("--exclude-same-group needs --groups")
     if given.tries is not None and given.per_class is None:
         parser.error("--tries needs --per-class")
     if all(spec == "flat" for spec in given.index):

@@ -98,6 +98,10 @@ def _summary(report: Results) -> Section:
         spread = ""
     top = f"{title_of(report)}{spread}, with {setting(best)} on index {index_name(best)}."
     left_out = " Each query's own row is left out." if best["leave_one_out"] else ""
+    if best.get("exclude_same_group"):
+        left_out += " No query finds rows of its own group."
+    if best.get("n_groups"):
+        left_out += f" Intervals and standard errors are over {best['n_groups']:,} groups of queries, drawn whole."
     return Section("Result", (top, how + left_out))
 
 

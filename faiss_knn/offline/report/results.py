@@ -28,6 +28,8 @@ class Record(TypedDict, total=False):
     center: bool  # whether the bank's mean was subtracted
     normalize: bool  # whether rows were divided by their lengths; cosine does so by itself
     leave_one_out: bool
+    n_groups: int | None  # of the queries, if groups were given: standard errors and intervals are over them
+    exclude_same_group: bool  # whether a query may not find rows of its group
     per_class: int | None  # rows of each class in a few-shot bank
     tries: int | None  # few-shot banks drawn
     seed: int
@@ -40,8 +42,8 @@ class Record(TypedDict, total=False):
     skipped_bank: int  # rows left out as not finite or, under cosine, zero
     skipped_queries: int
     top1: float  # share of the queries of which the class of highest score is right
-    top1_se: float  # its binomial standard error
-    top1_low: float  # its 95 % interval
+    top1_se: float  # its binomial standard error, or that over groups
+    top1_low: float  # its 95 % interval: Wilson's, or a bootstrap over groups
     top1_high: float
     top1_std: float | None  # its deviation over the few-shot banks
     top5: float
@@ -96,6 +98,7 @@ _TASK_WORDS = {
     "bank_file": "bank {}", "query_file": "queries {}", "leave_one_out": "leave-one-out: {}",
     "distance_metric": "{} distance", "per_class": "rows per class: {}", "tries": "draws: {}", "seed": "seed {}",
     "center": "centred: {}", "normalize": "normalised: {}",
+    "exclude_same_group": "own group left out: {}", "n_groups": "groups: {}",
     "num_classes": "{} classes", "storage_dtype": "stored as {}",
 }  # fmt: skip
 
