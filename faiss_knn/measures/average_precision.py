@@ -1,4 +1,4 @@
-"""Average precision of scores, class by class."""
+"""Average precision of scores: of each class over the queries, and of all pairs together."""
 
 from typing import Any
 
@@ -27,6 +27,40 @@ def average_precisions(scores: Tensor, truth: Tensor) -> Tensor:
     """
     columns = zip(scores.T.cpu().numpy(), truth.T.cpu().numpy(), strict=True)
     return torch.tensor([_average_precision(s, t) for s, t in columns], dtype=torch.float64, device="cpu")
+
+
+def micro_average_precision(scores: npt.ArrayLike, matches: npt.ArrayLike, total: int) -> float:
+    """Compute the average precision of the pairs of all queries in one list: µAP, as copy detection counts it.
+
+    Pairs are ordered by their scores over all queries, so that scores must mean the same for each; queries without any
+    true pair count, by their false ones. It is Σ_i p(i) · Δr(i), with precision p(i) among the first i pairs and recall
+    of all `total` true ones (Kordopatis-Zilos et al. 2022, DVSC; Douze et al. 2021, DISC21, arXiv 2106.09672,
+    section 4.2). Pairs of equal score are one threshold.
+
+    Args:
+        scores: (P,) of the pairs that were found, the higher the surer.
+        matches: (P,) bool, whether each is true.
+        total: How many true pairs there are, with those that were not found.
+
+    Returns:
+        In [0, 1]; NaN if there are no true pairs.
+
+    Raises:
+        ValueError: If more pairs are true than `total`, or lengths differ.
+
+    Example:
+        >>> micro_average_precision([0.9, 0.8, 0.5], [True, False, True], total=4)
+        0.41666666666666663
+    """
+    values, truth = np.asarray(scores), np.asarray(matches, dtype=np.bool_)
+    if values.ndim != 1 or values.shape != truth.shape:
+        raise ValueError(f"`matches` must be of the same pairs as `scores`, {values.shape}, got {truth.shape}")
+    found = int(truth.sum())
+    if total < found:
+        raise ValueError(f"`total` must count all true pairs, at least the {found} that were found, got {total}")
+    if not total:
+        return float("nan")
+    return _average_precision(values, truth) * found / total if found else 0.0
 
 
 def _average_precision(scores: npt.NDArray[Any], truth: npt.NDArray[Any]) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from faiss_knn.classify.labels import as_dense
+from faiss_knn.measures.class_means import class_means
 
 
 def retrieval_metrics(
@@ -43,6 +44,44 @@ def retrieval_metrics(
         >>> scores["precision@3"], scores["map@3"], scores["mrr"]
         (0.6666666666666666, 0.8333333333333333, 1.0)
     """
+    values, _ = _values_by_query(neighbor_labels, query_labels, relevant_counts, ks)
+    return {name: value.mean().item() for name, value in values.items()}
+
+
+def retrieval_by_class(
+    neighbor_labels: Tensor, query_labels: Tensor, relevant_counts: Tensor, ks: Iterable[int], num_classes: int
+) -> dict[str, Tensor]:
+    """Compute the metrics of `retrieval_metrics` for the queries of each class.
+
+    Their means over classes, `value.nanmean()`, weigh a class of few queries like one of many.
+
+    Args:
+        neighbor_labels: As in `retrieval_metrics`, and so are the next three.
+        query_labels: (B,).
+        relevant_counts: (B,).
+        ks: List lengths.
+        num_classes: C.
+
+    Returns:
+        (C,) float64 means by name, NaN for a class without a query of R > 0.
+
+    Raises:
+        ValueError: As `retrieval_metrics`.
+
+    Example:
+        >>> lists = torch.tensor([[0, 1], [1, 0], [0, 0]])
+        >>> found = retrieval_by_class(lists, torch.tensor([0, 0, 1]), torch.tensor([1, 1, 1]), [1], num_classes=3)
+        >>> found["precision@1"]
+        tensor([0.5000, 0.0000,    nan], dtype=torch.float64)
+    """
+    values, classes = _values_by_query(neighbor_labels, query_labels, relevant_counts, ks)
+    return {name: class_means(value, classes, num_classes) for name, value in values.items()}
+
+
+def _values_by_query(
+    neighbor_labels: Tensor, query_labels: Tensor, relevant_counts: Tensor, ks: Iterable[int]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Each metric of the queries with R > 0, and their classes, once all is checked."""
     neighbor_labels, query_labels, relevant_counts = (
         as_dense(values, f"`{name}`")
         for name, values in (
@@ -57,8 +96,7 @@ def retrieval_metrics(
     wanted = relevant_counts[kept].double()
     relevant = (neighbor_labels == query_labels[:, None])[kept] & (neighbor_labels[kept] >= 0)
     _check_counts(relevant, wanted)
-    values = _per_query(relevant.double(), wanted, ks)
-    return {name: value.mean().item() for name, value in values.items()}
+    return _per_query(relevant.double(), wanted, ks), query_labels[kept].long()
 
 
 def _per_query(relevant: Tensor, wanted: Tensor, ks: list[int]) -> dict[str, Tensor]:

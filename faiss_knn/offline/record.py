@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from faiss_knn import __version__
+from faiss_knn.measures.average_precision import micro_average_precision
 from faiss_knn.measures.recall import recalls
-from faiss_knn.measures.retrieval import retrieval_metrics
+from faiss_knn.measures.retrieval import retrieval_by_class
 from faiss_knn.measures.significance import (
     cluster_bootstrap_interval,
     cluster_standard_error,
@@ -137,32 +138,47 @@ def recall_fields(
 
 
 def retrieval_means(task: EvalTask, result: SearchResult, ks: Sequence[int]) -> dict[str, float]:
-    """Compute `retrieval_metrics` of all queries in blocks; nothing for multi-hot labels.
+    """Compute `retrieval_metrics` of all queries, and over classes as `macro_…`; nothing for multi-hot labels.
 
-    `r_precision` and `map@r` are there where the lists reach every R.
+    `r_precision` and `map@r` are there where the lists reach every R. `micro_ap@k` is of all pairs in lists of k.
     """
     if task.multi_hot:
         return {}
     device = result.indices.device
     relevant, truth = task.relevant_counts.to(device), task.queries.labels.to(device)
     labels = neighbor_labels(result.indices, task.bank.labels.to(device))
-    blocks, weights = [], []
+    sums: dict[str, Tensor] = {}
     for a, b in spans(len(labels), _QUERY_BLOCK):
-        judged = int((relevant[a:b] > 0).sum())
-        if judged:
-            blocks.append(retrieval_metrics(labels[a:b], truth[a:b], relevant[a:b], ks))
-            weights.append(judged)
-    names = list(blocks[0]) if blocks else []
+        counts = torch.bincount(truth[a:b][relevant[a:b] > 0], minlength=task.num_classes)
+        by_class = retrieval_by_class(labels[a:b], truth[a:b], relevant[a:b], ks, task.num_classes)
+        for name, value in by_class.items():
+            sums[name] = sums.get(name, 0) + value.nan_to_num() * counts
+    judged = torch.bincount(truth[relevant > 0], minlength=task.num_classes)
+    if not int(judged.sum()):
+        return {}
     if int(relevant.max()) > labels.shape[1]:
-        names = [name for name in names if name not in ("r_precision", "map@r")]
-    return {name: float(np.average([block[name] for block in blocks], weights=weights)) for name in names}
+        sums = {name: value for name, value in sums.items() if name not in ("r_precision", "map@r")}
+    means = {name: float(value.sum() / judged.sum()) for name, value in sums.items()}
+    means |= {f"macro_{name}": float((value / judged).nanmean()) for name, value in sums.items()}
+    return means | _micro_precisions(result, labels == truth[:, None], int(relevant.sum()), ks)
+
+
+def _micro_precisions(result: SearchResult, same: Tensor, total: int, ks: Sequence[int]) -> dict[str, float]:
+    """The average precision of all pairs of a query and one of its k neighbours, nearest pairs first."""
+    found, scores = (result.indices >= 0).cpu().numpy(), -result.distances.cpu().numpy()
+    matches = same.cpu().numpy()
+    return {
+        f"micro_ap@{k}": micro_average_precision(scores[:, :k][found[:, :k]], matches[:, :k][found[:, :k]], total)
+        for k in ks
+    }
 
 
 def retrieval_at(means: Mapping[str, float], k: int) -> dict[str, Any]:
     """Choose the retrieval metrics that a record of this k holds, None for those that are not there."""
-    at_k = {name: means.get(f"{name}@{k}") for name in ("precision", "hit_rate", "recall", "map", "ndcg")}
-    whole = {name: means.get(name) for name in ("mrr", "r_precision", "map@r")}
-    return {f"retrieval_{name.replace('@', '_')}": value for name, value in (at_k | whole).items()}
+    names = ("precision", "hit_rate", "recall", "map", "ndcg", "mrr", "r_precision", "map@r")
+    wanted = [*names, *(f"macro_{name}" for name in names), "micro_ap"]
+    values = {name: means.get(f"{name}@{k}", means.get(name)) for name in wanted}
+    return {f"retrieval_{name.replace('@', '_')}": value for name, value in values.items()}
 
 
 def surroundings() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchmetrics.functional import retrieval as torchmetrics_retrieval
 
-from faiss_knn.measures.retrieval import retrieval_metrics
+from faiss_knn.measures.retrieval import retrieval_by_class, retrieval_metrics
 
 
 def by_definition(lists, queries, counts, ks):
@@ -139,3 +139,16 @@ def test_arrays_and_lists_are_read_like_tensors():
     narrow = np.array(lists, np.int8), np.array(queries, np.uint16), np.array(counts, np.uint64)
     assert retrieval_metrics(*narrow, ks=np.array([2, 1], np.int32)) == expected
     assert retrieval_metrics(lists, queries, counts, ks=(1, 2)) == expected
+
+
+def test_by_class_each_metric_is_that_of_the_class_alone():
+    rng = np.random.default_rng(3)
+    lists, truth = torch.from_numpy(rng.integers(0, 4, (60, 12))), torch.from_numpy(rng.integers(0, 4, 60))
+    relevant = (lists == truth[:, None]).sum(1) + torch.from_numpy(rng.integers(0, 3, 60))
+    relevant[truth == 2] = 0
+    lists[truth == 2] = 0
+    found = retrieval_by_class(lists, truth, relevant, [3, 12], num_classes=6)
+    for c in (0, 1, 3):
+        alone = retrieval_metrics(lists[truth == c], truth[truth == c], relevant[truth == c], [3, 12])
+        assert {name: value[c].item() for name, value in found.items()} == pytest.approx(alone)
+    assert all(value[[2, 4, 5]].isnan().all() and len(value) == 6 for value in found.values())

@@ -405,6 +405,8 @@ def test_what_makes_a_number_suspect_is_found():
 
 def test_retrieval_metrics_come_from_the_lists():
     from faiss_knn import retrieval_metrics
+    from faiss_knn.measures.average_precision import micro_average_precision
+    from faiss_knn.measures.retrieval import retrieval_by_class
 
     bank, bank_labels, queries, query_labels = blobs(12)
     _, indices = oracle.neighbors(queries, bank, 90, "cosine")
@@ -417,6 +419,17 @@ def test_retrieval_metrics_come_from_the_lists():
         assert record["retrieval_mrr"] == pytest.approx(whole["mrr"])
         assert record["retrieval_r_precision"] == pytest.approx(whole["r_precision"])
         assert record["retrieval_map_r"] == pytest.approx(whole["map@r"])
+    by_class = retrieval_by_class(
+        torch.from_numpy(bank_labels[indices]), torch.from_numpy(query_labels), relevant, [3, 9], 7
+    )
+    distances, _ = oracle.neighbors(queries, bank, 90, "cosine")
+    for record in deep.records:
+        k = record["k"]
+        assert record["retrieval_macro_map"] == pytest.approx(by_class[f"map@{k}"].nanmean().item())
+        assert record["retrieval_macro_mrr"] == pytest.approx(by_class["mrr"].nanmean().item())
+        matches = bank_labels[indices[:, :k]] == query_labels[:, None]
+        every = micro_average_precision(-distances[:, :k].ravel(), matches.ravel(), int(relevant.sum()))
+        assert record["retrieval_micro_ap"] == pytest.approx(every)
     shallow = evaluate(bank, bank_labels, queries, query_labels, k=9)
     assert shallow.records[0]["retrieval_r_precision"] is None
 

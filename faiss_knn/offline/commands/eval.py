@@ -1,6 +1,7 @@
 """`faiss-knn eval`: read features, evaluate them, write and show what came out."""
 
 import argparse
+import json
 import os
 import sys
 from importlib.util import find_spec
@@ -36,6 +37,8 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
     from faiss_knn.offline.features import read_class_names
     from faiss_knn.offline.report.report import Ledger
 
+    if given.relevance is not None:
+        return _relevance(given) if first else 0
     ledger = None
     with all_or_none():
         bank, queries = _read(given)
@@ -67,6 +70,30 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
         report.save(given.out)
     if first:
         _show(report, given.out, [] if ledger is None or ledger.warning is None else [ledger.warning])
+    return 0
+
+
+def _relevance(given: argparse.Namespace) -> int:
+    """Judge by lists of what is relevant, without labels; --out gets relevance.json."""
+    from faiss_knn.offline.features import read_features
+    from faiss_knn.offline.relevance import evaluate_relevance, read_relevance
+    from faiss_knn.offline.report.ledger import write
+
+    keys = {"features_key": given.features_key, "allow_partial": given.allow_partial}
+    bank, queries = read_features(given.bank, "bank", **keys), read_features(given.queries, "queries", **keys)
+    scores = evaluate_relevance(
+        bank.rows,
+        queries.rows,
+        read_relevance(given.relevance),
+        distance_metric=given.distance or "cosine",
+        ks=given.k or (1, 5, 10),
+        depth=given.depth,
+    )
+    width = max(map(len, scores))
+    print("\n".join(f"{name.ljust(width)}  {value:.6g}" for name, value in scores.items()))
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        write(given.out / "relevance.json", json.dumps(scores, indent=2) + "\n")
     return 0
 
 

@@ -55,6 +55,11 @@ def _add_data(group: Any) -> None:
         help="BANK alone: its rows are the queries, none is its own neighbour",
     )  # fmt: skip
     _add_limits(group)
+    group.add_argument(
+        "--relevance", type=Path, metavar="FILE",
+        help="retrieval by lists instead of labels: JSON, for each query {positives, junk} or {easy, hard, junk}, rows "
+        "of BANK; mAP as revisited Oxford and Paris count it, micro-AP; with --k, --depth, --distance alone",
+    )  # fmt: skip
     group.add_argument("--per-class", type=positive, metavar="N", help="few-shot: banks of N rows per class")
     group.add_argument("--tries", type=positive, metavar="T", help="few-shot banks to draw (default 5)")
     group.add_argument("--seed", type=count, default=0, help="of the draws, which no two seeds share (default 0)")
@@ -159,6 +164,8 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
         parser.error("QUERIES is missing: name the queries' file, or add --leave-one-out")
     if given.leave_one_out and given.per_class is not None:
         parser.error("--per-class does not go with --leave-one-out")
+    if given.relevance is not None:
+        _check_relevance(parser, given)
     for name in ("own_rows", "ignored_rows"):
         if getattr(given, name) is not None and given.queries is None:
             parser.error(f"--{name.replace('_', '-')} is an array in QUERIES: name the file")
@@ -177,3 +184,16 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
     for name in ("resume", "overwrite", "save_neighbors"):
         if getattr(given, name) and given.out is None:
             parser.error(f"--{name.replace('_', '-')} needs --out")
+
+
+def _check_relevance(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Lists of rows leave nothing to vote for."""
+    if given.queries is None:
+        parser.error("--relevance is of the rows of QUERIES: name the file")
+    names = ("temperature", "weighting", "protocol", "metric", "sweep", "nprobe", "target_recall", "groups", "own_rows",
+             "ignored_rows", "per_class", "resume", "overwrite", "save_neighbors")  # fmt: skip
+    for name in names:
+        if getattr(given, name):
+            parser.error(f"--{name.replace('_', '-')} does not go with --relevance, which ranks without a vote")
+    if given.index != ["flat"]:
+        parser.error("--index does not go with --relevance, which ranks exactly")

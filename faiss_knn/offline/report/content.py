@@ -271,7 +271,7 @@ def _over_k(report: Results) -> list[Section]:
 
 
 def _retrieval(report: Results) -> list[Section]:
-    names = ("precision", "hit_rate", "recall", "map", "ndcg", "mrr", "r_precision", "map_r")
+    names = ("precision", "hit_rate", "recall", "map", "ndcg", "mrr", "r_precision", "map_r", "macro_map", "micro_ap")
     by_search = {(index_name(r), r["k"]): r for r in report.records if r["retrieval_precision"] is not None}
     if not by_search:
         return []
@@ -279,11 +279,13 @@ def _retrieval(report: Results) -> list[Section]:
         [name, str(k), *(percent(value_of(r, f"retrieval_{x}")) for x in names)] for (name, k), r in by_search.items()
     ]
     text = [
-        "Neighbours of the query's class are relevant; means over the queries whose class has bank rows, in percent."
+        "Neighbours of the query's class are relevant; means over the queries whose class has bank rows, in percent. "
+        "MAP over classes weighs all classes alike; µAP takes the pairs of all queries as one list, nearest first."
     ]
     if any(r["retrieval_r_precision"] is None for r in by_search.values()):
         text.append("R-precision and MAP@R need lists as long as the largest class: raise the depth to have them.")
-    headings = ["index", "k", "precision", "hit rate", "recall", "MAP", "nDCG", "MRR", "R-precision", "MAP@R"]
+    headings = ["index", "k", "precision", "hit rate", "recall", "MAP", "nDCG", "MRR", "R-precision", "MAP@R",
+                "MAP over classes", "µAP"]  # fmt: skip
     return [Section("Retrieval", tuple(text), (), Table(headings, rows))]
 
 

@@ -61,6 +61,15 @@ class Record(TypedDict, total=False):
     retrieval_mrr: float | None
     retrieval_r_precision: float | None
     retrieval_map_r: float | None
+    retrieval_macro_precision: float | None  # the same, averaged over the classes that have queries
+    retrieval_macro_hit_rate: float | None
+    retrieval_macro_recall: float | None
+    retrieval_macro_map: float | None
+    retrieval_macro_ndcg: float | None
+    retrieval_macro_mrr: float | None
+    retrieval_macro_r_precision: float | None
+    retrieval_macro_map_r: float | None
+    retrieval_micro_ap: float | None  # average precision of all pairs in lists of k, as one list
     spec_used: str  # the index that the spec came to
     exact: bool
     nprobe: int | None  # as used
