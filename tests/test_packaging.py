@@ -45,6 +45,7 @@ def test_the_map_names_files_that_are_there():
         ("search/engines", ("search.index", "search.sharded")),
         ("classify", ("measures", "online", "offline")),
         ("measures", ("online", "offline")),
+        ("sklearn.py", ("measures", "online", "offline")),
         ("online", ("offline",)),
         ("offline", ("online",)),
         ("offline/report", ("search", "classify", "measures", "distributed")),
