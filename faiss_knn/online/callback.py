@@ -87,6 +87,9 @@ class OnlineKNN(OnlineOptions, Callback):
         ignore_index: A label that means "unlabelled", beside -1.
         protocol: Name of one of `protocols`, for k, temperature, distance_metric and weighting that are not given;
             afterwards also names what differs from it, such as "dino, k=5".
+        diagnostics: What else to log of the bank, from a sample of it: any of "effective_rank", "alignment",
+            "uniformity", "hubness", "neighbor_churn" (needs `id`) and "duplicate_share"; `docs/diagnostics.md` says
+            what each tells.
         strict: Whether to refuse a module that did not make the queue's rows, instead of warning.
 
     Attributes:

@@ -11,6 +11,7 @@ from faiss_knn.classify.labels import is_labelled, width_of
 from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.distributed import all_gather_object, all_or_none, broadcast_object, gather_rows, rank_and_size
 from faiss_knn.online.batch import check_aligned, flat_rows, searchable
+from faiss_knn.online.labelled_rows import LabelledRows
 from faiss_knn.online.memory import Memory
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.ring import QueueStorage
@@ -35,22 +36,28 @@ class BankRows:
         self._lengths: list[list[int]] = []
         self.skipped = 0
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Return the features and labels that this rank indexes: its own, or gathered from all ranks.
+    def read(self) -> LabelledRows:
+        """Return the rows that this rank indexes: its own, or gathered from all ranks; with ids for diagnostics.
 
         All ranks must call it together.
         """
         gathered = not self._options.shards
         self._lengths = self._shared_lengths()
         rows = {key: self._snapshot(key, gathered) for key in self._options.keys[:2]}
-        newest = None if self._options.id is None else self._newest()
+        newest, ids = (None, None) if self._options.id is None else self._newest()
         if newest is not None and gathered:
             newest = gather_rows(newest)[0]
+        if not self._options.diagnostics:
+            ids = None
+        elif ids is not None and gathered:
+            ids = gather_rows(ids)[0]
         with all_or_none():
             features, labels, usable = self._usable(rows)
             self._count_skipped(len(usable) - int(usable.sum()), len(usable))
             chosen = usable if newest is None else usable & newest.to(usable.device)
-            return (features, labels) if chosen.all() else (features[chosen], labels[chosen])
+            if chosen.all():
+                return LabelledRows(features, labels, ids)
+            return LabelledRows(features[chosen], labels[chosen], None if ids is None else ids[chosen.cpu()])
 
     def _usable(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return features (n, d), labels (n,) or (n, C), and (n,) bool: which of them can be searched and vote."""
@@ -60,8 +67,8 @@ class BankRows:
         labels = options.read_labels(rows[options.target])
         return features, labels, searchable(features, options.is_normalized) & is_labelled(labels)
 
-    def _newest(self) -> Tensor:
-        """Tell which of this rank's rows are the newest usable ones of their sample over all ranks."""
+    def _newest(self) -> tuple[Tensor, Tensor]:
+        """Tell which of this rank's rows are the newest usable ones of their sample over all ranks, and their ids."""
         with all_or_none():
             rows = {key: self._snapshot(key, gathered=False) for key in self._options.keys}
             usable = self._usable(rows)[2].cpu()
@@ -69,7 +76,7 @@ class BankRows:
             ids = sample_ids(rows[key], f"'{key}'")
         newest = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
         newest[usable] = newest_per_id(ids[usable])
-        return newest
+        return newest, ids
 
     def _shared_lengths(self) -> list[list[int]]:
         """Tell how many rows each rank has of each key: a key that is younger than the others has fewer."""

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from faiss_knn.distributed import all_gather_object, all_or_none, is_final, raise_together, rank_and_size
 from faiss_knn.online.batch import BatchQueries, find_rows, predictions_key, read_batch
+from faiss_knn.online.diagnostics import Diagnostics
 from faiss_knn.online.epoch_bank import BankRows, EpochBank, warn_of_skipped
 from faiss_knn.online.memory import Memory
 from faiss_knn.online.metrics import MetricTable
@@ -123,7 +124,8 @@ class Evaluation:
 
     def _make_bank(self) -> None:
         options, chosen = self._options, BankRows(self._options, self._memory, self._stored)
-        features, labels = chosen.read()
+        self._rows = chosen.read()
+        features, labels, _ = self._rows
         self._skipped += chosen.skipped
         rows = sum(all_gather_object(len(labels))) if options.shards else len(labels)
         if rows == 0:
@@ -271,6 +273,8 @@ class Evaluation:
         if recall is not None:
             values[f"{prefix}_index_recall"] = torch.tensor(recall, dtype=torch.float32, device="cpu")
             warn_of_recall(self._options, self._memory, recall)
+        for name, value in Diagnostics(self._options, self._memory).values(self._rows).items():
+            values[f"{prefix}_{name}"] = torch.tensor(value, dtype=torch.float32, device="cpu")
         return values | self._counted(prefix)
 
     def _counted(self, prefix: str) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from loguru import logger
 
 from faiss_knn.distributed import rank_and_size
+from faiss_knn.online.labelled_rows import LabelledRows
 from faiss_knn.search.index import KNNIndex
 
 
@@ -16,11 +17,13 @@ class Memory:
         index: Kept from one to the next, with what it learned.
         width: The most classes that one of them has had.
         warned: What was warned of.
+        last_sample: Of the bank of the validation before, where its neighbours will be compared.
     """
 
     index: KNNIndex
     width: int = 0
     warned: set[str] = field(default_factory=set)
+    last_sample: LabelledRows | None = None
 
     def of_next_run(self) -> "Memory":
         """Return what the next run gets: it warns anew."""

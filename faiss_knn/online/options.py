@@ -18,10 +18,11 @@ from faiss_knn.online.ring import RingBuffer, as_device_or_none
 from faiss_knn.protocol import get_protocol, settle
 from faiss_knn.search.distance import directions, get_distance
 from faiss_knn.search.index import KNNIndex
-from faiss_knn.search.inputs import as_integer, as_key, as_positive, as_switch, shown
+from faiss_knn.search.inputs import as_choice, as_integer, as_key, as_positive, as_switch, shown
 
 _SETTLED: Any = None  # by the protocol, or below
 _DEFAULTS = {"k": 5, "temperature": 0.07, "weighting": "inverse", "distance_metric": "euclidean"}
+DIAGNOSTICS = ("effective_rank", "alignment", "uniformity", "hubness", "neighbor_churn", "duplicate_share")
 _BANK_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -69,6 +70,7 @@ class OnlineOptions:
     ignore_index: int | None = None
     strict: bool = False
     protocol: str | None = None
+    diagnostics: Sequence[str] = ()
     ks: tuple[int, ...] = field(init=False)
     _warned_inferred_num_classes: bool = field(init=False, default=False)
 
@@ -81,6 +83,7 @@ class OnlineOptions:
         self._metrics_class_count = class_count(self.metrics)
         self._is_multiclass = is_multiclass(self.metrics)
         self._value_names = rehearse(self.metrics, self.num_classes)
+        self._check_diagnostics()
         self.new_index()  # a bad index option is an error here, not at the first validation
 
     def _settle_protocol(self) -> None:
@@ -143,6 +146,18 @@ class OnlineOptions:
         self.every_n_epochs = as_positive(self.every_n_epochs, "every_n_epochs")
         self.strict = as_switch(self.strict, "strict")
 
+    def _check_diagnostics(self) -> None:
+        several = isinstance(self.diagnostics, Sequence) and not isinstance(self.diagnostics, str)
+        given = self.diagnostics if several else [self.diagnostics]
+        self.diagnostics = tuple(dict.fromkeys(as_choice(one, DIAGNOSTICS, "`diagnostics`") for one in given))
+        if "neighbor_churn" in self.diagnostics and self.id is None:
+            raise ValueError(
+                "`diagnostics` with neighbor_churn needs to know which sample a row is of: give `id`, the key of the "
+                "sample ids, or leave neighbor_churn out"
+            )
+        if not self.has_several_k and (twice := self._value_names & set(self.diagnostics)):
+            raise ValueError(f"`metrics` must have other names than `diagnostics`, got {', '.join(sorted(twice))}")
+
     @property
     def title(self) -> str:
         """What messages begin with."""
@@ -158,7 +173,7 @@ class OnlineOptions:
         """What is logged, as far as is known before: keys without the stage."""
         stems = [f"{self.name}_k{k}" for k in self.ks] if self.has_several_k else [self.name]
         return {f"{stem}_{value}" for stem in stems for value in self._value_names} | {
-            f"{self.name}_{value}" for value in RESERVED
+            f"{self.name}_{value}" for value in (*RESERVED, *self.diagnostics)
         }
 
     def check_first_step(self, labels: Tensor) -> None:
