@@ -7,7 +7,7 @@ from faiss_knn.search.inputs import as_matrix
 
 
 def duplicate_share(features: Tensor) -> float:
-    """Return which share of the rows are copies of an earlier one: 1 − distinct rows / rows.
+    """Return which share of the rows are copies of an earlier one: (rows − distinct rows) / rows.
 
     0 where all differ, near 1 where all are equal. Numbers are compared as numbers: 0.0 and −0.0 are equal.
 
@@ -25,4 +25,4 @@ def duplicate_share(features: Tensor) -> float:
         0.5
     """
     rows = as_matrix(features, "features")
-    return 1.0 - len(torch.unique(rows, dim=0)) / len(rows) if len(rows) else 0.0
+    return (len(rows) - len(torch.unique(rows, dim=0))) / max(1, len(rows))

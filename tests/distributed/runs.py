@@ -22,6 +22,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from faiss_knn import KNNIndex, OnlineKNN
 from faiss_knn.distributed import rank_and_size
+from faiss_knn.online import diagnostics
+from faiss_knn.online.options import DIAGNOSTICS
 from faiss_knn.online.queue import OnlineQueue, find_or_create_queue
 from faiss_knn.search.engines.faiss_engine import FaissEngine
 from tests.distributed.failures import fail_in
@@ -121,6 +123,12 @@ def fit_with_ids(options: dict[str, Any], epochs: int = 1) -> dict[str, float]:
     run = ddp(knn(id="id", **options), use_distributed_sampler=False, max_epochs=epochs)
     run.fit(Moving(), *loaders)
     return logged(run)
+
+
+def fit_diagnosed(gather: str, sample: int) -> dict[str, float]:
+    """Two epochs of moving features, judged by a sample of the bank, with the same rows on any number of ranks."""
+    with mock.patch.object(diagnostics, "SAMPLE_ROWS", sample):
+        return fit_with_ids({"gather": gather, "diagnostics": DIAGNOSTICS}, epochs=2)
 
 
 class Moving(Echo):
