@@ -24,10 +24,10 @@ wanted=$("$python" -V; cat pyproject.toml scripts/constraints.txt scripts/setup.
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && .venv/bin/python -c 'import faiss_knn' 2>/dev/null; then
     exit 0
 fi
-echo "setup: installing faiss-knn[$extra,test] into .venv (the first time takes minutes: torch is large)"
+echo "setup: installing faiss-knn-eval[$extra,test,docs] into .venv (the first time takes minutes: torch is large)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 rm -f .venv/.faiss-knn-*
 .venv/bin/python -m pip install -q --disable-pip-version-check torch -c scripts/constraints.txt
-PYTHONWARNINGS=ignore .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$extra,test]" -c scripts/constraints.txt
+PYTHONWARNINGS=ignore .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$extra,test,docs]" -c scripts/constraints.txt
 printf '%s\n' "$wanted" >"$stamp"
 echo "setup: done"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that CI runs: lint, types, unit tests, doctests, multi-process tests. Needs no GPU.
+# Everything that CI runs: lint, types, documentation, unit tests, doctests, multi-process tests. Needs no GPU.
 # Usage: bash scripts/test.sh [quick] [pytest arguments]
 #   quick: lint, types, and the tests that are not marked slow, for while you work
 set -euo pipefail
@@ -15,4 +15,5 @@ if [ -n "$quick" ]; then
     step "pytest (quick)" .venv/bin/python -m pytest -q -m "not slow" "$@"
     exit
 fi
+step "mkdocs (documentation)" bash scripts/docs.sh
 step "pytest (unit, doctest, multi-process)" .venv/bin/python -m pytest -q --durations=15 "$@"
