@@ -11,7 +11,9 @@ from pathlib import Path
 from faiss_knn import __version__
 from faiss_knn.offline.commands import compare as compare_command
 from faiss_knn.offline.commands import eval as eval_command
+from faiss_knn.offline.commands import neighbors as neighbors_command
 from faiss_knn.offline.commands import protocols as protocols_command
+from faiss_knn.offline.commands import verify as verify_command
 from faiss_knn.offline.commands.arguments import Parser, config_options
 from faiss_knn.offline.commands.eval_arguments import EPILOG, add_arguments, check_combination
 
@@ -41,6 +43,26 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
     compare_command.add_arguments(compare)
     compare.set_defaults(run=compare_command.run)
+    neighbors = commands.add_parser(
+        "neighbors",
+        help="the exact neighbours themselves, in a file that other programs read",
+        description="Find each query's k nearest rows exactly, and write them.",
+        epilog=neighbors_command.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    neighbors.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
+    neighbors_command.add_arguments(neighbors)
+    neighbors.set_defaults(run=neighbors_command.run)
+    verify = commands.add_parser(
+        "verify",
+        help="how right the neighbours are that any program found",
+        description="Compare lists of neighbours with the exact ones.",
+        epilog=verify_command.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verify.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
+    verify_command.add_arguments(verify)
+    verify.set_defaults(run=verify_command.run)
     listing = commands.add_parser(
         "protocols",
         help="settings of other libraries by name, for eval --protocol",
@@ -60,6 +82,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if given.command == "compare":
         compare_command.check_combination(parser, given)
+    if given.command == "neighbors":
+        neighbors_command.check_combination(parser, given)
     if given.command != "eval":
         return given
     if given.config is not None:
@@ -89,11 +113,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _failed(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        records = given.out / "results.jsonl" if given.command == "eval" and given.out is not None else None
-        is_begun = records is not None and records.is_file() and records.stat().st_size > 0
-        kept = f": {records} has what was done, --resume goes on" if is_begun else ""
-        print(f"faiss-knn: stopped{kept}", file=sys.stderr)
+        print(f"faiss-knn: stopped{_kept(given)}", file=sys.stderr)
         return 130
+
+
+def _kept(given: argparse.Namespace) -> str:
+    """Say what a run that was stopped has left."""
+    if given.command == "neighbors" and neighbors_command.pieces_folder(given.out).is_dir():
+        return f": {neighbors_command.pieces_folder(given.out)} has what was found, the same command goes on"
+    records = given.out / "results.jsonl" if given.command == "eval" and given.out is not None else None
+    is_begun = records is not None and records.is_file() and records.stat().st_size > 0
+    return f": {records} has what was done, --resume goes on" if is_begun else ""
 
 
 def _print_what_can_be_printed() -> None:

@@ -93,10 +93,7 @@ def read_features(
     allow_partial = as_switch(allow_partial, "`allow_partial`")
     files = open_folder(path, role, allow_partial) if path.is_dir() else Folder([path])
     has_own_labels = labels is None and not files.labels
-    parts = [_read_file(file, role, features_key, labels_key, has_own_labels) for file in files.features]
-    for part, expected in zip(parts, files.rows, strict=False):
-        if len(part.rows) != expected:
-            raise DataError(f"{part.source}: has {len(part.rows)} rows, {MANIFEST} lists {expected}")
+    parts = _read_files(files, role, features_key, labels_key, has_own_labels)
     rows = _joined(path, [part.rows for part in parts])
     found = read_labels(labels, role, labels_key) if labels is not None else _folder_labels(files, parts, labels_key)
     if found is not None and len(found) != len(rows):
@@ -106,6 +103,21 @@ def read_features(
         order = _sample_order(files, len(rows))
         rows, found = Subset(rows, order), None if found is None else found[order]
     return Features(rows, found, names, str(path))
+
+
+def open_features(
+    path: str | Path, role: Role = "bank", *, features_key: str | None = None, allow_partial: bool = False
+) -> RowSource:
+    """Open features alone, as `read_features` finds them; labels are not looked at.
+
+    Raises:
+        DataError: As `read_features`.
+    """
+    path = as_path(path, "`path`")
+    files = open_folder(path, role, allow_partial) if path.is_dir() else Folder([path])
+    parts = _read_files(files, role, features_key, None, with_labels=False)
+    rows = _joined(path, [part.rows for part in parts])
+    return Subset(rows, _sample_order(files, len(rows))) if files.ids else rows
 
 
 def read_labels(path: str | Path, role: Role = "bank", key: str | None = None) -> npt.NDArray[Any]:
@@ -219,6 +231,16 @@ def _joined(path: Path, parts: list[RowSource]) -> RowSource:
     if len(dims) > 1:
         raise DataError(f"{path}: its files have different dimensions, {dims[0]} and {dims[1]}")
     return Shards(parts)
+
+
+def _read_files(
+    files: Folder, role: Role, features_key: str | None, labels_key: str | None, with_labels: bool
+) -> list[Features]:
+    parts = [_read_file(file, role, features_key, labels_key, with_labels) for file in files.features]
+    for part, expected in zip(parts, files.rows, strict=False):
+        if len(part.rows) != expected:
+            raise DataError(f"{part.source}: has {len(part.rows)} rows, {MANIFEST} lists {expected}")
+    return parts
 
 
 def _read_file(path: Path, role: Role, features_key: str | None, labels_key: str | None, with_labels: bool) -> Features:

@@ -85,18 +85,19 @@ def _member(array: Any) -> Member:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn whatever a reader raises on a bad file into a `DataError` of one line."""
+def readable(path: Path, done: str = "read") -> Iterator[None]:
+    """Turn whatever a reader raises on a bad file, or a writer, into a `DataError` of one line."""
     try:
         yield
     except (DataError, KeyboardInterrupt):
         raise
     except ImportError as error:
         extra = _EXTRAS[path.suffix.lower()]
-        raise DataError(f"{path}: reading it needs {error.name}: pip install 'faiss-knn-eval[{extra}]'") from error
+        doing = {"read": "reading", "written": "writing"}[done]
+        raise DataError(f"{path}: {doing} it needs {error.name}: pip install 'faiss-knn-eval[{extra}]'") from error
     except Exception as error:  # each library has its own exceptions, zip and pickle ones among them
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path}: cannot be read as {path.suffix}: {reason}") from error
+        raise DataError(f"{path}: cannot be {done} as {path.suffix}: {reason}") from error
 
 
 def _open_npy(path: Path) -> Arrays:
@@ -324,8 +325,8 @@ def _leaves_file(name: str) -> Member:
     return Member((UNKNOWN, UNKNOWN), np.dtype(np.float32), read)
 
 
-def _open_vecs(path: Path, dtype: type[np.generic]) -> Arrays:
-    """Rows of an int32 dimension followed by that many numbers (the layout of the TEXMEX sets)."""
+def open_vecs(path: Path, dtype: type[np.generic]) -> Arrays:
+    """Open rows of an int32 dimension followed by that many numbers (the layout of the TEXMEX sets)."""
     size = path.stat().st_size
     dim = int(np.fromfile(path, "<i4", 1)[0]) if size >= 4 else 0
     width = 4 + dim * np.dtype(dtype).itemsize
@@ -338,8 +339,8 @@ def _open_vecs(path: Path, dtype: type[np.generic]) -> Arrays:
     return {"": _member(raw[:, 4:].view(np.dtype(dtype).newbyteorder("<")))}
 
 
-def _open_bin(path: Path, dtype: type[np.generic]) -> Arrays:
-    """A header of uint32 rows and dimension, then the rows (the layout of the Big-ANN sets)."""
+def open_bin(path: Path, dtype: type[np.generic]) -> Arrays:
+    """Open a header of uint32 rows and dimension, then the rows (the layout of the Big-ANN sets)."""
     size = path.stat().st_size
     rows, dim = (int(x) for x in np.fromfile(path, "<u4", 2)) if size >= 8 else (0, 0)
     needed = 8 + rows * dim * np.dtype(dtype).itemsize
@@ -373,10 +374,10 @@ OPENERS: dict[str, Callable[[Path], Arrays]] = {
     ".ndjson": open_json_lines,
     ".h5": _open_hdf5,
     ".hdf5": _open_hdf5,
-    ".fvecs": lambda path: _open_vecs(path, np.float32),
-    ".bvecs": lambda path: _open_vecs(path, np.uint8),
-    ".fbin": lambda path: _open_bin(path, np.float32),
-    ".u8bin": lambda path: _open_bin(path, np.uint8),
+    ".fvecs": lambda path: open_vecs(path, np.float32),
+    ".bvecs": lambda path: open_vecs(path, np.uint8),
+    ".fbin": lambda path: open_bin(path, np.float32),
+    ".u8bin": lambda path: open_bin(path, np.uint8),
     ".txt": _open_text,
     ".json": _open_json,
 }

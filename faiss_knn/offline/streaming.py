@@ -170,10 +170,11 @@ def _read_ahead(rows: RowSource, waiting: list[Span]) -> Iterator[Any]:
         yield from (rows[start:stop] for start, stop in waiting)
         return
     with ThreadPoolExecutor(1) as reader:
-        begun = reader.submit(_in_memory, rows, *waiting[0]) if waiting else None
-        for following in [*waiting[1:], None]:
-            block = begun.result() if begun is not None else None
-            begun = None if following is None else reader.submit(_in_memory, rows, *following)
+        begun = [reader.submit(_in_memory, rows, *span) for span in waiting[:1]]
+        for following in [*waiting[1:], None][: len(waiting)]:
+            block = begun.pop().result()
+            if following is not None:
+                begun.append(reader.submit(_in_memory, rows, *following))
             yield block
             del block
 

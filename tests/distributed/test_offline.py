@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from faiss_knn import evaluate
+from faiss_knn.offline.kept_lists import find_kept
 from tests.distributed.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
@@ -80,3 +81,26 @@ def test_torchrun_says_once_what_is_wrong(tmp_path: Path) -> None:
     done = program(str(tmp_path / "none.npy"), "--leave-one-out", processes=2)
     assert done.returncode == 1
     assert done.stderr.count("faiss-knn: error:") == 1
+
+
+def found_by_ranks(folder: str, queries: bool) -> list[list[Any]]:
+    bank, _, others, _ = data()
+    found, tied = find_kept(
+        bank,
+        others if queries else None,
+        4,
+        distance_metric="cosine",
+        exclude_self=not queries,
+        folder=Path(folder),
+        progress=False,
+    )
+    return [part.tolist() for part in (*found, tied)]
+
+
+@pytest.mark.parametrize("queries", [True, False])
+def test_exact_lists_are_those_of_one_process(ranks: Ranks, tmp_path: Path, queries: bool) -> None:
+    alone = found_by_ranks(str(tmp_path / "alone"), queries)
+    for size in (2, 3):
+        for lists in ranks.run(found_by_ranks, str(tmp_path / str(size)), queries, ranks=size):
+            assert lists == alone
+        assert len(list((tmp_path / str(size)).glob(f"rank-*-of-{size}"))) == size

@@ -1,8 +1,11 @@
 """Arguments of any command: the values they take, a parser that complains in one line, options from a file."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, NoReturn
+
+DISTANCES = ("cosine", "euclidean", "squared_euclidean", "manhattan", "dot")
 
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32
 
@@ -77,6 +80,16 @@ def sweep(text: str) -> tuple[str, list[int]]:
     if name not in ("nprobe", "k_factor") or not values:
         raise argparse.ArgumentTypeError(f"must be nprobe=1,4,16 or k_factor=1,2,5, got {text!r}")
     return name, [positive(value) for value in values.split(",")]
+
+
+def device_named(name: str) -> str | None:
+    """Return the device to search on: under "auto" this process's GPU, or None where there is none."""
+    import torch  # slow to import: only where something is searched
+
+    if name == "auto":
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        return f"cuda:{local_rank % gpus}" if gpus else None
+    return name
 
 
 def config_options(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str], dict[str, str]]:

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from faiss_knn.offline.commands.arguments import device_named
+
 if TYPE_CHECKING:
     from faiss_knn.offline.features import Features
     from faiss_knn.offline.folders import Role
@@ -117,7 +119,7 @@ def _options(given: argparse.Namespace, class_names: list[str] | None, progress:
         nprobe=given.nprobe,
         target_recall=given.target_recall,
         latency=given.latency,
-        device=_device(given.device),
+        device=device_named(given.device),
         storage_dtype=None if given.storage_dtype is None else getattr(torch, given.storage_dtype),
         ignore_index=given.ignore_index,
         skip_bad_rows=given.skip_bad_rows,
@@ -187,15 +189,6 @@ def _dry_run(given: argparse.Namespace, bank: "Features", queries: "Features | N
         ignore_index=given.ignore_index,
     )
     return estimate(task, max(*_vote_settings(given)["k"], given.depth or 1), given.index)
-
-
-def _device(name: str) -> str | None:
-    import torch
-
-    if name == "auto":
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        return f"cuda:{local_rank % gpus}" if gpus else None
-    return name
 
 
 def _sizes(record: "Record") -> str:

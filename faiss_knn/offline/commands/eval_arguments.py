@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from faiss_knn.offline.commands.arguments import count, positive, share, sweep, temperature, whole
+from faiss_knn.offline.commands.arguments import DISTANCES, count, positive, share, sweep, temperature, whole
 from faiss_knn.protocol import protocols
 
 EPILOG = """\
@@ -109,7 +109,7 @@ def _add_vote(group: Any) -> None:
 
 def _add_search(group: Any) -> None:
     group.add_argument(
-        "--distance", choices=["cosine", "euclidean", "squared_euclidean", "manhattan", "dot"],
+        "--distance", choices=DISTANCES,
         help="default cosine; dot: minus the inner product, with softmax or uniform weighting",
     )  # fmt: skip
     group.add_argument(
