@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from faiss_knn.classify.bank import FeatureBank
     from faiss_knn.classify.vote import vote
     from faiss_knn.measures.retrieval import retrieval_metrics
+    from faiss_knn.offline.audit import AuditReport, audit
     from faiss_knn.offline.compare import Comparison, compare
     from faiss_knn.offline.evaluate import EvalReport, evaluate
     from faiss_knn.offline.extract import extract
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from faiss_knn.search.index import KNNIndex, Neighbors
 
 _HOMES = {
+    "AuditReport": "faiss_knn.offline.audit",
     "Comparison": "faiss_knn.offline.compare",
     "EvalReport": "faiss_knn.offline.evaluate",
     "FeatureBank": "faiss_knn.classify.bank",
@@ -31,6 +33,7 @@ _HOMES = {
     "OnlineEvaluator": "faiss_knn.online.evaluator",
     "OnlineKNN": "faiss_knn.online.callback",
     "OnlineQueue": "faiss_knn.online.queue",
+    "audit": "faiss_knn.offline.audit",
     "compare": "faiss_knn.offline.compare",
     "evaluate": "faiss_knn.offline.evaluate",
     "exact_neighbors": "faiss_knn.offline.neighbors",
@@ -45,6 +48,7 @@ _HOMES = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "AuditReport",
     "Comparison",
     "EvalReport",
     "FeatureBank",
@@ -53,6 +57,7 @@ __all__ = [
     "OnlineEvaluator",
     "OnlineKNN",
     "OnlineQueue",
+    "audit",
     "compare",
     "evaluate",
     "exact_neighbors",

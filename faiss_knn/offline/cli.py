@@ -9,6 +9,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from faiss_knn import __version__
+from faiss_knn.offline.commands import audit as audit_command
 from faiss_knn.offline.commands import compare as compare_command
 from faiss_knn.offline.commands import eval as eval_command
 from faiss_knn.offline.commands import neighbors as neighbors_command
@@ -63,6 +64,16 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
     verify_command.add_arguments(verify)
     verify.set_defaults(run=verify_command.run)
+    audit = commands.add_parser(
+        "audit",
+        help="near-duplicates, leaks, wrong labels, outliers, hubs and confused classes of saved features",
+        description="Look through features by their neighbours, from one exact search.",
+        epilog=audit_command.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    audit.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
+    audit_command.add_arguments(audit)
+    audit.set_defaults(run=audit_command.run)
     listing = commands.add_parser(
         "protocols",
         help="settings of other libraries by name, for eval --protocol",
@@ -84,6 +95,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         compare_command.check_combination(parser, given)
     if given.command == "neighbors":
         neighbors_command.check_combination(parser, given)
+    if given.command == "audit":
+        audit_command.check_combination(parser, given)
     if given.command != "eval":
         return given
     if given.config is not None:

@@ -74,6 +74,14 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
 
 
+def distance(text: str) -> float:
+    """Read a distance: a number that is 0 or more."""
+    value = number(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a distance, 0 or more, got {text!r}")
+    return value
+
+
 def sweep(text: str) -> tuple[str, list[int]]:
     """Read a search parameter and its values, such as nprobe=1,4,16."""
     name, _, values = text.partition("=")

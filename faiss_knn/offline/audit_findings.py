@@ -1,0 +1,265 @@
+"""From lists of neighbours to findings: each function is one kind of them, with row numbers as they were given."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from faiss_knn.measures.components import groups_of
+from faiss_knn.measures.confusion import confused_pairs
+from faiss_knn.measures.hubness import hubness
+from faiss_knn.measures.label_errors import LabelNoise, NeighborVote, neighbor_vote, one_vote_a_group
+from faiss_knn.offline.audit_inputs import AuditInputs
+from faiss_knn.offline.audit_search import AuditLists
+from faiss_knn.offline.lazy_rows import Subset, read_rows, spans
+from faiss_knn.offline.report.audit_report import AuditReport
+from faiss_knn.offline.report.findings import Confusion, LabelSuspect, Leak
+from faiss_knn.offline.scores import BLOCK, class_shares
+from faiss_knn.search.distance import get_distance
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+_TEMPERATURE, _WEIGHTING = 0.07, "inverse"  # of the queries' vote, as evaluate's
+_DOUBTED = 0.5  # probability from which on a label is a suspect
+_SHOWN = 24  # findings of each kind whose neighbours are kept, for pictures
+_NEXT = 8  # neighbours of these
+_EXAMPLES = 8  # rows of a confused pair
+_COMPARED = 4096  # rows at once
+
+
+def copies_of(inputs: AuditInputs, groups: Ids) -> list[list[int]]:
+    """List the groups of near-duplicates, the largest first."""
+    found = sorted(groups_of(groups), key=lambda group: (-len(group), int(group[0])))
+    return [inputs.row_ids(group) for group in found]
+
+
+def leaks_of(inputs: AuditInputs, found: AuditLists, threshold: float) -> list[Leak]:
+    """List the queries that have a near-duplicate in the bank, the nearest first."""
+    if found.queries is None:
+        return []
+    nearest, distances = found.queries.indices[:, 0], found.queries.distances[:, 0]
+    leaked = np.flatnonzero(distances <= threshold)
+    leaked = leaked[np.argsort(distances[leaked], kind="stable")]
+    equal = _are_equal(inputs, nearest[leaked], leaked)
+    values = zip(
+        inputs.query_ids(leaked), inputs.row_ids(nearest[leaked]), distances[leaked].tolist(), equal.tolist(),
+        strict=True,
+    )  # fmt: skip
+    return [Leak(*one) for one in values]
+
+
+def _are_equal(inputs: AuditInputs, rows: Ids, queries: Ids) -> npt.NDArray[np.bool_]:
+    """Whether rows and queries, pair by pair, are equal number by number."""
+    equal = np.zeros(len(rows), bool)
+    for a, b in spans(len(rows), _COMPARED):
+        left, right = (
+            _read(side.rows, places[a:b]) for side, places in ((inputs.task.bank, rows), (inputs.task.queries, queries))
+        )
+        equal[a:b] = (left == right).all(1)
+    return equal
+
+
+def _read(rows: Any, places: Ids) -> npt.NDArray[Any]:
+    """Rows in any order and more than once; files are read in ascending order."""
+    unique, back = np.unique(places, return_inverse=True)
+    block = read_rows(Subset(rows, unique))
+    read: npt.NDArray[Any] = block.double().cpu().numpy() if isinstance(block, torch.Tensor) else block
+    return read[back]
+
+
+def vote_of_rows(inputs: AuditInputs, found: AuditLists, groups: Ids) -> NeighborVote | None:
+    """Let the neighbours of each row vote on its label, one vote for each group of near-duplicates but its own."""
+    if inputs.labels is None:
+        return None
+    parts = []
+    for a, b in spans(len(found.rows.rows), max(1, BLOCK // found.k**2)):
+        rows, indices = found.rows.rows[a:b], found.rows.indices[a:b, : found.k]
+        labels = np.where(indices < 0, -1, inputs.labels[indices])
+        votes = one_vote_a_group(labels, groups[indices], groups[rows])
+        parts.append(neighbor_vote(votes, inputs.labels[rows]))
+    return NeighborVote(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def suspects_of(
+    inputs: AuditInputs, found: AuditLists, vote: NeighborVote | None, noise: LabelNoise | None
+) -> list[LabelSuspect]:
+    """List the rows whose label is more probably wrong than not, the most probable first."""
+    if vote is None or noise is None:
+        return []
+    places = np.flatnonzero(noise.wrong >= _DOUBTED)
+    order = np.lexsort((places, (vote.own_share - vote.share)[places], -noise.wrong[places]))
+    places = places[order]
+    rows = found.rows.rows[places]
+    return [
+        LabelSuspect(row, inputs.class_of(label), inputs.class_of(first), confidence, share)
+        for row, label, first, confidence, share in zip(
+            inputs.row_ids(rows), inputs.labels_of(rows), vote.first[places], noise.wrong[places].tolist(),
+            vote.share[places].tolist(), strict=True,
+        )
+    ]  # fmt: skip
+
+
+def noise_of(noise: LabelNoise | None, suspects: list[LabelSuspect]) -> dict[str, float] | None:
+    """How many labels are wrong, and how many of the suspects probably are."""
+    if noise is None:
+        return None
+    return {
+        "noise": noise.noise,
+        "suspects": len(suspects),
+        "expected_wrong": sum(suspect.confidence for suspect in suspects),
+        "contradicted": int(noise.contradicted.sum()),
+    }
+
+
+def novelty_of(inputs: AuditInputs, found: AuditLists, distance_metric: str) -> Floats:
+    """(Q,) distances to the k-th neighbour, or (N,) of rows without queries; NaN for those left out."""
+    lists, ids, size = found.rows, inputs.task.bank.ids[found.rows.rows], inputs.sizes[0]
+    if found.queries is not None:
+        lists, ids, size = found.queries, inputs.task.queries.ids, inputs.sizes[1]
+    farthest = torch.from_numpy(lists.distances[:, min(found.k, lists.distances.shape[1]) - 1]).double()
+    if distance_metric == "cosine":  # the length between unit vectors, as in Sun et al. 2022
+        farthest = get_distance("cosine").to_norm(farthest)
+    novelty = np.full(size, np.nan)
+    novelty[ids] = farthest.numpy()
+    return novelty
+
+
+def hubs_of(inputs: AuditInputs, found: AuditLists) -> dict[str, Any]:
+    """How unevenly rows occur in the lists of the bank's rows."""
+    hubs = hubness(found.rows.indices[:, : found.k], len(inputs.task.bank.rows))
+    return {
+        "skewness": hubs.skewness,
+        "antihub_share": hubs.antihub_share,
+        "hubs": inputs.row_ids(hubs.hubs.numpy()),
+        "hub_counts": hubs.hub_counts.tolist(),
+        "hub_share": hubs.hub_share,
+    }
+
+
+def predict_queries(inputs: AuditInputs, found: AuditLists) -> Ids | None:
+    """(Q,) class numbers by the vote that `evaluate` takes, -1 without any; None without labels of queries."""
+    if found.queries is None or inputs.labels is None or inputs.query_labels is None:
+        return None
+    classes = len(inputs.classes)
+    bank_labels = torch.from_numpy(inputs.labels)
+    predictions = []
+    for a, b in spans(len(found.queries.rows), max(1, BLOCK // (classes + found.k))):
+        distances, indices = (
+            torch.from_numpy(part[a:b, : found.k]) for part in (found.queries.distances, found.queries.indices)
+        )
+        labels = bank_labels[indices.clamp(min=0)]
+        votes = (indices >= 0) & (labels >= 0)
+        shares = class_shares(distances, votes, labels.clamp(min=0), classes, _TEMPERATURE, _WEIGHTING)
+        best, prediction = shares.max(1)
+        predictions.append(torch.where(best > 0, prediction, -1).numpy())
+    return np.concatenate(predictions)
+
+
+def accuracy_with_and_without(
+    inputs: AuditInputs, predictions: Ids | None, leaks: list[Leak]
+) -> dict[str, float] | None:
+    """Top-1 of all labelled queries, and of those that are not in the bank (NaN if there are none)."""
+    if predictions is None or inputs.query_labels is None:
+        return None
+    known = inputs.query_labels >= 0
+    right = predictions == inputs.query_labels
+    apart = known & ~np.isin(inputs.task.queries.ids, [leak.query for leak in leaks])
+    return {
+        "with_leaks": float(right[known].mean()),
+        "without_leaks": float(right[apart].mean()) if apart.any() else float("nan"),
+    }
+
+
+def confusions_of(
+    inputs: AuditInputs, found: AuditLists, vote: NeighborVote | None, predictions: Ids | None
+) -> list[Confusion]:
+    """List pairs of classes that are confused: of the queries where they have labels, else of the rows."""
+    if vote is None or inputs.labels is None:
+        return []
+    labels, answers, ids = inputs.labels_of(found.rows.rows), vote.first, inputs.task.bank.ids[found.rows.rows]
+    if predictions is not None and inputs.query_labels is not None:
+        labels, answers, ids = inputs.query_labels, predictions, inputs.task.queries.ids
+    pairs = confused_pairs(labels, answers, len(inputs.classes))
+    examples = _examples(labels, answers, ids, len(inputs.classes))
+    return [
+        Confusion(
+            inputs.class_of(label), inputs.class_of(answer), int(count), float(share),
+            examples[int(label) * len(inputs.classes) + int(answer)],
+        )
+        for label, answer, count, share in zip(*pairs, strict=True)
+    ]  # fmt: skip
+
+
+def _examples(labels: Ids, answers: Ids, ids: Ids, classes: int) -> dict[int, tuple[int, ...]]:
+    """The first rows of each confused pair."""
+    wrong = np.flatnonzero((labels != answers) & (labels >= 0) & (answers >= 0))
+    keys = labels[wrong] * classes + answers[wrong]
+    order = np.argsort(keys, kind="stable")
+    unique, starts = np.unique(keys[order], return_index=True)
+    ends = [*starts[1:], len(order)]
+    return {
+        int(key): tuple(int(i) for i in ids[wrong[order[a : min(b, a + _EXAMPLES)]]])
+        for key, a, b in zip(unique, starts, ends, strict=True)
+    }
+
+
+def facts_of(inputs: AuditInputs, found: AuditLists, groups: Ids, distance_metric: str) -> dict[str, Any]:
+    """What was audited; see `Findings.facts`."""
+    is_alone = found.queries is None
+    return {
+        "rows": inputs.sizes[0],
+        "queries": None if is_alone else inputs.sizes[1],
+        "dim": inputs.task.dim,
+        "k": found.k,
+        "distance_metric": distance_metric,
+        "sample": found.sample,
+        "bad_rows": inputs.bad_rows,
+        "bad_queries": inputs.bad_queries,
+        "conflicts": 0 if inputs.labels is None else _conflicts(groups, inputs.labels),
+        "side": "row" if is_alone else "query",
+        "confused_side": "row" if inputs.query_labels is None else "query",
+    }
+
+
+def _conflicts(groups: Ids, labels: Ids) -> int:
+    """How many groups of near-duplicates have labels that differ."""
+    known = labels >= 0
+    lowest, highest = np.full(len(groups), np.iinfo(np.int64).max), np.full(len(groups), -1)
+    np.minimum.at(lowest, groups[known], labels[known])
+    np.maximum.at(highest, groups[known], labels[known])
+    return int((lowest < highest).sum())
+
+
+def with_surroundings(report: AuditReport, inputs: AuditInputs, found: AuditLists) -> AuditReport:
+    """Add the neighbours of the first findings, and the labels of all rows that are named anywhere."""
+    rows = {suspect.row for suspect in report.label_suspects[:_SHOWN]} | set(report.hubness["hubs"])
+    queries = {leak.query for leak in report.leaks[:_SHOWN]}
+    novel, confused = (rows if report.facts[side] == "row" else queries for side in ("side", "confused_side"))
+    novel |= set(report.most_novel(_SHOWN))
+    confused |= {row for pair in report.confusions[:_SHOWN] for row in pair.rows}
+    neighbors = {
+        (side, number): inputs.row_ids(near[near >= 0])
+        for side, wanted, ids, lists in (
+            ("row", rows, inputs.task.bank.ids[found.rows.rows], found.rows),
+            ("query", queries, inputs.task.queries.ids, found.queries),
+        )
+        if lists is not None
+        for number, near in _near(wanted, ids, lists.indices)
+    }
+    rows |= {row for group in report.duplicates for row in group} | {leak.row for leak in report.leaks}
+    rows |= {row for near in neighbors.values() for row in near}
+    queries |= {leak.query for leak in report.leaks}
+    labels = {("row", row): inputs.row_label(row) for row in rows}
+    labels |= {("query", query): inputs.query_label(query) for query in queries}
+    return replace(report, neighbors=neighbors, labels=labels)
+
+
+def _near(wanted: set[int], ids: Ids, indices: Ids) -> list[tuple[int, Ids]]:
+    """The nearest neighbours of some rows, by number."""
+    numbers = np.array(sorted(wanted), dtype=np.int64)
+    places = np.searchsorted(ids, numbers)
+    there = (places < len(ids)) & (ids[np.minimum(places, len(ids) - 1)] == numbers)
+    return [(int(number), indices[place, :_NEXT]) for number, place in zip(numbers[there], places[there], strict=True)]

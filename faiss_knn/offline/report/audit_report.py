@@ -1,0 +1,80 @@
+"""The result of an audit, and the files that it is written as."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from faiss_knn.offline.report.audit_text import lines_of, summary_of, warnings_of
+from faiss_knn.offline.report.findings import Findings
+from faiss_knn.offline.report.ledger import write
+from faiss_knn.offline.report.tables import csv_lines
+
+__all__ = ["AuditReport"]
+
+
+@dataclass(frozen=True)
+class AuditReport(Findings):
+    """What `audit` found; its attributes are those of `Findings`."""
+
+    __doc__ = Findings.__doc__
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes a number from these data suspect, a sentence each."""
+        return warnings_of(self)
+
+    def summary(self) -> str:
+        """The findings in a few lines, for a terminal."""
+        return summary_of(self)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def save(
+        self, folder: str | Path, *, names: Sequence[str] | None = None, query_names: Sequence[str] | None = None
+    ) -> Path:
+        """Write audit.jsonl and audit.csv, a line per finding, and audit_novelty.csv, a line per query.
+
+        Args:
+            folder: Made if it is not there; what an earlier audit wrote is replaced.
+            names: (N,) what to call the rows beside their numbers.
+            query_names: (Q,) what to call the queries.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: If the folder cannot be written, or there are not as many names as rows.
+        """
+        self._check_names("names", names, self.facts["rows"])
+        self._check_names("query_names", query_names, self.facts["queries"] or 0)
+        folder = Path(folder)
+        lines = list(lines_of(self, names, query_names))
+        files = {
+            "audit.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
+            "audit.csv": _csv(lines),
+            "audit_novelty.csv": csv_lines([[self.facts["side"], "novelty"], *enumerate(self.novelty.tolist())]),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                write(folder / name, content)
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
+        return folder
+
+    def _check_names(self, argument: str, names: Sequence[str] | None, count: int) -> None:
+        if names is not None and len(names) != count:
+            raise ValueError(f"`{argument}` must have one entry per row, {count}, got {len(names)}")
+
+
+def _csv(lines: list[dict[str, Any]]) -> str:
+    """All findings as CSV, one column per value, lists as JSON."""
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    return csv_lines([columns, *([_flat(line.get(name)) for name in columns] for line in lines)])
+
+
+def _flat(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (list, dict)) else value
