@@ -19,7 +19,7 @@ class SharedSetting:
     """
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], None]) -> None:
-        self._read, self._write = read, write
+        self.read, self._write = read, write
         self._lock = threading.Lock()
         self._holders, self._before = 0, None
 
@@ -28,7 +28,7 @@ class SharedSetting:
         """Keep it at `value`."""
         with self._lock:
             if self._holders == 0:
-                self._before = self._read()
+                self._before = self.read()
                 if self._before != value:
                     self._write(value)
             self._holders += 1

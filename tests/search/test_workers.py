@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from faiss_knn import KNNIndex
-from faiss_knn.search.engines.workers import run_together
+from faiss_knn.search.engines.workers import numpy_threads, run_alone, run_together, threads_for
 
 
 @pytest.fixture
@@ -43,13 +43,42 @@ class TestRunTogether:
             run_together([fail, lambda: None])
         assert run_together([lambda: 1, lambda: 2]) == [1, 2]
 
+    def test_on_a_thread_of_ours_both_libraries_compute_alone_and_work_is_shared(self):
+        setting = numpy_threads()
+        before = None if setting is None else setting.read()
+
+        def search():
+            assert threads_for(10, least=10) == 2
+            assert threads_for(9, least=10) == 1
+            return run_alone(torch.get_num_threads), None if setting is None else setting.read()
+
+        assert run_alone(search) == (1, None if setting is None else 1)
+        assert (None if setting is None else setting.read()) == before
+        assert threads_for(10, least=10) == 1  # here PyTorch divides its operations
+
+    def test_more_searches_than_threads_wait_for_nobody_in_a_circle(self):
+        def search(number):
+            parts = run_together([lambda part=part: (number, part) for part in range(5)])
+            return run_together([lambda part=part: run_together([lambda: part] * 3) for part in parts])
+
+        found = run_together([lambda number=number: search(number) for number in range(8)])
+        assert found == [[[(number, part)] * 3 for part in range(5)] for number in range(8)]
+
+    def test_an_error_in_a_part_is_raised_by_the_search(self):
+        def fail():
+            raise ValueError("this one")
+
+        with pytest.raises(ValueError, match="this one"):
+            run_alone(lambda: run_together([fail, fail, fail]))
+        assert run_alone(lambda: run_together([lambda: 1, lambda: 2])) == [1, 2]
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_do_not_depend_on_the_number_of_threads(dtype, monkeypatch):
     monkeypatch.setattr("faiss_knn.search.engines.products.has_fast_bfloat16", lambda device: dtype == torch.bfloat16)
     monkeypatch.setattr("faiss_knn.search.engines.products.prefers_numpy", lambda: False)
-    for module in ("scan", "rerank"):
-        monkeypatch.setattr(f"faiss_knn.search.engines.{module}._ALONE", 0)
+    for name in ("scan._ALONE", "rerank._ALONE", "scan._LEAST_WORK", "scan._LEAST_SECONDS"):
+        monkeypatch.setattr(f"faiss_knn.search.engines.{name}", 0)
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(30_000, 16, generator=generator), torch.randn(300, 16, generator=generator)
     bank[5000:5040] = bank[77]  # equal distances are ordered by index, whoever found them
@@ -77,7 +106,7 @@ def other():
     said.append(torch.get_num_threads()); asked.wait(); said.append(torch.get_num_threads()); answered.set()
 threading.Thread(target=other).start()
 from faiss_knn.search.engines import rerank, scan
-rerank._ALONE = scan._ALONE = 0
+rerank._ALONE = scan._ALONE = scan._LEAST_WORK = scan._LEAST_SECONDS = 0
 bank = torch.randn(20000, 16)
 KNNIndex().build(bank).search(bank[:256], 5)
 asked.set(); answered.wait()

@@ -15,7 +15,7 @@ from faiss_knn.search.engines.oversampling import Oversampling
 from faiss_knn.search.engines.products import scan_dtype
 from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions, participation_ratio
 from faiss_knn.search.engines.rerank import measure, nearest
-from faiss_knn.search.engines.scan import best_scores, rows_at_least
+from faiss_knn.search.engines.scan import best_scores, rows_at_least, run_search
 from faiss_knn.search.stored_rows import StoredRows
 
 _SMALL = 4  # a bank of fewer than this many times the candidates is measured whole
@@ -134,6 +134,9 @@ class ExactEngine:
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
+        return run_search(lambda: self._search(queries, k), self._rows, queries, self._dtype)
+
+    def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         small = len(self._rows) <= _SMALL * (k + max(20, k))
         # Made first: among the parts' own, short-lived memory it would keep the heap from shrinking.
         distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)

@@ -12,7 +12,7 @@ from faiss_knn.search.engines.costs import search_cost
 from faiss_knn.search.engines.products import scan_dtype
 from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions
 from faiss_knn.search.engines.rerank import measure_quickly, nearest
-from faiss_knn.search.engines.scan import best_scores
+from faiss_knn.search.engines.scan import best_scores, run_search
 from faiss_knn.search.engines.tuning import HELD_OUT, RECHECK, RecallSample, recall_sample, recall_source
 from faiss_knn.search.stored_rows import StoredRows
 
@@ -177,6 +177,9 @@ class FastEngine:
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
+        return run_search(lambda: self._search(queries, k), self._rows, queries, self._dtype)
+
+    def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         bounds, kept = self._bounds, min(self.tuned.candidates(k), len(self._rows))
         step = max(1, min(_CHUNK, _KEPT // kept))
         parts = [self._search_chunk(part, k, kept, bounds) for part in torch.split(queries, step)]

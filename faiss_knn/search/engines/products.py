@@ -4,23 +4,21 @@ PyTorch's wheels bring MKL, numpy's bring OpenBLAS; on AMD's CPUs the latter is 
 changes the last bits of a score, never a neighbour: the bounds allow for either.
 """
 
-import ctypes
+import statistics
 import time
-from collections.abc import Callable
-from functools import cache
-from typing import cast
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import numpy as np
 import torch
-from numpy.linalg import _umath_linalg
 from torch import Tensor
 
+from faiss_knn.search.engines.workers import numpy_threads, run_alone
 from faiss_knn.search.precision import cpu_flags
 
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")  # with either, bfloat16 products are faster than float32 ones
-_ROWS, _WIDTH, _QUERIES = 1024, 256, 256  # of the product that is timed: 2 to 5 milliseconds in all
-_ROUNDS = 3
-_FASTER = 1.1  # numpy's must be so many times as fast to be taken
+_ROWS, _WIDTH, _QUERIES = 512, 520, 500  # of the product that is timed: sizes that no kernel is made for
+_ROUNDS = 4  # the first to warm up: some 50 milliseconds in all where a core does 80 GFLOP/s
 
 
 def multiply(rows: Tensor, queries: Tensor, out: Tensor) -> Tensor:
@@ -30,9 +28,15 @@ def multiply(rows: Tensor, queries: Tensor, out: Tensor) -> Tensor:
         `out`.
     """
     # The rows on the left: oneDNN packs the right side anew for every product, and the queries are fewer.
-    if uses_numpy(rows):
-        np.matmul(rows.numpy(), queries.numpy().T, out=out.numpy())
-        return out
+    return _multiply_numpys(rows, queries, out) if uses_numpy(rows) else _multiply_pytorchs(rows, queries, out)
+
+
+def _multiply_numpys(rows: Tensor, queries: Tensor, out: Tensor) -> Tensor:
+    np.matmul(rows.numpy(), queries.numpy().T, out=out.numpy())
+    return out
+
+
+def _multiply_pytorchs(rows: Tensor, queries: Tensor, out: Tensor) -> Tensor:
     return torch.mm(rows, queries.T, out=out)
 
 
@@ -44,51 +48,48 @@ def uses_numpy(rows: Tensor) -> bool:
 @cache
 def prefers_numpy() -> bool:
     """Tell whether numpy's float32 product is the faster one; timed once per process, for some milliseconds."""
-    rows = torch.ones(_ROWS, _WIDTH, dtype=torch.float32, device="cpu")
-    queries = torch.ones(_QUERIES, _WIDTH, dtype=torch.float32, device="cpu")
-    out = torch.empty(_ROWS, _QUERIES, dtype=torch.float32, device="cpu")
-    of_numpy = _least_seconds(lambda: np.matmul(rows.numpy(), queries.numpy().T, out=out.numpy()))
-    return _FASTER * of_numpy < _least_seconds(lambda: torch.mm(rows, queries.T, out=out))
+    return statistics.median(pytorchs / numpys for pytorchs, numpys in _float32_turns()) > 1
 
 
 @cache
 def multiply_add_seconds(dtype: torch.dtype) -> float:
-    """Return what each multiply-add of a scan's product takes on this CPU, timed once per process."""
-    if dtype == torch.bfloat16 and cpu_flags().isdisjoint(BFLOAT16_FLAGS):
-        return multiply_add_seconds(torch.float32)  # without instructions of its own it is never scanned in
+    """Return what each multiply-add of a scan's product takes a thread of this CPU, timed once per process."""
+    if dtype == torch.float32 or cpu_flags().isdisjoint(BFLOAT16_FLAGS):
+        # Without instructions of its own, bfloat16 is never scanned in.
+        of_numpy = numpy_threads() is not None and prefers_numpy()
+        seconds = [turn[of_numpy] for turn in _float32_turns()]
+    else:
+        seconds = [turn[0] for turn in _turns([_multiply_pytorchs], dtype)]
+    return statistics.median(seconds) / (_ROWS * _WIDTH * _QUERIES)
+
+
+@cache
+def _float32_turns() -> list[list[float]]:
+    return _turns([_multiply_pytorchs, _multiply_numpys], torch.float32)
+
+
+def _turns(products: Sequence[Callable[[Tensor, Tensor, Tensor], Tensor]], dtype: torch.dtype) -> list[list[float]]:
+    """Time products in turns, each on one thread, by its processor time, which a busy machine hardly changes."""
     rows = torch.ones(_ROWS, _WIDTH, dtype=dtype, device="cpu")
-    queries, out = rows[:_QUERIES].clone(), rows.new_empty(_ROWS, _QUERIES)
-    return _least_seconds(lambda: multiply(rows, queries, out)) / (_ROWS * _WIDTH * _QUERIES)
+    queries = torch.ones(_QUERIES, _WIDTH, dtype=dtype, device="cpu")
+
+    def measure() -> list[list[float]]:
+        out = rows.new_empty(_ROWS, _QUERIES)
+        return [[_thread_seconds(partial(product, rows, queries, out)) for product in products] for _ in range(_ROUNDS)]
+
+    return run_alone(measure)[1:]
 
 
-def _least_seconds(product: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(1 + _ROUNDS):
-        start = time.perf_counter()
-        product()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+def _thread_seconds(task: Callable[[], object]) -> float:
+    start = time.thread_time()
+    task()
+    return time.thread_time() - start
 
 
 def _numpy_may_be_used() -> bool:
     """Tell whether numpy's BLAS runs on as many threads as PyTorch may use: a limit set for one holds for all."""
-    threads = _numpy_threads()
-    return threads is not None and threads() == torch.get_num_threads()
-
-
-@cache
-def _numpy_threads() -> Callable[[], int] | None:
-    """Find the function that tells on how many threads numpy's bundled OpenBLAS runs; None for another BLAS."""
-    try:
-        library = ctypes.CDLL(_umath_linalg.__file__)  # it is linked to it
-    except OSError:
-        return None
-    for name in ("scipy_openblas_get_num_threads64_", "scipy_openblas_get_num_threads", "openblas_get_num_threads"):
-        function = getattr(library, name, None)
-        if function is not None:
-            function.restype = ctypes.c_int
-            return cast(Callable[[], int], function)
-    return None
+    setting = numpy_threads()
+    return setting is not None and setting.read() == torch.get_num_threads()
 
 
 def scan_dtype(device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ from faiss_knn.search.stored_rows import StoredRows
 
 _PAIR_BYTES = 4 << 20  # float64 rows gathered at once: more makes the heap shrink and grow with every search
 _GPU_PAIR_BYTES = 128 << 20
-_ALONE = 1 << 23  # differences from which on each thread measures pairs by itself
+_ALONE = 1 << 18  # differences from which on threads share them
 _SHORT = 2048  # dimensions that float32 sums may have
 _NEAR, _FAR = 2.0**-40, 2.0**55
 _NEAR_DIRECTIONS = 2.0**-3

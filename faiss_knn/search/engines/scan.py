@@ -1,6 +1,8 @@
 """One pass over a bank's scores: the best few of each query, without an (N, B) array and without sorting it."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -8,9 +10,11 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.engines.bounds import Bounds, PreparedQueries
-from faiss_knn.search.engines.products import uses_numpy
-from faiss_knn.search.engines.workers import run_together, threads_for
+from faiss_knn.search.engines.products import multiply_add_seconds
+from faiss_knn.search.engines.workers import run_alone, run_together, threads_for
+from faiss_knn.search.stored_rows import StoredRows
 
+T = TypeVar("T")
 Places = npt.NDArray[np.int64]
 
 _GROUP = 8  # rows whose maximum is compared before any of them is
@@ -23,8 +27,18 @@ _GPU_BLOCK_BYTES, _GPU_MIN_BLOCK, _GPU_MAX_BLOCK = 1 << 27, 1 << 13, 1 << 20  # 
 _FLAGS = 8  # bytes of a word
 _ROWS_OF_GROUPS = _GROUP * _FLAGS
 _CROWDED = 8  # one in so many groups reaching the least score: sorting the block is cheaper
-_ALONE = 1 << 31  # multiply-adds from which on each thread scans blocks by itself
+# Of products, from which on a search goes to threads of our own; below so many it is not even asked how long they take.
+_LEAST_SECONDS, _LEAST_WORK = 4e-3, 1 << 24
+_ALONE = 1 << 18  # scores from which on threads share them
 _PENDING = 2  # for each score kept, how many wait for being compared with them
+
+
+def run_search(search: Callable[[], T], rows: StoredRows, queries: Tensor, dtype: torch.dtype) -> T:
+    """Run a search of queries (B, d) on threads of our own where that is worth going there."""
+    work = len(rows) * queries.numel()
+    if rows.device.type != "cpu" or work < _LEAST_WORK or work * multiply_add_seconds(dtype) < _LEAST_SECONDS:
+        return search()
+    return run_alone(search)
 
 
 def best_scores(bounds: Bounds, prepared: PreparedQueries, rows: int, kept: int) -> tuple[Tensor, Tensor]:
@@ -66,8 +80,7 @@ def _best_above_a_threshold(bounds: Bounds, prepared: PreparedQueries, rows: int
     row_bytes = prepared.vectors.element_size() * max(1, len(prepared.vectors))
     first = min(rows, max(_PER_KEPT * kept, min(_FIRST_BLOCK, _FIRST_BYTES // row_bytes)))
     step = min(max(_BLOCK_BYTES // row_bytes // _ROWS_OF_GROUPS * _ROWS_OF_GROUPS, _MIN_BLOCK), _MAX_BLOCK)
-    # numpy's BLAS has threads of its own.
-    threads = 1 if uses_numpy(prepared.vectors) else threads_for(rows * prepared.vectors.numel(), _ALONE)
+    threads = threads_for(rows * len(prepared.vectors), _ALONE)
     found = _best_of_first(bounds, prepared, first, kept, threads)
     least = found[0].amin(1)  # what one thread found, all go by
     starts = iter(range(first, rows, step))  # one for all threads: who is done takes the next

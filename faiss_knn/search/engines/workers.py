@@ -1,46 +1,78 @@
 """Threads that each compute by themselves, where PyTorch's own would wait for each other at every step.
 
-PyTorch divides each operation among its threads and ends it with a barrier. Where another process has one of the cores
-(data loaders, other trainings), every barrier waits for the thread that has lost its core: a scan of many small blocks
-then takes ten times as long. Here each thread takes whole blocks, and all meet once.
+PyTorch divides each operation among its threads and ends it with a barrier, and so does numpy's BLAS. Where another
+process has one of the cores (data loaders, other trainings), every barrier waits for the thread that has lost its core:
+a scan of many small blocks then takes ten times as long. And where nobody has it, the threads of the one library, which
+go on spinning for some milliseconds, are in the way of the other's. Here one thread goes through a whole search, in
+which both libraries compute on the thread that asks; what is worth dividing is taken in parts by all, who meet once.
 """
 
+import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from threading import Barrier
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from numpy.linalg import _umath_linalg
+
+from faiss_knn.search.precision import SharedSetting
 
 T = TypeVar("T")
 
 
-def threads_for(work: int, least: int) -> int:
-    """Return how many threads to run tasks on: below `least` work, to begin and to meet costs more than barriers.
+class _Here(threading.local):
+    count = 0  # of our threads, on one of them
 
-    Then a task runs where it is, and PyTorch divides its operations.
+
+_here = _Here()
+
+
+def threads_for(work: int, least: int) -> int:
+    """Return how many threads to divide work among: on one of ours all of them, from `least` work on; else 1."""
+    return max(1, _here.count) if work >= least else 1
+
+
+def run_alone(task: Callable[[], T]) -> T:
+    """Run a task on one of our threads and return what it returns.
+
+    PyTorch and numpy compute on that thread alone, and `run_together` divides what it is given among all of them.
+
+    Raises:
+        Exception: The task's own.
     """
-    return torch.get_num_threads() if work >= least else 1
+    return task() if _here.count else _submitted(task, torch.get_num_threads()).result()
 
 
 def run_together(tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """Run tasks at once, each on one thread, where there are several; return what they return.
+    """Run tasks at once, each on one of our threads, where there are several; return what they return.
 
     Raises:
-        Exception: The first of the tasks' own.
+        Exception: One of the tasks' own.
     """
     if len(tasks) < 2:
         return [task() for task in tasks]
+    futures = [_submitted(task, _here.count or torch.get_num_threads()) for task in tasks]
+    if not _here.count:
+        return [future.result() for future in futures]
+    # What no other thread has begun is done by this one, which they may be waiting for in turn. The last come first.
+    waiting = reversed(list(zip(tasks, futures, strict=True)))
+    return [task() if future.cancel() else future.result() for task, future in waiting][::-1]
+
+
+def _submitted(task: Callable[[], T], count: int) -> Future[T]:
     is_inference = torch.is_inference_mode_enabled()
 
-    def run(task: Callable[[], T]) -> T:
-        with torch.inference_mode(is_inference), torch.no_grad():  # both are a thread's own
+    def run() -> T:
+        # The first two are a thread's own.
+        with torch.inference_mode(is_inference), torch.no_grad(), one_thread_of_numpy():
             return task()
 
-    pool = _pool(os.getpid(), torch.get_num_threads())
-    return [future.result() for future in [pool.submit(run, task) for task in tasks]]
+    return _pool(os.getpid(), count).submit(run)
 
 
 @cache
@@ -49,6 +81,7 @@ def _pool(process: int, count: int) -> ThreadPoolExecutor:  # noqa: ARG001
     pool, barrier = ThreadPoolExecutor(count, "faiss-knn"), Barrier(count)
 
     def alone() -> None:
+        _here.count = count
         torch.get_num_threads()  # a thread takes over the process's number when it is first asked, and not after that
         torch.set_num_threads(1)  # of this thread, and of those that begin until it is put back below
         barrier.wait()
@@ -57,3 +90,29 @@ def _pool(process: int, count: int) -> ThreadPoolExecutor:  # noqa: ARG001
         started.result()
     torch.set_num_threads(count)
     return pool
+
+
+def one_thread_of_numpy() -> AbstractContextManager[None]:
+    """Have numpy's BLAS multiply on the thread that asks, as PyTorch does on a thread of ours."""
+    setting = numpy_threads()
+    return nullcontext() if setting is None else setting.held_at(1)
+
+
+@cache
+def numpy_threads() -> SharedSetting | None:
+    """Find on how many threads numpy's bundled OpenBLAS runs; None for another BLAS."""
+    try:
+        library = ctypes.CDLL(_umath_linalg.__file__)  # it is linked to it
+    except OSError:
+        return None
+    for name in ("scipy_openblas_{}64_", "scipy_openblas_{}", "openblas_{}"):
+        read, write = (getattr(library, name.format(f"{verb}_num_threads"), None) for verb in ("get", "set"))
+        if read is not None and write is not None:
+            return _setting(read, write)
+    return None
+
+
+def _setting(read: Any, write: Any) -> SharedSetting:
+    read.argtypes, read.restype = (), ctypes.c_int
+    write.argtypes, write.restype = (ctypes.c_int,), None
+    return SharedSetting(read, write)
