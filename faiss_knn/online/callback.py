@@ -91,6 +91,12 @@ class OnlineKNN(OnlineOptions, Callback):
             "uniformity", "hubness", "neighbor_churn" (needs `id`) and "duplicate_share"; `docs/diagnostics.md` says
             what each tells.
         strict: Whether to refuse a module that did not make the queue's rows, instead of warning.
+        seconds: Whether to log what the scoring of a validation cost, `eval/{name}_seconds` of wall time, and of it
+            `eval/{name}_build_seconds`, `…_search_seconds` and `…_vote_seconds` (with the metrics), of the slowest
+            rank. A GPU is waited for between these parts.
+        standard_errors: Whether to log `eval/{name}_{metric}_se` beside each metric that is a mean over queries:
+            MulticlassAccuracy, MulticlassRecall and BinaryAccuracy, by the binomial formula. The others are named in
+            one warning.
 
     Attributes:
         results: What metrics computed in the last run that is no number (matrices, curves), by log key.

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from faiss_knn.distributed import all_gather_object, all_or_none, is_final, raise_together, rank_and_size
 from faiss_knn.online.batch import BatchQueries, find_rows, predictions_key, read_batch
+from faiss_knn.online.clock import Clock
 from faiss_knn.online.diagnostics import Diagnostics
 from faiss_knn.online.epoch_bank import BankRows, EpochBank, warn_of_skipped
 from faiss_knn.online.memory import Memory
@@ -19,6 +20,7 @@ from faiss_knn.online.metrics import MetricTable
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.recall import RecallSample, warn_of_recall
 from faiss_knn.online.ring import QueueStorage
+from faiss_knn.online.standard_errors import WITH_ERRORS, has_standard_error
 from faiss_knn.online.unique_samples import UniqueSamples, unpadded_rows
 
 
@@ -72,6 +74,7 @@ class Evaluation:
         stored: Mapping[str, QueueStorage] | None,
     ) -> None:
         self._options, self._memory, self._plan, self._device = options, memory, plan, device
+        self._clock = Clock(device, options.seconds or bool(options.verbose))
         scored = [i for i in range(len(plan.batches)) if i != options.bank_dataloader_idx]
         self._table = MetricTable(options.metrics, options.ks, scored, device)
         self._unique = {i: UniqueSamples() for i in scored} if options.id is not None else {}
@@ -120,7 +123,8 @@ class Evaluation:
         self._is_built = True
         with all_or_none():
             raise_together(self._error)
-            self._make_bank()
+            with self._clock.measure("build"):
+                self._make_bank()
 
     def _make_bank(self) -> None:
         options, chosen = self._options, BankRows(self._options, self._memory, self._stored)
@@ -162,11 +166,13 @@ class Evaluation:
         with self.defer_error():
             asked = self._read(self._bank, outputs, batch, batch_idx, dataloader_idx)
         with self.defer_error():
-            if asked is not None:
-                self._sample.draw(asked.queries)
-            neighbors = self._search(self._bank, None if asked is None else asked.queries)
+            with self._clock.measure("search"):
+                if asked is not None:
+                    self._sample.draw(asked.queries)
+                neighbors = self._search(self._bank, None if asked is None else asked.queries)
             if asked is not None and neighbors is not None and self._error is None:
-                return self._score(self._bank, asked, neighbors, dataloader_idx)
+                with self._clock.measure("vote"):
+                    return self._score(self._bank, asked, neighbors, dataloader_idx)
         return None
 
     def _fill(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -258,13 +264,47 @@ class Evaluation:
             return self._counted(prefix), {}
         self._serve_other_ranks()
         raise_together(self._error)
-        for samples in self._unique.values():
-            samples.finish()
-        numbers, others = self._table.values(prefix, several_k=self._options.has_several_k)
-        numbers |= self._search_metrics(prefix)
+        with self._clock.measure("vote"):
+            numbers, others = self._metrics(prefix)
+        with self._clock.measure("search"):
+            numbers |= self._search_metrics(prefix)
+        numbers |= self._costs(prefix)
         self._bank.index.release()
         self._memory.width = max(self._memory.width, self._width)
         return {key: value.to(self._device, torch.float32) for key, value in numbers.items()}, others
+
+    def _metrics(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Compute the metrics over all ranks, and say once which of them have no standard error."""
+        options = self._options
+        for samples in self._unique.values():
+            samples.finish()
+        without = [name for name, metric in options.metrics.items() if not has_standard_error(metric)]
+        if options.standard_errors and without:
+            self._memory.warn_once(
+                "standard_errors",
+                f"{options.title}: no standard error is logged for {', '.join(without)}: {WITH_ERRORS} have one, as "
+                "means over queries",
+            )
+        return self._table.values(prefix, options.has_several_k, options.standard_errors)
+
+    def _costs(self, prefix: str) -> dict[str, Tensor]:
+        """Return the seconds that scoring took, if they are asked for, and say their share of the epoch if verbose."""
+        options = self._options
+        if not (options.seconds or options.verbose):
+            return {}
+        parts = self._clock.seconds()
+        total, epoch = sum(parts.values()), self._clock.since_start()
+        if options.verbose and rank_and_size()[0] == 0:
+            each = ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items())
+            logger.info(
+                f"{options.title}: {total:.3f} s ({each}) of a validation of {epoch:.3f} s, {100 * total / epoch:.0f} %"
+            )
+        named = {"seconds": total, **{f"{part}_seconds": seconds for part, seconds in parts.items()}}
+        return (
+            {f"{prefix}_{name}": torch.tensor(value, device="cpu") for name, value in named.items()}
+            if options.seconds
+            else {}
+        )
 
     def _search_metrics(self, prefix: str) -> dict[str, Tensor]:
         """Return what approximation the index makes, and how many rows were left out, over all ranks."""

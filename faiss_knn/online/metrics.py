@@ -14,9 +14,16 @@ from torchmetrics import Metric, MetricCollection
 
 from faiss_knn.classify.ranking import scores_for
 from faiss_knn.distributed import all_gather_object, gather_rows, raise_together
+from faiss_knn.online.clock import PARTS
+from faiss_knn.online.standard_errors import has_standard_error, standard_error
 from faiss_knn.search.inputs import shown
 
-RESERVED = ("index_recall", "skipped")  # what is logged beside the metrics
+RESERVED = (
+    "index_recall",
+    "skipped",
+    "seconds",
+    *(f"{part}_seconds" for part in PARTS),
+)  # what is logged beside the metrics
 _TRIED = (2, 3, 5, 10, 20, 50, 100, 200, 1000)  # classes that a metric is tried with where it does not say its width
 
 
@@ -91,7 +98,11 @@ def _parts(metric: Metric) -> list[Metric]:
 
 
 def rehearse(
-    metrics: Mapping[str, Metric], num_classes: int | None = None, *, multi_hot: bool | None = None
+    metrics: Mapping[str, Metric],
+    num_classes: int | None = None,
+    *,
+    multi_hot: bool | None = None,
+    standard_errors: bool = False,
 ) -> set[str]:
     """Update and compute a clone of each metric, before hours of training are spent.
 
@@ -99,6 +110,7 @@ def rehearse(
         metrics: Name to metric.
         num_classes: Width of the scores; None: what each metric was made for, or one of several that it can judge.
         multi_hot: Whether labels are (n, C); None: either will do.
+        standard_errors: Whether their standard errors will be values too.
 
     Returns:
         The names of their values, as `scalars` spreads them.
@@ -110,6 +122,8 @@ def rehearse(
     for name, metric in metrics.items():
         numbers, others = scalars(name, _rehearsed(name, metric, num_classes or class_count({name: metric}), multi_hot))
         names += [*numbers, *others]
+        if standard_errors and has_standard_error(metric):
+            names += [f"{key}_se" for key in numbers]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"`metrics` must have names of their own, got {', '.join(sorted(twice))} twice: rename one")
     return set(names) - set(RESERVED)
@@ -227,8 +241,15 @@ class MetricTable:
         for metric in self._clones[loader][k].values():
             metric.update(*(values.to(metric.device) for values in _judged(metric, shares, labels)))
 
-    def values(self, prefix: str, several_k: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Compute what was updated on all ranks, by log key: `{prefix}[_k{K}]_{metric}[/dataloader_idx_{i}]`.
+    def values(
+        self, prefix: str, several_k: bool, standard_errors: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Compute what was updated on all ranks, by log key: `{prefix}[_k{K}]_{metric}[_se][/dataloader_idx_{i}]`.
+
+        Args:
+            prefix: Of the keys.
+            several_k: Whether they name k.
+            standard_errors: Whether to add those of the metrics that have them.
 
         Returns:
             The numbers, and the values that are none.
@@ -244,9 +265,16 @@ class MetricTable:
                 stem = f"{prefix}_k{k}" if several_k else prefix
                 for name, metric in named.items():
                     numbers, rest = scalars(f"{stem}_{name}", _compute(metric))
+                    if standard_errors and has_standard_error(metric):
+                        numbers |= _errors_of(numbers, standard_error(metric))
                     values.update({key + suffix: value for key, value in numbers.items()})
                     others.update({key + suffix: value for key, value in rest.items()})
         return values, others
+
+
+def _errors_of(numbers: Mapping[str, Tensor], errors: Tensor) -> dict[str, Tensor]:
+    """Return the standard errors by the keys of their numbers; of what no query told, none."""
+    return {f"{key}_se": error for key, error in zip(numbers, errors.reshape(-1), strict=True) if not error.isnan()}
 
 
 def _own_clone(metric: Metric, device: Any) -> Metric:

@@ -71,6 +71,8 @@ class OnlineOptions:
     strict: bool = False
     protocol: str | None = None
     diagnostics: Sequence[str] = ()
+    seconds: bool = False
+    standard_errors: bool = False
     ks: tuple[int, ...] = field(init=False)
     _warned_inferred_num_classes: bool = field(init=False, default=False)
 
@@ -82,7 +84,7 @@ class OnlineOptions:
         self._check_run()
         self._metrics_class_count = class_count(self.metrics)
         self._is_multiclass = is_multiclass(self.metrics)
-        self._value_names = rehearse(self.metrics, self.num_classes)
+        self._value_names = rehearse(self.metrics, self.num_classes, standard_errors=self.standard_errors)
         self._check_diagnostics()
         self.new_index()  # a bad index option is an error here, not at the first validation
 
@@ -144,7 +146,8 @@ class OnlineOptions:
                 )
         self.verbose = None if self.verbose is None else as_switch(self.verbose, "verbose")
         self.every_n_epochs = as_positive(self.every_n_epochs, "every_n_epochs")
-        self.strict = as_switch(self.strict, "strict")
+        for switch in ("strict", "seconds", "standard_errors"):
+            setattr(self, switch, as_switch(getattr(self, switch), switch))
 
     def _check_diagnostics(self) -> None:
         several = isinstance(self.diagnostics, Sequence) and not isinstance(self.diagnostics, str)

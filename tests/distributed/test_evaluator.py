@@ -47,6 +47,13 @@ def loop(options: dict[str, Any]) -> dict[str, float]:
     return scored(observed(evaluator(**options)))
 
 
+def test_standard_errors_are_of_the_queries_of_all_ranks(ranks: Ranks) -> None:
+    ((share, error),) = {
+        (values["eval/knn_acc"], values["eval/knn_acc_se"]) for values in ranks.run(loop, {"standard_errors": True})
+    }
+    assert error == pytest.approx((share * (1 - share) / 97) ** 0.5, abs=1e-7)
+
+
 @pytest.mark.parametrize("gather", GATHERS)
 def test_the_numbers_are_those_of_the_callback_to_the_bit(ranks: Ranks, gather: str) -> None:
     for size in (1, 2, 3):
