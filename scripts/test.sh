@@ -7,13 +7,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 quick=
 if [ "${1:-}" = quick ]; then quick=1; shift; fi
+workers=(-n 2 --dist loadgroup) # one thread each; tests/conftest.py says what has to stay together
 step() { echo "test: $1"; shift; "$@"; }
 step "ruff (lint)" .venv/bin/ruff check --no-cache .
 step "ruff (format)" .venv/bin/ruff format --no-cache --check .
 step "mypy (types)" .venv/bin/mypy
 if [ -n "$quick" ]; then
-    step "pytest (quick)" .venv/bin/python -m pytest -q -m "not slow" "$@"
+    step "pytest (quick)" .venv/bin/python -m pytest -q "${workers[@]}" -m "not slow" "$@"
     exit
 fi
 step "mkdocs (documentation)" bash scripts/docs.sh
-step "pytest (unit, doctest, multi-process)" .venv/bin/python -m pytest -q --durations=15 "$@"
+step "pytest (unit, doctest, multi-process)" .venv/bin/python -m pytest -q "${workers[@]}" --durations=15 "$@"

@@ -1,7 +1,33 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from loguru import logger
+from threadpoolctl import threadpool_limits
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of several workers one thread, so that they do not wait for each other's cores."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+        threadpool_limits(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of many ranks on one worker: they share a pool of processes."""
+    for item in items:
+        if "tests/distributed" in item.path.as_posix():
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """PyTorch and the BLAS libraries on two threads, for what one alone could not break."""
+    before = torch.get_num_threads()
+    with threadpool_limits(2):
+        torch.set_num_threads(2)
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

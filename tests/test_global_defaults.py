@@ -168,6 +168,7 @@ def state():
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("name", CALLS)
 def test_process_wide_settings_are_as_they_were(name):
     before = state()

@@ -151,3 +151,41 @@ def test_pre_commit_runs_the_pinned_tools():
     assert [hook["entry"].split()[0] for hook in hooks] == [".venv/bin/ruff", ".venv/bin/ruff", ".venv/bin/mypy"]
     pinned = {line.split("==")[0] for line in (ROOT / "scripts/constraints.txt").read_text().splitlines()}
     assert {"ruff", "mypy"} <= pinned & {need.split(">=")[0] for need in EXTRAS["test"]}
+
+
+def test_the_conda_recipe_asks_for_what_pyproject_asks_for():
+    recipe = yaml.safe_load((ROOT / "packaging/conda/recipe.yaml").read_text())
+    project = PYPROJECT["project"]
+    assert (recipe["context"]["name"], recipe["context"]["version"]) == (project["name"], faiss_knn.__version__)
+    assert f">={recipe['context']['python_min']}" == project["requires-python"]
+    scripts = [f"{name} = {target}" for name, target in project["scripts"].items()]
+    assert recipe["build"]["python"]["entry_points"] == scripts
+    assert set(PYPROJECT["build-system"]["requires"]) <= {n.replace(" ", "") for n in recipe["requirements"]["host"]}
+    asked = dict(bounds(spec) for spec in recipe["requirements"]["run"] if not spec.startswith("python "))
+    wanted = dict(bounds(need) for need in [*project["dependencies"], *EXTRAS["cpu"]])
+    names = {"torch": "pytorch", "faiss-cpu": "faiss"}
+    assert asked == {names.get(name, name): bound for name, bound in wanted.items()}
+
+
+def steps(workflow):
+    jobs = yaml.safe_load((ROOT / ".github/workflows" / workflow).read_text())["jobs"]
+    return [step for job in jobs.values() for step in job.get("steps", [])]
+
+
+def test_hosted_runs_call_the_scripts_of_a_developer():
+    for workflow in ("tests.yml", "docs.yml"):
+        commands = [step["run"] for step in steps(workflow) if "run" in step]
+        assert commands
+        for command in commands:
+            assert re.fullmatch(r"bash scripts/\w+\.sh", command)
+            assert (ROOT / command.split()[1]).is_file()
+    tests = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())
+    assert tests["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13", "3.14"]
+
+
+def test_publishing_holds_no_password_and_comes_after_the_tests():
+    publish = yaml.safe_load((ROOT / ".github/workflows/publish.yml").read_text())
+    assert publish["jobs"]["publish"]["needs"] == "tests"
+    assert publish["jobs"]["publish"]["permissions"] == {"id-token": "write"}
+    assert "secrets." not in (ROOT / ".github/workflows/publish.yml").read_text()
+    assert {"name": "dist", "path": "dist"} in [step.get("with") for step in steps("tests.yml")]

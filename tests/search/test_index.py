@@ -158,6 +158,7 @@ def test_queries_far_from_a_collapsed_bank():
     assert_exact(KNNIndex().build(rows), rows, 100 * bank(1, 20, 16), 10)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("metric", METRICS)
 def test_same_bits_at_any_batch_chunk_position_and_thread_count(metric):
     rows, queries = bank(0, 3000, 96), bank(1, 1024, 96)

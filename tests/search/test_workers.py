@@ -10,14 +10,6 @@ from faiss_knn import KNNIndex
 from faiss_knn.search.engines.workers import numpy_threads, run_alone, run_together, threads_for
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
 class TestRunTogether:
     def test_each_task_computes_alone_and_all_return_in_order(self):
