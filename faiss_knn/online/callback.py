@@ -91,6 +91,8 @@ class OnlineKNN(OnlineOptions, Callback):
             "uniformity", "hubness", "neighbor_churn" (needs `id`) and "duplicate_share"; `docs/diagnostics.md` says
             what each tells.
         strict: Whether to refuse a module that did not make the queue's rows, instead of warning.
+        search: "batch": each validation batch is searched when it comes. "epoch": the epoch's features are kept, and
+            searched at its end in wide batches: the same numbers, but no predictions in the batches.
         seconds: Whether to log what the scoring of a validation cost, `eval/{name}_seconds` of wall time, and of it
             `eval/{name}_build_seconds`, `…_search_seconds` and `…_vote_seconds` (with the metrics), of the slowest
             rank. A GPU is waited for between these parts.

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from faiss_knn.distributed import all_gather_object, all_or_none, is_final, raise_together, rank_and_size
 from faiss_knn.online.batch import BatchQueries, find_rows, predictions_key, read_batch
 from faiss_knn.online.clock import Clock
+from faiss_knn.online.collected import CollectedQueries, dealt_out, queries_of
 from faiss_knn.online.diagnostics import Diagnostics
 from faiss_knn.online.epoch_bank import BankRows, EpochBank, warn_of_skipped
 from faiss_knn.online.memory import Memory
@@ -82,6 +83,7 @@ class Evaluation:
         self._searches = 0
         self._expected_queries = plan.query_count(scored)
         self._stored = stored or {key: QueueStorage(options.new_ring(key, device)) for key in options.keys}
+        self._collected = CollectedQueries()
         self._bank: EpochBank | None = None
         self._is_built = False
         self._width = self._skipped = 0
@@ -90,15 +92,18 @@ class Evaluation:
             self._build()
 
     def _count_searches(self, batches: Mapping[int, float]) -> int:
-        """Count the batches of the rank with the most of them: ranks with shards all search as often as that."""
-        if not self._options.shards:
+        """Count the batches of the rank with the most of them: ranks with shards all search as often as that.
+
+        Under search="epoch" they count at its end.
+        """
+        if not self._options.shards or self._options.search == "epoch":
             return 0
         most = max(all_gather_object(sum(batches.values())))
         if most == float("inf"):
             raise ValueError(
                 f"{self._options.title}: gather='shard' needs validation dataloaders with a length, got "
                 f"{batches} batches by dataloader: ranks that cannot know how often the others search would hang; "
-                "use gather='replicate'"
+                "use gather='replicate', or search='epoch'"
             )
         return int(most)
 
@@ -151,8 +156,8 @@ class Evaluation:
             dataloader_idx: Number of the dataloader.
 
         Returns:
-            The predictions, (B, C) raw scores; None for a batch of the bank's, without a bank, or after an error that
-            the ranks have yet to raise.
+            The predictions, (B, C) raw scores; None for a batch of the bank's, without a bank, under search="epoch", or
+            after an error that the ranks have yet to raise.
         """
         if dataloader_idx == self._options.bank_dataloader_idx:
             with self.defer_error():
@@ -165,14 +170,16 @@ class Evaluation:
         asked: BatchQueries | None = None
         with self.defer_error():
             asked = self._read(self._bank, outputs, batch, batch_idx, dataloader_idx)
+            if self._options.search == "epoch":
+                self._collected.keep(asked, dataloader_idx, self._width)
+        if self._options.search == "epoch":
+            return None
         with self.defer_error():
             with self._clock.measure("search"):
-                if asked is not None:
-                    self._sample.draw(asked.queries)
                 neighbors = self._search(self._bank, None if asked is None else asked.queries)
             if asked is not None and neighbors is not None and self._error is None:
                 with self._clock.measure("vote"):
-                    return self._score(self._bank, asked, neighbors, dataloader_idx)
+                    return self._score(self._bank, asked, neighbors, dataloader_idx, self._width)
         return None
 
     def _fill(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -198,6 +205,7 @@ class Evaluation:
         asked = read_batch(self._options, outputs, batch, self._plan.dataloaders[number], batch_idx)
         self._check_width(asked.queries, bank.features)
         self._width = max(self._width, bank.bank.num_classes, asked.selection.highest + 1)
+        self._sample.draw(asked.queries)
         if asked.selection.skipped:
             self._skipped += asked.selection.skipped
             warn_of_skipped(self._options, self._memory, asked.selection.skipped, asked.own, "query")
@@ -227,14 +235,26 @@ class Evaluation:
         while self._bank is not None and self._searches < self._most_searches:
             self._search(self._bank, None)
 
-    def _score(self, bank: EpochBank, asked: BatchQueries, neighbors: Any, number: int) -> Tensor:
+    def _search_collected(self, bank: EpochBank) -> None:
+        """Search and score what was kept of the epoch; all ranks must call it together."""
+        with all_or_none():
+            groups = self._collected.groups()
+            rounds = max(all_gather_object(len(groups))) if self._options.shards else len(groups)
+            for group in groups + [[]] * (rounds - len(groups)):
+                with self._clock.measure("search"):
+                    neighbors = self._search(bank, queries_of(group))
+                with self._clock.measure("vote"):
+                    for batch, own in dealt_out(neighbors, group):
+                        self._score(bank, batch.asked, own, batch.number, batch.width)
+
+    def _score(self, bank: EpochBank, asked: BatchQueries, neighbors: Any, number: int, width: int) -> Tensor:
         """Update the dataloader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance."""
         options = self._options
         predictions = asked.queries.new_zeros(len(asked.labels), bank.bank.num_classes, dtype=torch.float32)
         shares = {}
         for k in sorted(options.ks):
             votes = bank.bank.votes(neighbors.first(k), temperature=options.temperature, weighting=options.weighting)
-            shares[k] = _widened(votes.shares, self._width)
+            shares[k] = _widened(votes.shares, width)
             predictions[asked.selection.searched] = votes.scores
 
         def count(rows: Tensor | slice) -> None:
@@ -264,6 +284,8 @@ class Evaluation:
             return self._counted(prefix), {}
         self._serve_other_ranks()
         raise_together(self._error)
+        if self._options.search == "epoch":
+            self._search_collected(self._bank)
         with self._clock.measure("vote"):
             numbers, others = self._metrics(prefix)
         with self._clock.measure("search"):

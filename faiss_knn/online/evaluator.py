@@ -116,7 +116,7 @@ class OnlineEvaluator(OnlineOptions):
                 self._scorer.start(plan, self._device())
             self._batches = [0] * len(plan.batches)
 
-    def score(self, dataloader_idx: int = 0, /, **tensors: Tensor) -> Tensor:
+    def score(self, dataloader_idx: int = 0, /, **tensors: Tensor) -> Tensor | None:
         """Score a validation batch, and count it in the metrics.
 
         Args:
@@ -126,7 +126,7 @@ class OnlineEvaluator(OnlineOptions):
 
         Returns:
             (B, C) float32 raw scores, zeros where nothing voted: rows without a distance, and every row as long as the
-            bank is empty (C is 0 then, if neither num_classes nor the metrics say it).
+            bank is empty (C is 0 then, if neither num_classes nor the metrics say it). None under search="epoch".
 
         Raises:
             ValueError: For tensors that are missing or do not fit together or to the bank. Of several ranks, one that
@@ -145,7 +145,9 @@ class OnlineEvaluator(OnlineOptions):
                 batch = self._on_one_device(tensors, "score")
         predictions = self._scorer.add(None, MappingProxyType(batch), batches[number], number)
         batches[number] += 1
-        return self._without_votes(tensors) if predictions is None else predictions
+        if predictions is None and self.search == "batch":
+            return self._without_votes(tensors)
+        return predictions
 
     def finish(self, stage: str = "eval") -> dict[str, float]:
         """End the validation, and return the scores. All ranks must call it together, and get the same.

@@ -71,6 +71,7 @@ class OnlineOptions:
     strict: bool = False
     protocol: str | None = None
     diagnostics: Sequence[str] = ()
+    search: str = "batch"
     seconds: bool = False
     standard_errors: bool = False
     ks: tuple[int, ...] = field(init=False)
@@ -114,6 +115,7 @@ class OnlineOptions:
         if self.chunk_size == 0 or self.chunk_size < -1:
             raise ValueError(f"chunk_size must be positive or -1, got {self.chunk_size}")
         get_distance(self.distance_metric)
+        as_choice(self.search, ("batch", "epoch"), "`search`")
         if self.gather not in ("replicate", "shard"):
             raise ValueError(f"`gather` must be 'replicate' or 'shard', got {self.gather!r}")
         self.bank_device = as_device_or_none(self.bank_device, "bank_device")

@@ -79,6 +79,24 @@ def test_uneven_ranks_count_each_sample_once(ranks: Ranks, gather: str) -> None:
         assert by_hand == pytest.approx(dealt_out, abs=1e-6)
 
 
+def at_the_end(gather: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Kept until the end, where no rank need know how many batches the others have."""
+    knn = observed(evaluator(gather=gather, id="id", search="epoch"))
+    knn.start()
+    rank, _ = rank_and_size()
+    for rows in [range(20)] if rank == 0 else [range(20, 60), range(60, 97), range(5, 20)]:
+        assert (
+            knn.score(embedding=VAL["x"][list(rows)], label=VAL["label"][list(rows)], id=VAL["id"][list(rows)]) is None
+        )
+    return knn.finish(), uneven(gather)[0]
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_what_is_searched_at_the_end_needs_no_length(ranks: Ranks, gather: str) -> None:
+    for values, by_batch in ranks.run(at_the_end, gather):
+        assert values == by_batch
+
+
 def without_length() -> None:
     observed(evaluator(gather="shard")).start()
 

@@ -6,6 +6,7 @@ from sklearn.datasets import load_digits
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from faiss_knn import OnlineEvaluator, OnlineKNN
+from faiss_knn.online import collected
 from tests.online.parts import Echo, loader, trainer
 
 IMAGES, LABELS = (torch.tensor(part) for part in load_digits(return_X_y=True))
@@ -224,3 +225,39 @@ def test_what_is_left_of_a_dataloaders_bank_is_nothing():
     assert knn.state_dict() == {"queues": {}, "rank": 0, "ranks": 1}
     knn.load_state_dict(trained(evaluator()).state_dict())
     validated(knn, TRAIN, VAL)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"k": (1, 20)},
+        {"id": "id", "standard_errors": True},
+        {"bank_dataloader_idx": 0},
+        {"index": "IVF16,Flat", "nprobe": 2},
+        {"metrics": None, "num_classes": None},
+    ],
+    ids=str,
+)
+def test_searching_at_the_end_of_the_epoch_changes_no_number(options, monkeypatch):
+    monkeypatch.setattr(collected, "_ROWS", 100)  # several groups, also across the two dataloaders
+    val = [{**VAL, "x": VAL["x"].clone()}, OTHER]
+    val[0]["x"][17] = float("nan")
+    by_batch, scores = validated(trained(evaluator(**options)), *val)
+    at_the_end, none = validated(trained(evaluator(search="epoch", **options)), *val)
+    assert at_the_end == by_batch
+    assert len(by_batch) >= 1
+    assert none == [None] * len(scores)
+    values, predictions = of_lightning(*val, search="epoch", **options)
+    assert values == by_batch
+    assert predictions == [None] * len(scores)
+
+
+def test_what_is_kept_of_a_batch_is_a_copy():
+    knn = trained(evaluator(search="epoch"))
+    buffer = {"embedding": VAL["x"].clone(), "label": VAL["label"].clone()}
+    knn.start()
+    knn.score(**buffer)
+    for tensor in buffer.values():
+        tensor.zero_()
+    assert knn.finish() == validated(trained(evaluator()), VAL, batch_size=200)[0]
