@@ -1,0 +1,56 @@
+#!/usr/bin/env python3
+"""The k-NN score in a plain PyTorch loop, on one process or under torchrun.
+
+python examples/plain_loop.py
+torchrun --nproc-per-node 2 examples/plain_loop.py
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from digits import BATCH, EPOCHS, Autoencoder, Digits, knn_options, optimizer_of
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+from faiss_knn import OnlineEvaluator
+
+
+def main() -> dict[str, float]:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    sets = [Digits("train"), Digits("val")]
+    samplers = [DistributedSampler(data, shuffle=False) if ranks > 1 else None for data in sets]
+    train, val = (DataLoader(data, BATCH // ranks, sampler=s) for data, s in zip(sets, samplers, strict=True))
+    model: torch.nn.Module = Autoencoder()
+    if ranks > 1:
+        model = DistributedDataParallel(model)
+    optimizer = optimizer_of(model)
+    knn = OnlineEvaluator(**knn_options())
+
+    for epoch in range(EPOCHS):
+        model.train()
+        for batch in train:
+            outputs = model(**batch)
+            optimizer.zero_grad()
+            outputs["loss"].backward()
+            optimizer.step()
+            knn.observe(embedding=outputs["embedding"], label=batch["label"], index=batch["index"])
+
+        model.eval()
+        knn.start(val)
+        with torch.no_grad():
+            for batch in val:
+                knn.score(embedding=model(**batch)["embedding"], label=batch["label"], index=batch["index"])
+        values = knn.finish()  # the same on every rank
+        if ranks == 1 or dist.get_rank() == 0:
+            print(f"epoch {epoch + 1}", {key: round(value, 4) for key, value in values.items()})
+
+    if ranks > 1:
+        dist.destroy_process_group()
+    return values
+
+
+if __name__ == "__main__":
+    main()
