@@ -37,6 +37,9 @@ class VotingBank(Protocol):
     def votes(self, found: Any, *, temperature: float, weighting: str) -> Votes:
         """Let what was found vote."""
 
+    def labels_of(self, found: Any) -> Tensor:
+        """Return the labels of what was found, (B, k), or (B, k, C); of missing rows -1."""
+
 
 class FeatureBank:
     """Labelled features that classify queries by their nearest neighbours.
@@ -167,6 +170,11 @@ class FeatureBank:
             (B, C) float32 on the neighbours' device, raw sums of weights.
         """
         return self.votes(neighbors, temperature=temperature, weighting=weighting).scores
+
+    def labels_of(self, found: Neighbors) -> Tensor:
+        """Return the labels of neighbours: see `VotingBank`."""
+        labels = self.labels.to(found.indices.device)[found.indices.clamp(min=0)]
+        return labels.masked_fill((found.indices < 0).view(found.indices.shape + (1,) * (labels.ndim - 2)), -1)
 
     def votes(self, neighbors: Neighbors, *, temperature: float = 0.07, weighting: str = "inverse") -> Votes:
         """Vote as `score` does, and give the shares of the votes too.

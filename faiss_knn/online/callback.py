@@ -12,6 +12,7 @@ from faiss_knn.distributed import all_or_none
 from faiss_knn.online.batch import was_skipped
 from faiss_knn.online.dataloaders import check_bank_loader, cut_of_bank, plan_of
 from faiss_knn.online.failures import kept, start, tell
+from faiss_knn.online.gallery import hand_to_loggers
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.queue import OnlineQueue, QueueStorage, align_all, belong_together, find_or_create_queue
 from faiss_knn.online.row_owner import WeightsWatch, drop_rows_of_others, fingerprint, remember, remembered
@@ -90,6 +91,10 @@ class OnlineKNN(OnlineOptions, Callback):
         diagnostics: What else to log of the bank, from a sample of it: any of "effective_rank", "alignment",
             "uniformity", "hubness", "neighbor_churn" (needs `id`) and "duplicate_share"; `docs/diagnostics.md` says
             what each tells.
+        gallery: Key of the images in the outputs or batch, or {"key": "image", "rows": 8}: the few queries of each
+            validation that the vote got most wrong are handed to the trainer's loggers that take pictures (W&B,
+            TensorBoard), captioned with label, vote and neighbours, as `eval/{name}_gallery`. Rank zero's; the bank's
+            images are not kept.
         strict: Whether to refuse a module that did not make the queue's rows, instead of warning.
         search: "batch": each validation batch is searched when it comes. "epoch": the epoch's features are kept, and
             searched at its end in wide batches: the same numbers, but no predictions in the batches.
@@ -265,6 +270,8 @@ class OnlineKNN(OnlineOptions, Callback):
             return run.logged
         stage = "test" if trainer.state.stage == RunningStage.TESTING else "eval"
         values, self.results = run.scorer.finish(f"{stage}/{self.name}")
+        if pictures := self.results.get(f"{stage}/{self.name}_gallery"):
+            hand_to_loggers(trainer.loggers, f"{stage}/{self.name}_gallery", pictures, trainer.global_step)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             run.logged = values
         return values

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from faiss_knn.distributed import all_gather_object, all_or_none, is_final, raise_together, rank_and_size
-from faiss_knn.online.batch import BatchQueries, find_rows, predictions_key, read_batch
+from faiss_knn.online.batch import BatchQueries, find_rows, find_tensor, predictions_key, read_batch
 from faiss_knn.online.clock import Clock
 from faiss_knn.online.collected import CollectedQueries, dealt_out, queries_of
 from faiss_knn.online.diagnostics import Diagnostics
 from faiss_knn.online.epoch_bank import BankRows, EpochBank, warn_of_skipped
+from faiss_knn.online.gallery import Gallery, check_images
 from faiss_knn.online.memory import Memory
 from faiss_knn.online.metrics import MetricTable
 from faiss_knn.online.options import OnlineOptions
@@ -84,6 +85,8 @@ class Evaluation:
         self._expected_queries = plan.query_count(scored)
         self._stored = stored or {key: QueueStorage(options.new_ring(key, device)) for key in options.keys}
         self._collected = CollectedQueries()
+        shows = options.gallery is not None and not plan.is_rehearsal and rank_and_size()[0] == 0
+        self._gallery = Gallery(options.gallery.rows) if shows else None
         self._bank: EpochBank | None = None
         self._is_built = False
         self._width = self._skipped = 0
@@ -179,7 +182,11 @@ class Evaluation:
                 neighbors = self._search(self._bank, None if asked is None else asked.queries)
             if asked is not None and neighbors is not None and self._error is None:
                 with self._clock.measure("vote"):
-                    return self._score(self._bank, asked, neighbors, dataloader_idx, self._width)
+                    predictions = self._score(self._bank, asked, neighbors, dataloader_idx, self._width)
+                if self._gallery is not None:
+                    images = find_tensor(self._options.gallery.key, outputs, batch, self._options.title)
+                    self._show(self._bank, asked, neighbors, predictions, images)
+                return predictions
         return None
 
     def _fill(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -268,6 +275,20 @@ class Evaluation:
         asked.hand_out(predictions_key(options), predictions)
         return predictions
 
+    def _show(self, bank: EpochBank, asked: BatchQueries, neighbors: Any, predictions: Tensor, images: Tensor) -> None:
+        """Let the gallery look through a batch."""
+        assert self._gallery is not None
+        if asked.labels.ndim > 1:
+            self._memory.warn_once("gallery", f"{self._options.title}: no gallery is shown of labels (B, C)")
+            return
+        searched, labels = asked.selection.searched, torch.full_like(asked.labels, -1)
+        labels[asked.selection.counted] = asked.labels[asked.selection.counted]
+        shares = _widened(predictions / predictions.sum(1, keepdim=True).clamp(min=1e-30), self._width)
+        check_images(images, len(labels))
+        self._gallery.look(
+            images[searched], shares[searched], labels[searched], bank.bank.labels_of(neighbors), neighbors.distances
+        )
+
     def finish(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Compute the metrics over all ranks, and free the bank; all ranks must call it together.
 
@@ -291,6 +312,8 @@ class Evaluation:
         with self._clock.measure("search"):
             numbers |= self._search_metrics(prefix)
         numbers |= self._costs(prefix)
+        if self._gallery is not None and (pictures := self._gallery.pictures()):
+            others[f"{prefix}_gallery"] = pictures
         self._bank.index.release()
         self._memory.width = max(self._memory.width, self._width)
         return {key: value.to(self._device, torch.float32) for key, value in numbers.items()}, others

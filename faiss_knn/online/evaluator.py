@@ -38,6 +38,8 @@ class OnlineEvaluator(OnlineOptions):
                 `observe` then keeps nothing.
             every_n_epochs: Every so many calls of `start` a validation is scored; in between `score` hands out zeros
                 and `finish` the last values.
+            gallery: The pictures are in `results`, as a list of `faiss_knn.online.gallery.Picture` by
+                "eval/{name}_gallery": there is no logger to hand them to. `score` is then given the images too.
             strict: Must be False: whose weights made the rows is not known here.
 
     Attributes:
@@ -229,6 +231,8 @@ class OnlineEvaluator(OnlineOptions):
             )
         device = getattr(tensors[self.input], "device", None)
         wanted = {key: tensors[key] for key in self.keys}
+        if self.gallery is not None and self.gallery.key in tensors:
+            wanted[self.gallery.key] = tensors[self.gallery.key]
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in wanted.items()}
 
     def _take_in(self, stored: Mapping[str, QueueStorage], rows: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from faiss_knn.classify.labels import as_class_count, as_labels, is_soft, one_hot_ids, width_of
 from faiss_knn.classify.vote import check_vote_options
 from faiss_knn.distributed import rank_and_size
+from faiss_knn.online.gallery import gallery_options
 from faiss_knn.online.metrics import RESERVED, class_count, is_multiclass, named_metrics, rehearse
 from faiss_knn.online.ring import RingBuffer, as_device_or_none
 from faiss_knn.protocol import get_protocol, settle
@@ -71,6 +72,7 @@ class OnlineOptions:
     strict: bool = False
     protocol: str | None = None
     diagnostics: Sequence[str] = ()
+    gallery: Any = None
     search: str = "batch"
     seconds: bool = False
     standard_errors: bool = False
@@ -87,6 +89,9 @@ class OnlineOptions:
         self._is_multiclass = is_multiclass(self.metrics)
         self._value_names = rehearse(self.metrics, self.num_classes, standard_errors=self.standard_errors)
         self._check_diagnostics()
+        self.gallery = gallery_options(self.gallery)
+        if self.gallery is not None and self.search == "epoch":
+            raise ValueError("`gallery` needs search='batch': an epoch's images are not kept until its end")
         self.new_index()  # a bad index option is an error here, not at the first validation
 
     def _settle_protocol(self) -> None:
