@@ -8,6 +8,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from faiss_knn.offline.remote import FilePath
 
 UNKNOWN = -1  # a length that only reading tells
 LABEL_NAMES = ("labels", "label", "targets", "target", "y", "classes", "class")
@@ -45,18 +48,23 @@ class Member:
 Read = Callable[[list[str], bool], Any]  # names, and whether they are numbers, to a pyarrow table
 
 
-def open_parquet(path: Path) -> dict[str, Member]:
+def open_parquet(path: FilePath) -> dict[str, Member]:
     """Open a Parquet file."""
     from pyarrow import parquet  # an extra
 
-    with parquet.ParquetFile(path) as file:
+    with _source(path) as source, parquet.ParquetFile(source) as file:
         schema, length = file.schema_arrow, file.metadata.num_rows
 
     def read(names: list[str], _: bool) -> Any:
-        with parquet.ParquetFile(path, memory_map=True) as file:
+        with _source(path) as source, parquet.ParquetFile(source, memory_map=True) as file:
             return file.read(columns=names).select(names)
 
     return members(schema, length, read)
+
+
+def _source(path: FilePath) -> Any:
+    """What pyarrow reads from: the path, or an open file of another file system, as a context."""
+    return nullcontext(path) if isinstance(path, Path) else path.open()
 
 
 def open_arrow(path: Path) -> dict[str, Member]:

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from faiss_knn.offline.column_files import LABEL_NAMES, UNKNOWN, Member
 from faiss_knn.offline.extract import extract
 from faiss_knn.offline.folders import SIDES, Folder, Role, open_folder
 from faiss_knn.offline.formats import Arrays, DataError, check_memory, open_arrays, read_array, readable
-from faiss_knn.offline.lazy_rows import RowSource, Shards, Subset
+from faiss_knn.offline.lazy_rows import OneAtATime, RowSource, Shards, Subset
 from faiss_knn.offline.manifest import MANIFEST
-from faiss_knn.search.inputs import as_choice, as_key, as_path, as_switch
+from faiss_knn.offline.remote import FilePath, as_location
+from faiss_knn.search.inputs import as_choice, as_key, as_switch, is_memmap
 
 __all__ = ["Features", "digits", "extract", "read_class_names", "read_features"]
 
@@ -28,6 +29,7 @@ _FEATURES = (
 _BOOKKEEPING = re.compile(r"(.*[_. -])?(id|ids|idx|index|row|fold|split)|unnamed: 0|__index_level_\d+__|level_0|", re.I)
 _NAMED_FORMATS = (".npz", ".safetensors", ".h5", ".hdf5")
 _LISTED = 20
+_HELD_BYTES = 1 << 30  # of a folder, in memory: of formats that are read as a whole, further files are read again
 _COLUMNS_HINT = " (columns belong together where their names differ in a number at the end, or list them: a,b,c)"
 
 
@@ -49,10 +51,10 @@ class Features:
 
 
 def read_features(
-    path: str | Path,
+    path: str | FilePath,
     role: Role = "bank",
     *,
-    labels: str | Path | None = None,
+    labels: str | FilePath | None = None,
     features_key: str | None = None,
     labels_key: str | None = None,
     allow_partial: bool = False,
@@ -69,7 +71,10 @@ def read_features(
 
     Args:
         path: A file (.npy .npz .pt .pth .safetensors .parquet .arrow .feather .csv .tsv .jsonl .h5 .hdf5 .fvecs .bvecs
-            .fbin .u8bin), or a folder of such files, joined in the order of their numbers: see `open_folder`.
+            .fbin .u8bin), or a folder of such files, joined in the order of their numbers: see `open_folder`. Also by
+            URL (memory, s3, gs, hf, …: whatever fsspec knows): .npy, .h5, .fvecs, .bvecs, .fbin and .u8bin are read a
+            slice at a time wherever they lie; of a folder of other formats 1 GiB is held, what is beyond it is read
+            file by file.
         role: Which side of an evaluation this is.
         labels: A file with the labels alone; it goes before labels found in `path`. Also .txt, one label a line.
         features_key: Name of the array of vectors, with dots or slashes for what is nested; a prefix such as `emb_` for
@@ -84,9 +89,9 @@ def read_features(
         DataError: If a file is missing, damaged, truncated, pickled, or holds no numbers of the right shape; or labels
             are no class ids, or not as many as the rows. The message begins with the file's name.
     """
-    path = as_path(path, "`path`")
+    path = as_location(path, "`path`")
     as_choice(role, tuple(SIDES), "`role`")
-    labels = None if labels is None else as_path(labels, "`labels`")
+    labels = None if labels is None else as_location(labels, "`labels`")
     for name, key in (("features_key", features_key), ("labels_key", labels_key)):
         if key is not None:
             as_key(key, f"`{name}`")
@@ -106,27 +111,27 @@ def read_features(
 
 
 def open_features(
-    path: str | Path, role: Role = "bank", *, features_key: str | None = None, allow_partial: bool = False
+    path: str | FilePath, role: Role = "bank", *, features_key: str | None = None, allow_partial: bool = False
 ) -> RowSource:
     """Open features alone, as `read_features` finds them; labels are not looked at.
 
     Raises:
         DataError: As `read_features`.
     """
-    path = as_path(path, "`path`")
+    path = as_location(path, "`path`")
     files = open_folder(path, role, allow_partial) if path.is_dir() else Folder([path])
     parts = _read_files(files, role, features_key, None, with_labels=False)
     rows = _joined(path, [part.rows for part in parts])
     return Subset(rows, _sample_order(files, len(rows))) if files.ids else rows
 
 
-def read_labels(path: str | Path, role: Role = "bank", key: str | None = None) -> npt.NDArray[Any]:
+def read_labels(path: str | FilePath, role: Role = "bank", key: str | None = None) -> npt.NDArray[Any]:
     """Read labels alone: (N,) int64 ids or strings, or (N, C) integer multi-hot or float shares.
 
     Raises:
         DataError: As `read_features`.
     """
-    path = Path(path)
+    path = as_location(path, "`path`")
     arrays = open_arrays(path)
     if key is not None:
         return _as_labels(path, _named(path, arrays, key, "labels")[1])
@@ -138,13 +143,13 @@ def read_labels(path: str | Path, role: Role = "bank", key: str | None = None) -
     return _as_labels(path, arrays[name])
 
 
-def read_column(path: str | Path, role: Role, key: str) -> npt.NDArray[Any]:
+def read_column(path: str | FilePath, role: Role, key: str) -> npt.NDArray[Any]:
     """Read an array that stands beside the features, such as the group of each row, in the order of the rows.
 
     Raises:
         DataError: If it is not there, or no array of integers or names, one entry per row.
     """
-    path = Path(path)
+    path = as_location(path, "`path`")
     files = open_folder(path, role, allow_partial=False) if path.is_dir() else Folder([path])
     columns = []
     for file in files.features:
@@ -156,13 +161,13 @@ def read_column(path: str | Path, role: Role, key: str) -> npt.NDArray[Any]:
     return found[_sample_order(files, len(found))] if files.ids else found
 
 
-def read_class_names(path: str | Path) -> list[str]:
+def read_class_names(path: str | FilePath) -> list[str]:
     """Read class names in the order of the class ids: one a line, a JSON list, or JSON {id: name}.
 
     Raises:
         DataError: If the file cannot be read as that.
     """
-    path = Path(path)
+    path = as_location(path, "`path`")
     return [str(name) for name in _only(path, open_arrays(path))]
 
 
@@ -224,7 +229,7 @@ def _described_names(files: Folder, labels_key: str | None) -> list[str] | None:
     return next((files.class_labels[name] for name in names if name in files.class_labels), None)
 
 
-def _joined(path: Path, parts: list[RowSource]) -> RowSource:
+def _joined(path: FilePath, parts: list[RowSource]) -> RowSource:
     if len(parts) == 1:
         return parts[0]
     dims = sorted({part.shape[1] for part in parts})
@@ -236,14 +241,29 @@ def _joined(path: Path, parts: list[RowSource]) -> RowSource:
 def _read_files(
     files: Folder, role: Role, features_key: str | None, labels_key: str | None, with_labels: bool
 ) -> list[Features]:
-    parts = [_read_file(file, role, features_key, labels_key, with_labels) for file in files.features]
+    parts: list[Features] = []
+    held, one_at_a_time = 0, OneAtATime()
+    for file in files.features:
+        part = _read_file(file, role, features_key, labels_key, with_labels)
+        if isinstance(part.rows, np.ndarray) and not is_memmap(part.rows):
+            held += part.rows.nbytes
+            if held > _HELD_BYTES and len(files.features) > 1:
+                read = partial(_rows_of, file, role, features_key)
+                part = replace(part, rows=one_at_a_time.rows(read, part.rows.shape, part.rows.dtype))
+        parts.append(part)
     for part, expected in zip(parts, files.rows, strict=False):
         if len(part.rows) != expected:
             raise DataError(f"{part.source}: has {len(part.rows)} rows, {MANIFEST} lists {expected}")
     return parts
 
 
-def _read_file(path: Path, role: Role, features_key: str | None, labels_key: str | None, with_labels: bool) -> Features:
+def _rows_of(file: FilePath, role: Role, features_key: str | None) -> RowSource:
+    return _read_file(file, role, features_key, None, with_labels=False).rows
+
+
+def _read_file(
+    path: FilePath, role: Role, features_key: str | None, labels_key: str | None, with_labels: bool
+) -> Features:
     arrays = open_arrays(path)
     if features_key is not None and "," in features_key and features_key not in arrays:
         name, rows = "", _columns(path, arrays, features_key.split(","))
@@ -263,7 +283,7 @@ def _read_file(path: Path, role: Role, features_key: str | None, labels_key: str
     return Features(rows, None if labels is None else _as_labels(path, labels), names, str(path))
 
 
-def _check_left_out(path: Path, arrays: Arrays, features: str, labels: Member | None) -> None:
+def _check_left_out(path: FilePath, arrays: Arrays, features: str, labels: Member | None) -> None:
     """Refuse numbered columns as the features where the table has other columns of numbers, which may be features too.
 
     Labels and what `_BOOKKEEPING` names may stand beside them.
@@ -286,7 +306,7 @@ def _check_left_out(path: Path, arrays: Arrays, features: str, labels: Member | 
         )
 
 
-def _labels_beside(path: Path, arrays: Arrays, role: Role, features: str, key: str | None) -> Member | None:
+def _labels_beside(path: FilePath, arrays: Arrays, role: Role, features: str, key: str | None) -> Member | None:
     if key is not None:
         return _named(path, arrays, key, "labels")[1]
     usual = _usual(path, arrays, role, LABEL_NAMES, beside=features)
@@ -298,7 +318,7 @@ def _plain(name: str) -> str:
     return name.replace("/", ".").rstrip("*_-. ")
 
 
-def _named(path: Path, arrays: Arrays, key: str, what: str) -> tuple[str, Member]:
+def _named(path: FilePath, arrays: Arrays, key: str, what: str) -> tuple[str, Member]:
     """The array that the user asked for, and its name; also one column of numbered ones."""
     single = {name: member for group in arrays.values() for name, member in group.columns.items()}
     alike = [key] if key in arrays else [name for name in arrays if _plain(name) == _plain(key)]
@@ -309,7 +329,7 @@ def _named(path: Path, arrays: Arrays, key: str, what: str) -> tuple[str, Member
     return alike[0], arrays[alike[0]]
 
 
-def _usual(path: Path, arrays: Arrays, role: Role, plain: Sequence[str], beside: str | None = None) -> str | None:
+def _usual(path: FilePath, arrays: Arrays, role: Role, plain: Sequence[str], beside: str | None = None) -> str | None:
     """The array whose name is usual for a role; labels are of the same side and group as the features `beside`."""
     names: dict[str, str] = {}
     for name in arrays:
@@ -334,7 +354,7 @@ def _usual(path: Path, arrays: Arrays, role: Role, plain: Sequence[str], beside:
     return nested[0] if nested else None
 
 
-def _only_vectors(path: Path, arrays: Arrays) -> str:
+def _only_vectors(path: FilePath, arrays: Arrays) -> str:
     """The one array of vectors, where no name says which it is."""
     if len(arrays) == 1:
         return next(iter(arrays))
@@ -349,7 +369,7 @@ def _only_vectors(path: Path, arrays: Arrays) -> str:
     return found[0]
 
 
-def _columns(path: Path, arrays: Arrays, names: list[str]) -> RowSource:
+def _columns(path: FilePath, arrays: Arrays, names: list[str]) -> RowSource:
     """Columns that the user named one by one."""
     columns = [np.asarray(read_array(path, _named(path, arrays, name, "features")[1])) for name in names]
     if any(column.ndim != 1 or column.dtype.kind not in "fiu" for column in columns):
@@ -358,7 +378,7 @@ def _columns(path: Path, arrays: Arrays, names: list[str]) -> RowSource:
     return rows
 
 
-def _only(path: Path, arrays: Arrays) -> npt.NDArray[Any]:
+def _only(path: FilePath, arrays: Arrays) -> npt.NDArray[Any]:
     if len(arrays) != 1:
         raise DataError(f"{path}: one array was expected, it holds {_listed(arrays)}")
     return np.asarray(read_array(path, next(iter(arrays.values()))))
@@ -375,7 +395,7 @@ def _shown(shape: tuple[int, ...]) -> str:
     return f"({', '.join(lengths)}{',' if len(shape) == 1 else ''})"
 
 
-def _as_rows(path: Path, member: Member, was_named: bool) -> RowSource:
+def _as_rows(path: FilePath, member: Member, was_named: bool) -> RowSource:
     rows = read_array(path, member)
     if rows.dtype.kind not in "fiu":
         raise DataError(f"{path}: features must be numbers, got {rows.dtype}")
@@ -390,7 +410,7 @@ def _as_rows(path: Path, member: Member, was_named: bool) -> RowSource:
     return found
 
 
-def _as_labels(path: Path, member: Member) -> npt.NDArray[Any]:
+def _as_labels(path: FilePath, member: Member) -> npt.NDArray[Any]:
     with readable(path):
         stored = member.read()
         check_memory(tuple(stored.shape), np.dtype(stored.dtype))

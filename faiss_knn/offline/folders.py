@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, Literal
 
 from loguru import logger
@@ -12,6 +12,7 @@ from loguru import logger
 from faiss_knn.offline.column_files import class_labels
 from faiss_knn.offline.formats import OPENERS, DataError, readable
 from faiss_knn.offline.manifest import MANIFEST, read_manifest
+from faiss_knn.offline.remote import FilePath
 
 Role = Literal["bank", "queries"]
 
@@ -36,14 +37,14 @@ class Folder:
         class_labels: Names of the classes by column, where the folder describes them.
     """
 
-    features: list[Path]
-    labels: list[Path] = field(default_factory=list)
-    ids: list[Path] = field(default_factory=list)
+    features: list[FilePath]
+    labels: list[FilePath] = field(default_factory=list)
+    ids: list[FilePath] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     class_labels: dict[str, list[str]] = field(default_factory=dict)
 
 
-def open_folder(folder: Path, role: Role, allow_partial: bool = False) -> Folder:
+def open_folder(folder: FilePath, role: Role, allow_partial: bool = False) -> Folder:
     """Find the files of a side.
 
     Folders that `extract` wrote are read by their manifest, those of the `datasets` library (`save_to_disk`) by their
@@ -65,7 +66,7 @@ def open_folder(folder: Path, role: Role, allow_partial: bool = False) -> Folder
     return _by_names(folder, role)
 
 
-def _by_manifest(folder: Path, allow_partial: bool) -> Folder | None:
+def _by_manifest(folder: FilePath, allow_partial: bool) -> Folder | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return None
@@ -88,23 +89,23 @@ def _by_manifest(folder: Path, allow_partial: bool) -> Folder | None:
     return Folder(columns[0], columns[1] if manifest.labelled else [], rows=[shard.rows for shard in manifest.shards])
 
 
-def _dataset_of(folder: Path, role: Role) -> Folder:
+def _dataset_of(folder: FilePath, role: Role) -> Folder:
     splits = _json(folder / "dataset_dict.json").get("splits", [])
     mine = next((side for side in SIDES[role] if side in splits), splits[0] if len(splits) == 1 else None)
-    if mine is None or Path(mine).name != mine:
+    if mine is None or PurePath(mine).name != mine:
         raise DataError(f"{folder}: none of its splits {splits} is known to hold the {role}: name the folder of one")
     return _dataset(folder / mine)
 
 
-def _dataset(folder: Path) -> Folder:
+def _dataset(folder: FilePath) -> Folder:
     names = [str(file.get("filename", "")) for file in _json(folder / "state.json").get("_data_files", [])]
-    if not names or any(Path(name).name != name for name in names):
+    if not names or any(PurePath(name).name != name for name in names):
         raise DataError(f"{folder}: its state.json names no files of the folder")
     described = class_labels(_json(folder / "dataset_info.json").get("features"))
     return Folder([folder / name for name in names], class_labels=described)
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: FilePath) -> dict[str, Any]:
     with readable(file):
         held = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(held, dict):
@@ -112,7 +113,7 @@ def _json(file: Path) -> dict[str, Any]:
         return held
 
 
-def _by_names(folder: Path, role: Role) -> Folder:
+def _by_names(folder: FilePath, role: Role) -> Folder:
     files = [file for file in _data_files(folder) if file.suffix.lower() != ".json"]
     kinds = {file: _kind(file) for file in files}
     if any(kind == "features" and file.suffix.lower() not in _NOTES for file, kind in kinds.items()):
@@ -141,16 +142,16 @@ def _by_names(folder: Path, role: Role) -> Folder:
 _VISSL = re.compile(r"rank[0-9]+_(?:chunk[0-9]+_)?[a-z]+_(.+)_features\.npy")
 
 
-def _data_files(folder: Path) -> list[Path]:
+def _data_files(folder: FilePath) -> list[FilePath]:
     files = [file for file in folder.iterdir() if file.suffix.lower() in OPENERS and not file.name.startswith(".")]
     return sorted(files, key=_natural)
 
 
-def _natural(file: Path) -> list[str | int]:
+def _natural(file: FilePath) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", file.name)]
 
 
-def _words(file: Path) -> list[str]:
+def _words(file: FilePath) -> list[str]:
     """The words of a name; DINO writes two in one, as `trainfeat`."""
     words = re.findall(r"[a-z]+", file.stem.lower())
     sides = "|".join(side for names in SIDES.values() for side in names)
@@ -158,7 +159,7 @@ def _words(file: Path) -> list[str]:
     return [part for word in words for part in re.sub(rf"^({sides})({kinds})$", r"\1 \2", word).split()]
 
 
-def _kind(file: Path) -> str:
+def _kind(file: FilePath) -> str:
     words = _words(file)
     if words and words[-1] == "inds":
         return "ids"
@@ -167,7 +168,7 @@ def _kind(file: Path) -> str:
     return "labels" if is_labels or file.suffix.lower() == ".txt" else "features"
 
 
-def _of_side(folder: Path, files: list[Path], role: Role) -> list[Path]:
+def _of_side(folder: FilePath, files: list[FilePath], role: Role) -> list[FilePath]:
     """The files of a side, where names tell sides apart; else those that name none, or all."""
     sides = {
         file: next((word for word in _words(file) if any(word in s for s in SIDES.values())), None) for file in files
@@ -181,7 +182,7 @@ def _of_side(folder: Path, files: list[Path], role: Role) -> list[Path]:
     return unnamed or files
 
 
-def _check_pairs(folder: Path, features: Sequence[Path], others: Sequence[Path]) -> None:
+def _check_pairs(folder: FilePath, features: Sequence[FilePath], others: Sequence[FilePath]) -> None:
     """Refuse files of labels that are not one for each file of features, by their numbers where both have some."""
     if len(others) < 2:
         return
@@ -195,7 +196,7 @@ def _check_pairs(folder: Path, features: Sequence[Path], others: Sequence[Path])
             raise DataError(f"{folder}: {wrong[0].name} and {wrong[1].name} have different numbers")
 
 
-def _varying(files: Sequence[Path]) -> list[tuple[int, ...]]:
+def _varying(files: Sequence[FilePath]) -> list[tuple[int, ...]]:
     """The numbers in each name, without those that all names share."""
     numbers = [[int(number) for number in re.findall(r"[0-9]+", file.stem)] for file in files]
     if len({len(found) for found in numbers}) > 1:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from faiss_knn.offline.column_files import UNKNOWN, Member, open_arrow, open_csv, open_json_lines, open_parquet, parsed
+from faiss_knn.offline.remote import FilePath, RemotePath, RemoteRows, on_this_machine
 
 _SAFE_TORCH = "2.10"
 _MOST_EXPANDED = {ZIP_STORED: 1, ZIP_DEFLATED: 1032}  # bytes that one byte of an archive can become
@@ -32,7 +33,7 @@ class DataError(ValueError):
 Arrays = Mapping[str, Member]
 
 
-def open_arrays(path: Path) -> dict[str, Member]:
+def open_arrays(path: FilePath) -> dict[str, Member]:
     """Open a file and read its head: arrays are read when they are asked for, and no others.
 
     Args:
@@ -48,15 +49,17 @@ def open_arrays(path: Path) -> dict[str, Member]:
     opener = OPENERS.get(path.suffix.lower())
     if opener is None:
         raise DataError(f"{path}: unknown format {path.suffix!r}: one of {' '.join(OPENERS)} is read")
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
-    if not path.is_file():
-        raise DataError(f"{path}: is no regular file: pipes, devices and folders of that name are not read")
     with readable(path):
-        return dict(opener(path))
+        if not path.exists():
+            raise DataError(f"{path}: no such file")
+        if not path.is_file():
+            raise DataError(f"{path}: is no regular file: pipes, devices and folders of that name are not read")
+        if isinstance(path, RemotePath) and path.suffix.lower() in _REMOTE_OPENERS:
+            return dict(_REMOTE_OPENERS[path.suffix.lower()](path))
+        return dict(opener(on_this_machine(path)))
 
 
-def read_array(path: Path, member: Member) -> Any:
+def read_array(path: FilePath, member: Member) -> Any:
     """Read an array of a file.
 
     Raises:
@@ -85,7 +88,7 @@ def _member(array: Any) -> Member:
 
 
 @contextmanager
-def readable(path: Path, done: str = "read") -> Iterator[None]:
+def readable(path: FilePath, done: str = "read") -> Iterator[None]:
     """Turn whatever a reader raises on a bad file, or a writer, into a `DataError` of one line."""
     try:
         yield
@@ -257,10 +260,10 @@ def _open_safetensors(path: Path) -> Arrays:
         }
 
 
-def _open_hdf5(path: Path) -> Arrays:
+def _open_hdf5(path: FilePath) -> Arrays:
     import h5py  # an extra
 
-    file = h5py.File(path, "r")
+    file = h5py.File(path if isinstance(path, Path) else path.open(), "r")
     arrays: dict[str, Member] = {}
     links: dict[str, str] = {}
     waiting, met = [("", file)], set()
@@ -284,7 +287,7 @@ def _open_hdf5(path: Path) -> Arrays:
 class _Dataset:
     """An HDF5 data set whose damaged parts are told as such when they are read."""
 
-    def __init__(self, path: Path, dataset: Any) -> None:
+    def __init__(self, path: FilePath, dataset: Any) -> None:
         self.path = path
         self.dataset = dataset
         self.shape: tuple[int, ...] = dataset.shape
@@ -301,7 +304,7 @@ class _Dataset:
         return np.asarray(self[...], dtype)
 
 
-def _hdf5_member(path: Path, name: str, dataset: Any) -> Member:
+def _hdf5_member(path: FilePath, name: str, dataset: Any) -> Member:
     def read() -> Any:
         if dataset.is_virtual or dataset.external:
             raise ValueError(f"{name!r} is kept in other files (a virtual data set, or external storage): copy it here")
@@ -349,6 +352,41 @@ def open_bin(path: Path, dtype: type[np.generic]) -> Arrays:
     return {"": _member(np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r", offset=8, shape=(rows, dim)))}
 
 
+def _open_remote_npy(path: RemotePath) -> Arrays:
+    with path.open() as stream:
+        version = np.lib.format.read_magic(stream)
+        head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, in_columns, dtype = head(stream)
+        offset = stream.tell()
+    if dtype.hasobject:
+        raise ValueError("it holds objects, which are pickled")
+    if len(shape) != 2 or in_columns:
+        return _open_npy(on_this_machine(path))
+    _check_size(path, offset + math.prod(shape) * dtype.itemsize)
+    return {"": _member(RemoteRows(path, (shape[0], shape[1]), dtype, offset))}
+
+
+def _check_size(path: RemotePath, needed: int) -> None:
+    if path.size() != needed:
+        raise ValueError(f"its head tells of {needed} bytes, but it has {path.size()}")
+
+
+def _open_remote_vecs(path: RemotePath, dtype: type[np.generic]) -> Arrays:
+    head, size = path.ranges([0], [4]), path.size()
+    dim, kind = int(np.frombuffer(head[0], "<i4")[0]), np.dtype(dtype).newbyteorder("<")
+    width = 4 + dim * kind.itemsize
+    if dim <= 0 or size % width:
+        raise ValueError(f"{size} bytes are not rows of {width} bytes (dimension {dim}): truncated, or another format")
+    return {"": _member(RemoteRows(path, (size // width, dim), kind, 0, skipped=4))}
+
+
+def _open_remote_bin(path: RemotePath, dtype: type[np.generic]) -> Arrays:
+    rows, dim = (int(x) for x in np.frombuffer(path.ranges([0], [8])[0], "<u4"))
+    kind = np.dtype(dtype).newbyteorder("<")
+    _check_size(path, 8 + rows * dim * kind.itemsize)
+    return {"": _member(RemoteRows(path, (rows, dim), kind, 8))}
+
+
 def _open_text(path: Path) -> Arrays:
     lines = path.read_text(encoding="utf-8-sig").splitlines()
     return {"": _member(parsed(lines))}
@@ -380,6 +418,17 @@ OPENERS: dict[str, Callable[[Path], Arrays]] = {
     ".u8bin": lambda path: open_bin(path, np.uint8),
     ".txt": _open_text,
     ".json": _open_json,
+}
+# Files elsewhere that are read a slice at a time; of others a copy is made on this machine.
+_REMOTE_OPENERS: dict[str, Callable[[RemotePath], Arrays]] = {
+    ".npy": _open_remote_npy,
+    ".parquet": open_parquet,
+    ".h5": _open_hdf5,
+    ".hdf5": _open_hdf5,
+    ".fvecs": lambda path: _open_remote_vecs(path, np.float32),
+    ".bvecs": lambda path: _open_remote_vecs(path, np.uint8),
+    ".fbin": lambda path: _open_remote_bin(path, np.float32),
+    ".u8bin": lambda path: _open_remote_bin(path, np.uint8),
 }
 _EXTRAS = {".safetensors": "safetensors", ".h5": "hdf5", ".hdf5": "hdf5"}
 _EXTRAS |= dict.fromkeys((".parquet", ".arrow", ".feather", ".csv", ".tsv", ".jsonl", ".ndjson"), "parquet")

@@ -1,7 +1,7 @@
 """Rows of features wherever they lie: in memory, memory-mapped, in several files, or picked from others."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -74,6 +74,45 @@ class Shards:
 
     def _start(self, part: int) -> int:
         return self._ends[part - 1] if part else 0
+
+
+class OneAtATime:
+    """Arrays of files that are read as a whole, of which the last one alone is held.
+
+    Example:
+        >>> files = OneAtATime()
+        >>> rows = files.rows(lambda: np.ones((3, 2)), (3, 2), np.dtype(float))
+        >>> rows[1:].shape
+        (2, 2)
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[_Reread, Any] | None = None
+
+    def rows(self, read: Callable[[], Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> "_Reread":
+        """Give an array that `read` reads whenever it is asked for and is not the last one that was."""
+        return _Reread(self, read, shape, dtype)
+
+    def array(self, rows: "_Reread") -> Any:
+        """Return the whole array."""
+        held = self._held  # of several threads each goes by what it saw
+        if held is None or held[0] is not rows:
+            self._held = held = None  # before the next one is read
+            self._held = held = (rows, rows.read())
+        return held[1]
+
+
+class _Reread:
+    def __init__(
+        self, files: OneAtATime, read: Callable[[], Any], shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        self._files, self.read, self.shape, self.dtype = files, read, shape, dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> Any:
+        return self._files.array(self)[rows]
 
 
 class Subset:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from faiss_knn.offline.formats import DataError
+from faiss_knn.offline.remote import FilePath
 
 MANIFEST = "manifest.json"
 _FORMAT = "faiss-knn extraction 1"
@@ -77,7 +78,7 @@ class Manifest:
         os.replace(partial_file, folder / MANIFEST)
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: FilePath) -> Manifest | None:
     """Read a folder's manifest; None if it has none, or one that another tool wrote.
 
     Raises:

@@ -100,6 +100,11 @@ def device_named(name: str) -> str | None:
     return name
 
 
+def location(text: str) -> Path | str:
+    """Read the path of a file or folder, or its URL."""
+    return text if "://" in text else Path(text)
+
+
 def config_options(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str], dict[str, str]]:
     """Read the options of a YAML file as arguments for the same parser, and beside them its BANK and QUERIES."""
     import yaml  # only if there is a file to read

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from faiss_knn.offline.commands.arguments import DISTANCES, count, positive, share, sweep, temperature, whole
+from faiss_knn.offline.commands.arguments import DISTANCES, count, location, positive, share, sweep, temperature, whole
 from faiss_knn.protocol import protocols
 
 EPILOG = """\
@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(group: Any) -> None:
-    group.add_argument("bank", nargs="?", type=Path, metavar="BANK", help="features that are searched")
-    group.add_argument("queries", nargs="?", type=Path, metavar="QUERIES", help="features that are classified")
-    group.add_argument("--labels", type=Path, metavar="FILE", help="the bank's labels, if not in BANK")
-    group.add_argument("--query-labels", type=Path, metavar="FILE", help="the queries' labels, if not in QUERIES")
+    group.add_argument("bank", nargs="?", type=location, metavar="BANK", help="features that are searched")
+    group.add_argument("queries", nargs="?", type=location, metavar="QUERIES", help="features that are classified")
+    group.add_argument("--labels", type=location, metavar="FILE", help="the bank's labels, if not in BANK")
+    group.add_argument("--query-labels", type=location, metavar="FILE", help="the queries' labels, if not in QUERIES")
     group.add_argument(
         "--features-key", metavar="NAME", help="array or column of the features; emb_ for emb_0, emb_1, ...; a,b,c"
     )
