@@ -181,8 +181,8 @@ def read_batch(options: OnlineOptions, outputs: Any, batch: Any, dataloader: Any
     if place is not None and key in place and not _is_ours(place[key]):
         raise ValueError(f"Key '{key}' already exists in batch")
     rows = find_rows(options, outputs, batch)
-    queries = options.prepared(flat_rows(rows[options.input]))
-    labels = options.read_labels(rows[options.target])
+    queries = options.prepared(flat_rows(rows[options.feature_key]))
+    labels = options.read_labels(rows[options.label_key])
     if is_soft(labels):
         labels = most_likely(labels)  # what a metric can judge; neighbours vote by their shares
     # Where ids tell the samples apart, padding is known by them.

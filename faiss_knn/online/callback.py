@@ -56,8 +56,11 @@ class OnlineKNN(OnlineOptions, Callback):
 
     Args:
         name: Names the logged keys and the predictions.
-        input: Key of the features in the step's outputs, or else in the batch.
-        target: Key of the labels, found likewise: class ids, -1 where unlabelled, or (B, C) multi-hot.
+        input: Key of the features in the step's outputs, or else in the batch. Several, such as ("student", "teacher"):
+            each is scored by itself, as `eval/{name}_{input}_{metric}` and `batch["{name}_{input}_preds"]`.
+        target: Key of the labels, found likewise: class ids, -1 where unlabelled, or (B, C) multi-hot. Several: a
+            mapping from each to metrics of its own, in place of `metrics`; logged as `eval/{name}_{target}_{metric}`
+            (after the input, where both are several).
         queue_length: Rows in the bank, per rank.
         metrics: A torchmetric, a list or dict of them, {"train": …, "val": …} of which "val" counts, or None.
         input_dim: Width of the features; a list or tuple stands for its product, to which features are flattened.
@@ -127,8 +130,8 @@ class OnlineKNN(OnlineOptions, Callback):
             self._check_name(trainer)
             earlier = trainer_state(trainer).get(self)
             stored = None if self.bank_dataloader_idx is not None else self._stored(trainer)
-            memory = earlier.scorer.memory.of_next_run() if earlier else None
-            trainer_state(trainer)[self] = _Run(Scorer(self, stored, memory))
+            memories = [memory.of_next_run() for memory in earlier.scorer.memories] if earlier else None
+            trainer_state(trainer)[self] = _Run(Scorer(self, stored, memories))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         with all_or_none():
@@ -269,9 +272,10 @@ class OnlineKNN(OnlineOptions, Callback):
         if not run.scorer.is_scoring:
             return run.logged
         stage = "test" if trainer.state.stage == RunningStage.TESTING else "eval"
-        values, self.results = run.scorer.finish(f"{stage}/{self.name}")
-        if pictures := self.results.get(f"{stage}/{self.name}_gallery"):
-            hand_to_loggers(trainer.loggers, f"{stage}/{self.name}_gallery", pictures, trainer.global_step)
+        values, self.results = run.scorer.finish(stage)
+        for key in [f"{stage}/{part.name}_gallery" for part in self.parts]:
+            if pictures := self.results.get(key):
+                hand_to_loggers(trainer.loggers, key, pictures, trainer.global_step)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             run.logged = values
         return values

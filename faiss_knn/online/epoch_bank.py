@@ -63,8 +63,8 @@ class BankRows:
         """Return features (n, d), labels (n,) or (n, C), and (n,) bool: which of them can be searched and vote."""
         options = self._options
         check_aligned(options.title, rows)
-        features = options.prepared(flat_rows(rows[options.input]))
-        labels = options.read_labels(rows[options.target])
+        features = options.prepared(flat_rows(rows[options.feature_key]))
+        labels = options.read_labels(rows[options.label_key])
         return features, labels, searchable(features, options.is_normalized) & is_labelled(labels)
 
     def _newest(self) -> tuple[Tensor, Tensor]:
@@ -112,8 +112,8 @@ def warn_of_skipped(options: OnlineOptions, memory: Memory, skipped: int, rows: 
     """Say once per run that rows were left out of the "bank" or the queries ("query")."""
     memory.warn_once(
         "skipped",
-        f"{options.title}: left out {skipped} of {rows} {where} rows: '{options.input}' not finite "
-        f"(or zero, under cosine) or '{options.target}' -1. All are counted in {options.name}_skipped; "
+        f"{options.title}: left out {skipped} of {rows} {where} rows: '{options.feature_key}' not finite "
+        f"(or zero, under cosine) or '{options.label_key}' -1. All are counted in {options.name}_skipped; "
         "this is said once per run",
     )
 

@@ -198,8 +198,8 @@ class Evaluation:
                 "scored: go through the bank's dataloader first"
             )
         rows = find_rows(options, outputs, batch)
-        own = unpadded_rows(self._plan.dataloaders[number], batch_idx, len(rows[options.input]))
-        if len(self._stored[options.input].ring) + own > options.queue_length:
+        own = unpadded_rows(self._plan.dataloaders[number], batch_idx, len(rows[options.feature_key]))
+        if len(self._stored[options.feature_key].ring) + own > options.queue_length:
             self._memory.warn_once(
                 "full",
                 f"{options.title}: dataloader {number} has more than queue_length="
@@ -222,7 +222,7 @@ class Evaluation:
         if len(features) and queries.shape[1] != features.shape[1]:
             options = self._options
             raise ValueError(
-                f"{options.title}: '{options.input}' has {queries.shape[1]} values a row in validation, and "
+                f"{options.title}: '{options.feature_key}' has {queries.shape[1]} values a row in validation, and "
                 f"{features.shape[1]} in the bank: score the features that training queues, or begin with an empty "
                 "queue if a checkpoint brought others"
             )
@@ -237,10 +237,17 @@ class Evaluation:
             return None
         return bank.bank.find(queries, max(self._options.ks))
 
-    def _serve_other_ranks(self) -> None:
-        """Search along for the ranks that have more batches."""
-        while self._bank is not None and self._searches < self._most_searches:
-            self._search(self._bank, None)
+    def serve_other_ranks(self) -> bool:
+        """Search along once for the ranks that have more batches; tell whether there were any.
+
+        What `add` does on those ranks with one batch, this does without.
+        """
+        if not self._is_built:
+            self._build()
+        if self._bank is None or self._searches >= self._most_searches:
+            return False
+        self._search(self._bank, None)
+        return True
 
     def _search_collected(self, bank: EpochBank) -> None:
         """Search and score what was kept of the epoch; all ranks must call it together."""
@@ -299,11 +306,10 @@ class Evaluation:
             The numbers, float32 on the evaluation's device, and the values that are none, by key. Without a bank there
             is only the number of rows that were left out, if any were.
         """
-        if not self._is_built:
-            self._build()
+        while self.serve_other_ranks():
+            pass
         if self._bank is None:
             return self._counted(prefix), {}
-        self._serve_other_ranks()
         raise_together(self._error)
         if self._options.search == "epoch":
             self._search_collected(self._bank)

@@ -1,6 +1,7 @@
 """OnlineEvaluator: the score of `OnlineKNN` in any training loop, without Lightning."""
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -118,7 +119,7 @@ class OnlineEvaluator(OnlineOptions):
                 self._scorer.start(plan, self._device())
             self._batches = [0] * len(plan.batches)
 
-    def score(self, dataloader_idx: int = 0, /, **tensors: Tensor) -> Tensor | None:
+    def score(self, dataloader_idx: int = 0, /, **tensors: Tensor) -> Tensor | dict[str, Tensor] | None:
         """Score a validation batch, and count it in the metrics.
 
         Args:
@@ -129,6 +130,7 @@ class OnlineEvaluator(OnlineOptions):
         Returns:
             (B, C) float32 raw scores, zeros where nothing voted: rows without a distance, and every row as long as the
             bank is empty (C is 0 then, if neither num_classes nor the metrics say it). None under search="epoch".
+            Of several inputs or targets a dict, by "{input}", "{target}" or "{input}_{target}".
 
         Raises:
             ValueError: For tensors that are missing or do not fit together or to the bank. Of several ranks, one that
@@ -145,11 +147,15 @@ class OnlineEvaluator(OnlineOptions):
         if self._scorer.is_scoring:
             with self._scorer.defer_error():
                 batch = self._on_one_device(tensors, "score")
-        predictions = self._scorer.add(None, MappingProxyType(batch), batches[number], number)
+        found = self._scorer.add(None, MappingProxyType(batch), batches[number], number)
         batches[number] += 1
-        if predictions is None and self.search == "batch":
-            return self._without_votes(tensors)
-        return predictions
+        if self.search == "epoch":
+            return None
+        scores = {
+            part.label: self._without_votes(tensors, place) if predictions is None else predictions
+            for place, (part, predictions) in enumerate(zip_longest(self.parts, found))
+        }
+        return scores if self.has_several else scores[""]
 
     def finish(self, stage: str = "eval") -> dict[str, float]:
         """End the validation, and return the scores. All ranks must call it together, and get the same.
@@ -170,7 +176,7 @@ class OnlineEvaluator(OnlineOptions):
             self._validation("finish")
             self._batches = None
             if self._scorer.is_scoring:
-                values, self.results = self._scorer.finish(f"{stage}/{self.name}")
+                values, self.results = self._scorer.finish(stage)
                 self._last = {key: float(value) for key, value in values.items()}
             for rows in (self._stored or {}).values():
                 rows.end_validation()
@@ -229,7 +235,7 @@ class OnlineEvaluator(OnlineOptions):
                 f"{self.title}: {call}() needs the tensors {', '.join(self.keys)} by name, got "
                 f"{', '.join(tensors) or 'none'}: give {', '.join(f'{key}=…' for key in missing)} too"
             )
-        device = getattr(tensors[self.input], "device", None)
+        device = getattr(tensors[self.feature_key], "device", None)
         wanted = {key: tensors[key] for key in self.keys}
         if self.gallery is not None and self.gallery.key in tensors:
             wanted[self.gallery.key] = tensors[self.gallery.key]
@@ -258,7 +264,7 @@ class OnlineEvaluator(OnlineOptions):
 
     def _device(self) -> torch.device:
         stored = self._stored or {}
-        device = stored[self.input].ring.device if stored else self.bank_device
+        device = stored[self.feature_key].ring.device if stored else self.bank_device
         return torch.device(device or "cpu")
 
     def _plan(self, dataloaders: Any) -> Plan:
@@ -279,10 +285,12 @@ class OnlineEvaluator(OnlineOptions):
             raise RuntimeError(f"{self.title}: {call}() outside of a validation: call start() first")
         return self._batches
 
-    def _without_votes(self, tensors: Mapping[str, Any]) -> Tensor:
-        features = tensors.get(self.input)
+    def _without_votes(self, tensors: Mapping[str, Any], place: int) -> Tensor:
+        """Return zeros for the part at a place."""
+        part = self.parts[place]
+        features = tensors.get(part.feature_key)
         rows = len(features) if isinstance(features, Tensor) and features.ndim else 0
-        width = max(self.known_width or 0, self._scorer.memory.width)
+        width = max(part.known_width or 0, self._scorer.memories[place].width)
         return torch.zeros(rows, width, dtype=torch.float32, device=getattr(features, "device", "cpu"))
 
     def _checked_state(self, state_dict: Any) -> Mapping[str, Any]:

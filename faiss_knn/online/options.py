@@ -1,6 +1,7 @@
 """What a k-NN score is asked for: the arguments, checked in one place, and what follows from them alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import combinations
 from typing import Any, ClassVar
@@ -35,7 +36,9 @@ class OnlineOptions:
         kind: What messages call it.
         ks: The numbers of neighbours, as a tuple.
         metrics: Name to metric.
-        keys: Those of the tensors that are read of each batch: features, labels, and sample ids where they count.
+        feature_key: Key of the features; of several, the first.
+        label_key: Key of the labels; of several, the first.
+        label: What tells this part from the others of several; else empty.
 
     Raises:
         ValueError: For each bad argument, naming it.
@@ -44,8 +47,8 @@ class OnlineOptions:
     kind: ClassVar[str] = "OnlineKNN"
 
     name: str
-    input: str
-    target: str
+    input: str | Sequence[str]
+    target: str | Sequence[str] | Mapping[str, Any]
     queue_length: int
     metrics: Any = None
     input_dim: int | Sequence[int] | None = None
@@ -77,6 +80,9 @@ class OnlineOptions:
     seconds: bool = False
     standard_errors: bool = False
     ks: tuple[int, ...] = field(init=False)
+    feature_key: str = field(init=False)
+    label_key: str = field(init=False)
+    label: str = field(init=False, default="")
     _warned_inferred_num_classes: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -85,14 +91,52 @@ class OnlineOptions:
         self._check_search()
         self._check_rows()
         self._check_run()
-        self._metrics_class_count = class_count(self.metrics)
-        self._is_multiclass = is_multiclass(self.metrics)
-        self._value_names = rehearse(self.metrics, self.num_classes, standard_errors=self.standard_errors)
         self._check_diagnostics()
         self.gallery = gallery_options(self.gallery)
         if self.gallery is not None and self.search == "epoch":
             raise ValueError("`gallery` needs search='batch': an epoch's images are not kept until its end")
+        self._read_metrics()
+        self._parts = self._new_parts() if self.has_several else []
         self.new_index()  # a bad index option is an error here, not at the first validation
+
+    def _read_metrics(self) -> None:
+        self._metrics_class_count = class_count(self.metrics)
+        self._is_multiclass = is_multiclass(self.metrics)
+        self._value_names = rehearse(self.metrics, self.num_classes, standard_errors=self.standard_errors)
+        if not self.has_several_k and (twice := self._value_names & set(self.diagnostics)):
+            raise ValueError(f"`metrics` must have other names than `diagnostics`, got {', '.join(sorted(twice))}")
+
+    @property
+    def has_several(self) -> bool:
+        """Whether there are several keys of features or of labels."""
+        return len(self._inputs) * len(self._targets) > 1
+
+    @property
+    def parts(self) -> "list[OnlineOptions]":
+        """What is asked of each key of features and each of labels, all of which share their rows' queues."""
+        return self._parts or [self]
+
+    def _new_parts(self) -> "list[OnlineOptions]":
+        """Make one part for each pair of keys, in order, named after those of which there are several."""
+        if len(set(self.keys)) < len(self.keys):
+            raise ValueError(f"`input`, `target` and `id` must be keys of their own, got {', '.join(self.keys)}")
+        if self.num_classes is not None and len(self._targets) > 1:
+            raise ValueError(
+                f"num_classes={self.num_classes} is of one target, got {', '.join(self._targets)}: leave it out, the "
+                "metrics of each say theirs"
+            )
+        return [self._part(key, target) for key in self._inputs for target in self._targets]
+
+    def _part(self, key: str, target: str) -> "OnlineOptions":
+        part = copy(self)
+        part.label = "_".join([key] * (len(self._inputs) > 1) + [target] * (len(self._targets) > 1))
+        part.name = f"{self.name}_{part.label}"
+        part.input = part.feature_key = key
+        part.target = part.label_key = target
+        part._inputs, part._targets, part._parts = (key,), {target: self._targets[target]}, []
+        part.metrics = self._targets[target]
+        part._read_metrics()
+        return part
 
     def _settle_protocol(self) -> None:
         """Take what was not given from the protocol; `protocol` then names also what was given beside it."""
@@ -131,7 +175,9 @@ class OnlineOptions:
             raise ValueError(f"recall_queries must be positive, or 0 for none, got {self.recall_queries}")
 
     def _check_rows(self) -> None:
-        self.name, self.input, self.target = (as_key(getattr(self, key), key) for key in ("name", "input", "target"))
+        self.name = as_key(self.name, "name")
+        self._inputs, self._targets = _keys(self.input, "input"), _metrics_by_target(self.target, self.metrics)
+        self.feature_key, self.label_key = self._inputs[0], next(iter(self._targets))
         self.id = None if self.id is None else as_key(self.id, "id")
         self.queue_length = as_positive(self.queue_length, "queue_length")
         if isinstance(self.input_dim, Sequence):
@@ -141,7 +187,7 @@ class OnlineOptions:
                 setattr(self, width, as_positive(getattr(self, width), width))
         if self.num_classes is not None:
             as_class_count(self.num_classes)
-        self.metrics = named_metrics(self.metrics)
+        self.metrics = {} if len(self._targets) > 1 else self._targets[self.label_key]
         self.ignore_index = None if self.ignore_index is None else as_integer(self.ignore_index, "ignore_index")
 
     def _check_run(self) -> None:
@@ -165,8 +211,6 @@ class OnlineOptions:
                 "`diagnostics` with neighbor_churn needs to know which sample a row is of: give `id`, the key of the "
                 "sample ids, or leave neighbor_churn out"
             )
-        if not self.has_several_k and (twice := self._value_names & set(self.diagnostics)):
-            raise ValueError(f"`metrics` must have other names than `diagnostics`, got {', '.join(sorted(twice))}")
 
     @property
     def title(self) -> str:
@@ -176,11 +220,13 @@ class OnlineOptions:
     @property
     def keys(self) -> list[str]:
         """Keys of the tensors that are read of each batch: features, labels, and sample ids where they count."""
-        return [self.input, self.target, *([] if self.id is None else [self.id])]
+        return [*self._inputs, *self._targets, *([] if self.id is None else [self.id])]
 
     @property
     def log_keys(self) -> set[str]:
         """What is logged, as far as is known before: keys without the stage."""
+        if self._parts:
+            return {key for part in self._parts for key in part.log_keys}
         stems = [f"{self.name}_k{k}" for k in self.ks] if self.has_several_k else [self.name]
         return {f"{stem}_{value}" for stem in stems for value in self._value_names} | {
             f"{self.name}_{value}" for value in (*RESERVED, *self.diagnostics)
@@ -227,15 +273,15 @@ class OnlineOptions:
 
     def new_ring(self, key: str, device: torch.device) -> RingBuffer:
         """Make room for the rows of a bank's dataloader: as many as a queue would hold, on `device` by default."""
-        dtype = self.bank_dtype if key == self.input else None
+        dtype = self.bank_dtype if key in self._inputs else None
         return RingBuffer(self.queue_length, None, dtype, self.bank_device or device)
 
     def queue_form(self, key: str) -> tuple[int | None, torch.dtype | None]:
         """Return the `dim` and dtype of the queue that keeps a key's rows; None: as in the first batch."""
-        if key == self.input:
+        if key in self._inputs:
             assert not isinstance(self.input_dim, Sequence)  # its product by now
             return self.input_dim, self.bank_dtype or (torch.float32 if self.input_dim else None)
-        return (self.target_dim if key == self.target else None), None
+        return (self.target_dim if key in self._targets else None), None
 
     def read_labels(self, values: Tensor) -> Tensor:
         """Read labels; one-hot ones as the class ids they are, where the metrics are made for one class a row.
@@ -246,13 +292,13 @@ class OnlineOptions:
         Raises:
             ValueError: For what is no label, or several labels a row under metrics that know one.
         """
-        labels = as_labels(values, f"'{self.target}'", float_ids=True, ignore_index=self.ignore_index)
+        labels = as_labels(values, f"'{self.label_key}'", float_ids=True, ignore_index=self.ignore_index)
         if labels.ndim == 1 or not self._is_multiclass:
             return labels
         ids = one_hot_ids(labels)
         if ids is None and not is_soft(labels) and len(labels):
             raise ValueError(
-                f"{self.title}: '{self.target}' has rows with several or no labels, and the metrics are "
+                f"{self.title}: '{self.label_key}' has rows with several or no labels, and the metrics are "
                 "made for one class a row: give Multilabel metrics, or class ids"
             )
         return labels if ids is None else ids
@@ -289,6 +335,32 @@ class OnlineOptions:
     def known_width(self) -> int | None:
         """How many classes are scored, where that is known before any label is seen."""
         return self.num_classes or self._metrics_class_count
+
+
+def _keys(given: Any, argument: str) -> tuple[str, ...]:
+    """Return one key or several."""
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    keys = tuple(as_key(key, argument) for key in (given if several else [given]))
+    if not keys or len(set(keys)) < len(keys):
+        raise ValueError(f"`{argument}` must be one key or several different ones, got {shown(given)}")
+    return keys
+
+
+def _metrics_by_target(target: Any, metrics: Any) -> dict[str, Any]:
+    """Return the metrics by name of each key of labels."""
+    if isinstance(target, Mapping):
+        if metrics is not None:
+            raise ValueError("`metrics` must be left out where `target` gives each key of labels metrics of its own")
+        return {key: named_metrics(target[key]) for key in _keys(list(target), "target")}
+    keys = _keys(target, "target")
+    if len(keys) == 1:
+        return {keys[0]: named_metrics(metrics)}
+    if metrics is not None and (not isinstance(metrics, Mapping) or set(metrics) != set(keys)):
+        raise ValueError(
+            f"`metrics` of several targets must be a mapping from each of {', '.join(keys)} to metrics of its own, got "
+            f"{shown(metrics)}"
+        )
+    return {key: named_metrics(None if metrics is None else metrics[key]) for key in keys}
 
 
 def _listed(k: Any) -> Any:

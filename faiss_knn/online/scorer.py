@@ -1,6 +1,6 @@
 """Scorer: a k-NN score through training steps and validations, whatever loop drives it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,25 +16,36 @@ from faiss_knn.online.unique_samples import check_sample_ids
 
 
 class Scorer:
-    """Check what training steps give, and score one validation after another.
+    """Check what training steps give, and score one validation after another, of one or several keys of features.
+
+    Each part of the options (`OnlineOptions.parts`) has an evaluation of its own; they share the rows that are stored.
 
     Args:
         options: What is scored, and how.
         stored: Where the rows of training are kept, by key; None where a dataloader fills the bank.
-        memory: What earlier validations left; None: nothing yet.
+        memories: What earlier validations left to each part; None: nothing yet.
 
     Attributes:
-        memory: What validations leave to each other.
+        memories: What validations leave to each other, by part.
         stored: As given.
     """
 
     def __init__(
-        self, options: OnlineOptions, stored: Mapping[str, QueueStorage] | None, memory: Memory | None = None
+        self,
+        options: OnlineOptions,
+        stored: Mapping[str, QueueStorage] | None,
+        memories: Sequence[Memory] | None = None,
     ) -> None:
-        self.memory, self.stored = memory or Memory(options.new_index()), stored
-        self._options = options
-        self._evaluation: Evaluation | None = None
+        self._parts = options.parts
+        self.memories = list(memories or [Memory(part.new_index()) for part in self._parts])
+        self.stored = stored
+        self._evaluations: list[Evaluation] = []
         self._is_tried = False
+
+    @property
+    def memory(self) -> Memory:
+        """What is warned of once of the score as a whole."""
+        return self.memories[0]
 
     @property
     def has_rows(self) -> bool:
@@ -44,7 +55,7 @@ class Scorer:
     @property
     def is_scoring(self) -> bool:
         """Whether a validation is under way."""
-        return self._evaluation is not None
+        return bool(self._evaluations)
 
     def check_step(self, outputs: Any, batch: Any) -> dict[str, Tensor]:
         """Find what is wrong with a training step now, not after an epoch of training.
@@ -55,15 +66,17 @@ class Scorer:
         Raises:
             ValueError: For tensors that are missing, do not fit together, or that no validation could score.
         """
-        options = self._options
-        rows = find_rows(options, outputs, batch)
-        if options.id is not None:
-            check_sample_ids(rows[options.id], f"'{options.id}'")
-        if not self._is_tried:
-            self.memory.index.check_spec(flat_rows(rows[options.input]).shape[1])
-            options.check_first_step(rows[options.target])
-            self._is_tried = True
-        return rows
+        found: dict[str, Tensor] = {}
+        for part, memory in zip(self._parts, self.memories, strict=True):
+            rows = find_rows(part, outputs, batch)
+            if part.id is not None:
+                check_sample_ids(rows[part.id], f"'{part.id}'")
+            if not self._is_tried:
+                memory.index.check_spec(flat_rows(rows[part.feature_key]).shape[1])
+                part.check_first_step(rows[part.label_key])
+            found |= rows
+        self._is_tried = True
+        return found
 
     def start(self, plan: Plan, device: torch.device) -> None:
         """Begin a validation; all ranks must call it together.
@@ -72,27 +85,38 @@ class Scorer:
             plan: What it will read.
             device: Where metrics keep their states.
         """
-        self._evaluation = Evaluation(self._options, self.memory, plan, device, self.stored)
+        self._evaluations = [
+            Evaluation(part, memory, plan, device, self.stored)
+            for part, memory in zip(self._parts, self.memories, strict=True)
+        ]
 
     def drop(self) -> None:
         """Forget the validation under way."""
-        self._evaluation = None
+        self._evaluations = []
 
     @contextmanager
     def defer_error(self) -> Iterator[None]:
         """Keep an error of one of several ranks for the end of the validation under way."""
-        assert self._evaluation is not None
-        with self._evaluation.defer_error():
+        with self._evaluations[0].defer_error():
             yield
 
-    def add(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | None:
-        """Score a validation batch, where a validation is under way: see `Evaluation.add`."""
-        if self._evaluation is None:
-            return None
-        return self._evaluation.add(outputs, batch, batch_idx, dataloader_idx)
+    def add(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[Tensor | None]:
+        """Score a validation batch, where a validation is under way: by part, see `Evaluation.add`."""
+        return [evaluation.add(outputs, batch, batch_idx, dataloader_idx) for evaluation in self._evaluations]
 
-    def finish(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """End the validation under way; all ranks must call it together: see `Evaluation.finish`."""
-        evaluation, self._evaluation = self._evaluation, None
-        assert evaluation is not None
-        return evaluation.finish(prefix)
+    def finish(self, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """End the validation under way; all ranks must call it together: see `Evaluation.finish`.
+
+        Args:
+            stage: What the keys begin with.
+        """
+        evaluations, self._evaluations = self._evaluations, []
+        # Ranks with more batches take the parts in turn, so those that serve them must too.
+        while True in [evaluation.serve_other_ranks() for evaluation in evaluations]:
+            pass
+        numbers: dict[str, Tensor] = {}
+        others: dict[str, Any] = {}
+        for part, evaluation in zip(self._parts, evaluations, strict=True):
+            values, rest = evaluation.finish(f"{stage}/{part.name}")
+            numbers, others = numbers | values, others | rest
+        return numbers, others

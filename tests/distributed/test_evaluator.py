@@ -97,6 +97,34 @@ def test_what_is_searched_at_the_end_needs_no_length(ranks: Ranks, gather: str) 
         assert values == by_batch
 
 
+def of_two_inputs(options: dict[str, Any]) -> dict[str, float]:
+    """Rank 1 scores three batches, rank 0 one."""
+    knn = OnlineEvaluator(
+        "knn",
+        ("x", "double"),
+        {"label": MulticlassAccuracy(CLASSES, average="micro"), "id": None},
+        **{"queue_length": 400} | options,
+    )
+    rank, size = rank_and_size()
+    for batch in dealt(TRAIN):
+        knn.observe(**batch, double=2 * batch["x"])
+    batches = [range(97)] if size == 1 else [[range(20)], [range(20, 60), range(60, 97), range(20, 20)]][rank]
+    knn.start([[None] * len(batches)])
+    for rows in batches:
+        batch = {key: values[list(rows)] for key, values in VAL.items()}
+        knn.score(**batch, double=-2 * batch["x"])
+    return knn.finish()
+
+
+@pytest.mark.parametrize("options", [{}, {"gather": "shard"}, {"gather": "shard", "search": "epoch"}], ids=str)
+def test_several_inputs_and_targets_stay_in_step(ranks: Ranks, options: dict[str, Any]) -> None:
+    (expected,) = ranks.run(of_two_inputs, {}, ranks=1)
+    assert set(expected) == {f"eval/knn_{key}_label_MulticlassAccuracy" for key in ("x", "double")}
+    assert len(set(expected.values())) == 2
+    for values in ranks.run(of_two_inputs, options):
+        assert values == pytest.approx(expected, abs=1e-6)
+
+
 def without_length() -> None:
     observed(evaluator(gather="shard")).start()
 
