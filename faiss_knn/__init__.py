@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from faiss_knn.offline.audit import AuditReport, audit
     from faiss_knn.offline.compare import Comparison, compare
     from faiss_knn.offline.evaluate import EvalReport, evaluate
+    from faiss_knn.offline.explain import explain
     from faiss_knn.offline.extract import extract
     from faiss_knn.offline.features import read_features
     from faiss_knn.offline.neighbors import exact_neighbors
@@ -37,6 +38,7 @@ _HOMES = {
     "compare": "faiss_knn.offline.compare",
     "evaluate": "faiss_knn.offline.evaluate",
     "exact_neighbors": "faiss_knn.offline.neighbors",
+    "explain": "faiss_knn.offline.explain",
     "extract": "faiss_knn.offline.extract",
     "find_or_create_queue": "faiss_knn.online.queue",
     "protocols": "faiss_knn.protocol",
@@ -61,6 +63,7 @@ __all__ = [
     "compare",
     "evaluate",
     "exact_neighbors",
+    "explain",
     "extract",
     "find_or_create_queue",
     "protocols",

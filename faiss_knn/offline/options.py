@@ -15,7 +15,7 @@ from faiss_knn.search.inputs import as_count, as_integer, as_key, as_number, as_
 
 _MOST = 2**31 - 1  # rows or neighbours that anything is counted with
 
-_DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "k": (1, 5, 10, 20), "temperature": (0.07,), "weighting": ("inverse",), "distance_metric": "cosine", "center": False
 }  # fmt: skip
 
@@ -139,7 +139,7 @@ def vote_settings(
         protocol,
         {name: None if value is None else several(value) for name, value in given.items()}
         | {"distance_metric": distance_metric, "center": center or None},
-        _DEFAULTS,
+        DEFAULTS,
     )
     unit = protocol is not None and get_protocol(protocol).normalize and settled["distance_metric"] != "cosine"
     return settled | {"protocol": label, "normalize": unit, "center": bool(settled["center"])}

@@ -58,6 +58,14 @@ def share(text: str) -> float:
     return value
 
 
+def accuracy(text: str) -> float:
+    """Read an accuracy, as a share or, above 1, in percent."""
+    value = number(text)
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"must be an accuracy in (0, 1], or in percent up to 100, got {text!r}")
+    return value if value <= 1 else value / 100
+
+
 def inner_share(text: str) -> float:
     """Read a number in (0, 1)."""
     value = number(text)

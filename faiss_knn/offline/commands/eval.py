@@ -41,6 +41,8 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
 
     if given.relevance is not None:
         return _relevance(given) if first else 0
+    if given.explain is not None:
+        return _explain(given, first)
     ledger = None
     with all_or_none():
         bank, queries = _read(given)
@@ -96,6 +98,40 @@ def _relevance(given: argparse.Namespace) -> int:
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
         write(given.out / "relevance.json", json.dumps(scores, indent=2) + "\n")
+    return 0
+
+
+def _explain(given: argparse.Namespace, first: bool) -> int:
+    """Say under which settings the number comes out; --out gets explain.json."""
+    from faiss_knn.distributed import all_or_none
+    from faiss_knn.offline.explain import explain_task
+    from faiss_knn.offline.features import read_class_names
+    from faiss_knn.offline.task import make_task
+
+    with all_or_none():
+        bank, queries = _read(given)
+        names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
+        task = make_task(
+            bank.rows,
+            bank.labels,
+            queries.rows if queries else None,
+            queries.labels if queries else None,
+            num_classes=given.num_classes,
+            class_names=names,
+            leave_one_out=given.leave_one_out,
+            ignore_index=given.ignore_index,
+        )
+    found = explain_task(
+        given.explain,
+        task,
+        skip_bad_rows=given.skip_bad_rows,
+        device=device_named(given.device),
+        progress=None if first else False,
+    )
+    if first:
+        print(found.table())
+        if given.out is not None:
+            print(f"\nwritten to {found.save(given.out)}")
     return 0
 
 

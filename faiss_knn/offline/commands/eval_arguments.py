@@ -4,7 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from faiss_knn.offline.commands.arguments import DISTANCES, count, location, positive, share, sweep, temperature, whole
+from faiss_knn.offline.commands.arguments import (
+    DISTANCES,
+    accuracy,
+    count,
+    location,
+    positive,
+    share,
+    sweep,
+    temperature,
+    whole,
+)
 from faiss_knn.protocol import protocols
 
 EPILOG = """\
@@ -59,6 +69,10 @@ def _add_data(group: Any) -> None:
         "--relevance", type=Path, metavar="FILE",
         help="retrieval by lists instead of labels: JSON, for each query {positives, junk} or {easy, hard, junk}, rows "
         "of BANK; mAP as revisited Oxford and Paris count it, micro-AP; with --k, --depth, --distance alone",
+    )  # fmt: skip
+    group.add_argument(
+        "--explain", type=accuracy, metavar="NUMBER",
+        help="which settings give this top-1 (0.7843 or 78.43): score those of all protocols, list the nearest",
     )  # fmt: skip
     group.add_argument("--per-class", type=positive, metavar="N", help="few-shot: banks of N rows per class")
     group.add_argument("--tries", type=positive, metavar="T", help="few-shot banks to draw (default 5)")
@@ -166,6 +180,8 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
         parser.error("--per-class does not go with --leave-one-out")
     if given.relevance is not None:
         _check_relevance(parser, given)
+    if given.explain is not None:
+        _check_explain(parser, given)
     for name in ("own_rows", "ignored_rows"):
         if getattr(given, name) is not None and given.queries is None:
             parser.error(f"--{name.replace('_', '-')} is an array in QUERIES: name the file")
@@ -197,3 +213,15 @@ def _check_relevance(parser: argparse.ArgumentParser, given: argparse.Namespace)
             parser.error(f"--{name.replace('_', '-')} does not go with --relevance, which ranks without a vote")
     if given.index != ["flat"]:
         parser.error("--index does not go with --relevance, which ranks exactly")
+
+
+def _check_explain(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """The settings are what is looked for."""
+    names = ("k", "temperature", "weighting", "protocol", "center", "distance", "metric", "depth", "storage_dtype",
+             "groups", "own_rows", "ignored_rows", "relevance", "per_class", "nprobe", "target_recall", "sweep",
+             "latency", "resume", "overwrite", "save_neighbors", "dry_run")  # fmt: skip
+    for name in names:
+        if getattr(given, name):
+            parser.error(f"--{name.replace('_', '-')} does not go with --explain, which tries the settings itself")
+    if given.index != ["flat"]:
+        parser.error("--index does not go with --explain, which searches exactly")
