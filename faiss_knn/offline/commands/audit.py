@@ -45,6 +45,10 @@ def _add_data(group: Any) -> None:
         help="array or column of QUERIES, or a file, that is 1 for known outliers and else 0",
     )  # fmt: skip
     group.add_argument("--names", type=Path, metavar="FILE", help="what to call the rows of FEATURES, one a line")
+    for option, whose in (("--images", "of FEATURES"), ("--query-images", "of the queries")):
+        group.add_argument(
+            option, metavar="FILE", help=f"pictures {whose}: a file or column of paths, or an array (N, H, W[, C])"
+        )
     group.add_argument("--query-names", type=Path, metavar="FILE", help="what to call the queries, one a line")
 
 
@@ -74,13 +78,13 @@ def _add_output(group: Any) -> None:
 def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """End the program where the arguments do not go together."""
     if given.queries is None:
-        for name in ("query_labels", "query_names"):
+        for name in ("query_labels", "query_names", "query_images"):
             if getattr(given, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} needs QUERIES")
     if given.out is None:
-        for name in ("names", "query_names"):
+        for name in ("names", "query_names", "images", "query_images"):
             if getattr(given, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} needs --out, where the names are written")
+                parser.error(f"--{name.replace('_', '-')} needs --out, where they are shown")
 
 
 def run(given: argparse.Namespace, *, first: bool) -> int:
@@ -105,6 +109,7 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
         bank, queries = _read(given)
         outliers = _outliers(given)
         names, query_names = _names(given, "names", bank), _names(given, "query_names", queries)
+        albums = _album(given.images, given.bank, bank), _album(given.query_images, given.queries, queries)
         class_names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
     report = audit(
         bank.rows,
@@ -129,7 +134,7 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
         print(f"faiss-knn: warning: {note}", file=sys.stderr)
     print(report.summary())
     if given.out is not None:
-        report.save(given.out, names=names, query_names=query_names)
+        report.save(given.out, names=names, query_names=query_names, images=albums[0], query_images=albums[1])
         print(f"\nwritten to {given.out}: audit.html")
     return 0
 
@@ -168,3 +173,12 @@ def _names(given: argparse.Namespace, option: str, features: "Features | None") 
     if len(names) != len(features.rows):
         raise DataError(f"{path}: {len(names)} names for the {len(features.rows)} rows of {features.source}")
     return names
+
+
+def _album(source: str | None, path: Path | None, features: "Features | None") -> Any:
+    """The pictures of one side, if they are asked for."""
+    from faiss_knn.offline.images import read_album
+
+    if source is None or path is None or features is None:
+        return None
+    return read_album(source, path, len(features.rows))

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from faiss_knn.offline.report.audit_page import Rows, audit_sections, audit_title
 from faiss_knn.offline.report.audit_text import lines_of, summary_of, warnings_of
 from faiss_knn.offline.report.findings import Findings
+from faiss_knn.offline.report.html import page
 from faiss_knn.offline.report.ledger import write
+from faiss_knn.offline.report.markdown import markdown
 from faiss_knn.offline.report.tables import csv_lines
+from faiss_knn.offline.report.thumbnails import Album
 
 __all__ = ["AuditReport"]
 
@@ -33,29 +37,49 @@ class AuditReport(Findings):
         return self.summary()
 
     def save(
-        self, folder: str | Path, *, names: Sequence[str] | None = None, query_names: Sequence[str] | None = None
+        self,
+        folder: str | Path,
+        *,
+        names: Sequence[str] | None = None,
+        query_names: Sequence[str] | None = None,
+        images: Any = None,
+        query_images: Any = None,
     ) -> Path:
-        """Write audit.jsonl and audit.csv, a line per finding, and audit_novelty.csv, a line per query.
+        """Write audit.jsonl and audit.csv, a line per finding; audit_novelty.csv; audit.md and audit.html to look at.
 
         Args:
             folder: Made if it is not there; what an earlier audit wrote is replaced.
             names: (N,) what to call the rows beside their numbers.
             query_names: (Q,) what to call the queries.
+            images: Pictures of the rows, which the page shows: an array (N, H, W), (N, H, W, C) or (N, C, H, W), or
+                (N,) paths, or an `Album` of them. They need Pillow.
+            query_images: The queries' pictures.
 
         Returns:
             The folder.
 
         Raises:
-            ValueError: If the folder cannot be written, or there are not as many names as rows.
+            ValueError: If the folder cannot be written, or there are not as many names or pictures as rows.
         """
-        self._check_names("names", names, self.facts["rows"])
-        self._check_names("query_names", query_names, self.facts["queries"] or 0)
+        counts = {"row": self.facts["rows"], "query": self.facts["queries"] or 0}
+        albums = {"row": _album(images), "query": _album(query_images)}
+        for argument, given, side in (
+            ("names", names, "row"),
+            ("query_names", query_names, "query"),
+            ("images", albums["row"], "row"),
+            ("query_images", albums["query"], "query"),
+        ):
+            if given is not None and len(given) != counts[side]:
+                raise ValueError(f"`{argument}` must have one entry per {side}, {counts[side]}, got {len(given)}")
         folder = Path(folder)
+        shown = audit_sections(self, Rows(self, {"row": names, "query": query_names}, albums))
         lines = list(lines_of(self, names, query_names))
         files = {
             "audit.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
             "audit.csv": _csv(lines),
             "audit_novelty.csv": csv_lines([[self.facts["side"], "novelty"], *enumerate(self.novelty.tolist())]),
+            "audit.md": markdown(audit_title(self), shown, {}),
+            "audit.html": page(audit_title(self), shown, {}),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -65,9 +89,9 @@ class AuditReport(Findings):
             raise ValueError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
         return folder
 
-    def _check_names(self, argument: str, names: Sequence[str] | None, count: int) -> None:
-        if names is not None and len(names) != count:
-            raise ValueError(f"`{argument}` must have one entry per row, {count}, got {len(names)}")
+
+def _album(images: Any) -> Album | None:
+    return images if images is None or isinstance(images, Album) else Album(images)
 
 
 def _csv(lines: list[dict[str, Any]]) -> str:

@@ -32,14 +32,32 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """A row of the data: what it is called, its picture as a data URI if there is one, and whether it stands out."""
+
+    caption: str
+    picture: str | None = None
+    is_first: bool = False
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Rows that belong together, such as a query and its neighbours, and what they show."""
+
+    title: str
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading, what it says (warnings are marked), a table and the name of a plot."""
+    """A heading, what it says (warnings are marked), strips of rows, a table and the name of a plot."""
 
     title: str
     text: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     table: Table | None = None
     plot: str | None = None
+    strips: tuple[Strip, ...] = ()
 
 
 def title_of(report: Results) -> str:

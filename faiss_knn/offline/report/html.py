@@ -3,7 +3,7 @@
 from base64 import b64encode
 from html import escape
 
-from faiss_knn.offline.report.content import Section, Table
+from faiss_knn.offline.report.content import Section, Strip, Table, Tile
 
 _LONG = 24  # rows that a table shows without being asked
 
@@ -35,6 +35,14 @@ th:first-child, td:first-child { position: sticky; left: 0; background: var(--ti
 @media (max-width: 40rem) { th:first-child, td:first-child { min-width: 6.5rem; max-width: 40vw; white-space: normal;
   overflow-wrap: anywhere } th, td { padding: .35rem .5rem } }
 img { display: block; width: 100%; max-width: 30rem; height: auto; margin: .9rem 0 }
+.strips { display: flex; flex-wrap: wrap; gap: .9rem 2rem; margin: .9rem 0 }
+ .strip p { margin: 0 0 .3rem; color: var(--soft); font-size: .875rem }
+.tiles { display: flex; flex-wrap: wrap; gap: .5rem }
+figure { margin: 0; width: 6rem; padding: .25rem; border: 1px solid var(--line); border-radius: 6px; font-size: .75rem;
+  line-height: 1.3 }
+figure.first { border-color: var(--accent); background: var(--tint) }
+figure img { width: 100%; height: 5.5rem; object-fit: contain; margin: 0 0 .2rem }
+@media (max-width: 40rem) { figure { width: 4.6rem } figure img { height: 4.1rem } }
 """
 
 
@@ -68,9 +76,22 @@ def _section(section: Section, plots: dict[str, tuple[str, str]]) -> str:
         parts.append("<ul>" + "".join(f"<li>{escape(warning)}</li>" for warning in section.warnings) + "</ul>")
     if section.plot in plots:
         parts.append(_picture(section.title, *plots[section.plot]))
+    if section.strips:
+        parts.append('<div class="strips">' + "\n".join(map(_strip, section.strips)) + "</div>")
     if section.table:
         parts.append(_folded(section.table, f'<div class="scroll" tabindex="0">{html_table(section.table)}</div>'))
     return "<section>\n" + "\n".join(parts) + "\n</section>"
+
+
+def _strip(strip: Strip) -> str:
+    tiles = "".join(map(_tile, strip.tiles))
+    return f'<div class="strip"><p>{escape(strip.title)}</p><div class="tiles">{tiles}</div></div>'
+
+
+def _tile(tile: Tile) -> str:
+    picture = f'<img src="{escape(tile.picture)}" alt="" loading="lazy">' if tile.picture else ""
+    mark = ' class="first"' if tile.is_first else ""
+    return f"<figure{mark}>{picture}<figcaption>{escape(tile.caption)}</figcaption></figure>"
 
 
 def _folded(table: Table, shown: str) -> str:

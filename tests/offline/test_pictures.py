@@ -1,0 +1,155 @@
+"""Thumbnails are those of their rows, bounded, and no damaged file ends a page; pages are escaped and complete."""
+
+import io
+import re
+from base64 import b64decode
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from faiss_knn import audit
+from faiss_knn.offline.cli import main
+from faiss_knn.offline.report import thumbnails
+from faiss_knn.offline.report.thumbnails import Album
+from tests.measures.lists import digits
+
+ROWS, LABELS = digits()
+ROWS, LABELS = ROWS[:200].astype(np.float32), LABELS[:200]
+FAULTY = np.concatenate([ROWS, ROWS[:4]])
+WRONG = np.concatenate([np.where(np.arange(200) % 20 == 3, (LABELS + 1) % 10, LABELS), LABELS[:4]])
+
+
+def decoded(uri):
+    return np.asarray(Image.open(io.BytesIO(b64decode(uri.partition(",")[2]))))
+
+
+def test_small_pictures_are_enlarged_as_they_are():
+    pixels = np.arange(192, dtype=np.uint8).reshape(3, 8, 8)
+    album = Album(pixels)
+    for number in range(3):
+        shown = decoded(album.thumbnail(number))
+        assert shown.shape == (96, 96)
+        assert (shown[::12, ::12] == pixels[number]).all()
+    assert (len(album), album.thumbnail(3), album.thumbnail(-1)) == (3, None, None)
+
+
+@pytest.mark.parametrize(("dtype", "white"), [(np.float32, 1.0), (np.float64, 16.0), (np.int64, 16)])
+def test_numbers_are_scaled_to_black_and_white(dtype, white):
+    pixels = np.zeros((2, 8, 8), dtype)
+    pixels[1, 2, 3] = white
+    shown = decoded(Album(pixels).thumbnail(1))
+    assert (shown.max(), shown[2 * 12, 3 * 12], shown.sum()) == (255, 255, 255 * 144)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 8, 3), (2, 3, 9, 8), (2, 9, 8, 1)])
+def test_channels_may_come_first_or_last(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    last = pixels if shape[-1] in (1, 3) else np.moveaxis(pixels, 1, 3)
+    shown = decoded(Album(pixels).thumbnail(0)).reshape(90, 80, -1)
+    assert (shown[::10, ::10] == last[0]).all()
+
+
+def test_files_are_shrunk_and_those_that_cannot_be_read_are_counted(tmp_path):
+    Image.fromarray(np.full((300, 600, 3), (200, 30, 30), np.uint8)).save(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:200])
+    (tmp_path / "c.png").write_text("no picture")
+    album = Album(["a.jpg", "b.jpg", "c.png", "missing.png"], tmp_path)
+    shown = decoded(album.thumbnail(0))
+    assert shown.shape == (48, 96, 3)
+    assert abs(shown.mean((0, 1)) - [200, 30, 30]).max() < 8
+    assert [album.thumbnail(i) for i in (1, 2, 3)] == [None, None, None]
+    assert album.broken == [1, 2, 3]
+
+
+def test_there_are_no_more_than_a_page_can_bear(monkeypatch):
+    monkeypatch.setattr(thumbnails, "_MOST_PICTURES", 3)
+    album = Album(np.zeros((9, 8, 8), np.uint8))
+    assert sum(album.thumbnail(i) is not None for i in range(9)) == 3
+    monkeypatch.setattr(thumbnails, "_MOST_BYTES", 1)
+    album = Album(np.zeros((9, 8, 8), np.uint8))
+    assert sum(album.thumbnail(i) is not None for i in range(9)) == 1
+
+
+@pytest.mark.parametrize(
+    "source", [np.zeros((2, 5)), np.zeros((2, 5, 6, 7)), np.zeros((2, 3, 4, 5, 6)), [1, 2], "picture.png"]
+)
+def test_what_is_no_picture_is_refused(source):
+    with pytest.raises(ValueError, match="`images` must be"):
+        Album(source)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return audit(FAULTY, WRONG, k=10, class_names=[f"<b>{i}</b>" for i in range(10)])
+
+
+def test_the_page_shows_the_rows_of_each_finding(report, tmp_path):
+    names = [f"<i>{i}</i>.png" for i in range(204)]
+    report.save(tmp_path, names=names, images=FAULTY.reshape(-1, 8, 8))
+    page = (tmp_path / "audit.html").read_text()
+    assert '<meta name="viewport"' in page
+    assert "prefers-color-scheme: dark" in page
+    assert "<i>" not in page
+    assert "<b>" not in page
+    assert "&lt;i&gt;0&lt;/i&gt;.png · &lt;b&gt;" in page
+    for title in ("Near-duplicates", "Labels that may be wrong", "Classes that are confused", "Farthest", "Hubs"):
+        assert f"<h2>{title}" in page
+    first, copy = re.findall(r'<figure><img src="([^"]*)"', page)[:2]
+    assert first == copy == Album(FAULTY.reshape(-1, 8, 8)).thumbnail(report.duplicates[0][0])
+    text = (tmp_path / "audit.md").read_text()
+    assert "## Near-duplicates" in text
+    assert "&lt;i>0&lt;/i>.png" in text
+
+
+def test_without_pictures_the_names_stand_in_tables(report, tmp_path):
+    report.save(tmp_path)
+    page = (tmp_path / "audit.html").read_text()
+    assert "<img" not in page
+    assert "<figure" not in page
+    assert "<td class=word>row 0, row 200</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"names": ["a"]}, "`names` must have one entry per row, 204, got 1"),
+        ({"images": ROWS.reshape(-1, 8, 8)}, "`images` must have one entry per row, 204, got 200"),
+        ({"query_names": ["a"]}, "`query_names` must have one entry per query, 0, got 1"),
+    ],
+)
+def test_names_and_pictures_are_as_many_as_rows(report, tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        report.save(tmp_path, **given)
+
+
+def test_a_thousand_classes_stay_a_page(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 1000, 2000)
+    audit(rng.standard_normal((2000, 8)), labels, k=5).save(tmp_path)
+    assert len((tmp_path / "audit.html").read_bytes()) < 400_000
+
+
+def test_the_command_takes_an_array_or_paths(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    for i, row in enumerate(FAULTY.reshape(-1, 8, 8)):
+        Image.fromarray((15 * row).astype(np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    (tmp_path / "paths.txt").write_text("".join(f"pictures/{i}.png\n" for i in range(204)))
+    np.savez(tmp_path / "data.npz", features=FAULTY, labels=WRONG, images=FAULTY.reshape(-1, 8, 8))
+    for source, out in (("images", "a"), (str(tmp_path / "paths.txt"), "b")):
+        command = ["audit", str(tmp_path / "data.npz"), "--k", "10", "--images", source, "--out", str(tmp_path / out)]
+        assert main(command) == 0
+        assert (tmp_path / out / "audit.html").read_text().count("<img") > 50
+    assert main(["audit", str(tmp_path / "data.npz"), "--images", "photos", "--out", str(tmp_path / "c")]) == 1
+    assert "no array 'photos' for the pictures, and no file of that name" in capsys.readouterr().err
+    (tmp_path / "paths.txt").write_text("a.png\nb.png\n")
+    command = [
+        "audit",
+        str(tmp_path / "data.npz"),
+        "--images",
+        str(tmp_path / "paths.txt"),
+        "--out",
+        str(tmp_path / "c"),
+    ]
+    assert main(command) == 1
+    assert "2 pictures for the 204 rows of" in capsys.readouterr().err
