@@ -13,6 +13,7 @@ def pytest_configure(config: pytest.Config) -> None:
         threadpool_limits(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the workers read the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of many ranks on one worker: they share a pool of processes."""
     for item in items:
