@@ -80,6 +80,14 @@ def test_a_stopped_run_says_what_goes_on(files, capsys, monkeypatch):
     assert not (files / "gt.npz.parts").exists()
 
 
+def test_another_distance_than_that_of_the_lists_is_suspected(files, capsys):
+    assert main(["neighbors", "bank.npy", "queries.npz", "--k", "3", "--distance", "euclidean", "--out", "gt.h5"]) == 0
+    for distance, err in (("euclidean", ""), ("cosine", "most distances are not those of --distance cosine")):
+        assert main(["verify", "gt.h5", "bank.npy", "queries.npz", "--distance", distance]) == 0
+        assert err in (said := capsys.readouterr().err)
+        assert bool(said) is bool(err)
+
+
 @pytest.mark.parametrize(
     ("command", "status", "message"),
     [

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,10 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
     report = verify_neighbors(
         indices, bank, queries, distances=distances, distance_metric=given.distance, progress=None
     )
+    if 2 * (report["wrong_distances"] or 0) > indices.size:
+        print(
+            f"faiss-knn: most distances are not those of --distance {given.distance}: is it another?", file=sys.stderr
+        )
     print(json.dumps(report) if given.json else _text(report, given.distance))
     return _BELOW if given.at_least is not None and report["recall_distances"] < given.at_least else 0
 
