@@ -35,6 +35,7 @@ class Member:
         class_names: Names of the classes by id, if these are labels and the file says so.
         doubt: From the rows to why they may not be what they seem, or None; asked unless the user named the array.
         columns: The arrays that this one is made of, by name, where it is columns of a table.
+        read_labels: Reads it as labels, rows without one marked; None: as `read` does.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class Member:
     class_names: list[str] | None = None
     doubt: Callable[[npt.NDArray[Any]], str | None] | None = None
     columns: Mapping[str, "Member"] = field(default_factory=dict)
+    read_labels: Callable[[], Any] | None = None
 
 
 Read = Callable[[list[str], bool], Any]  # names, and whether they are numbers, to a pyarrow table
@@ -147,7 +149,8 @@ def members(
             continue
         if types.is_integer(kind) or types.is_floating(kind):
             numbers.append(name)
-        arrays[name] = Member((length,), _numpy_dtype(kind), _reader(read, [name], is_text), names.get(name))
+        readers = [_reader(read, [name], is_text, as_labels=as_labels) for as_labels in (False, True)]
+        arrays[name] = Member((length,), _numpy_dtype(kind), readers[0], names.get(name), read_labels=readers[1])
     for prefix, columns in _numbered(numbers).items():
         parts = {name: arrays.pop(name) for name in columns}
         dtype = np.dtype(np.float64) if is_text else np.result_type(*(part.dtype for part in parts.values()))
@@ -197,9 +200,12 @@ def _doubt(columns: list[str], nameless: bool, schema: Any) -> Callable[[npt.NDA
     return doubt
 
 
-def _reader(read: Read, names: list[str], is_text: bool = False) -> Callable[[], npt.NDArray[Any]]:
+def _reader(
+    read: Read, names: list[str], is_text: bool = False, *, as_labels: bool = False
+) -> Callable[[], npt.NDArray[Any]]:
     def one() -> npt.NDArray[Any]:
-        found = column_array(names[0], read(names, False).column(0))
+        column = read(names, False).column(0)
+        found = (label_array if as_labels else column_array)(names[0], column)
         return parsed([str(word) for word in found]) if is_text else found
 
     return one
@@ -231,6 +237,28 @@ def column_array(name: str, column: Any) -> npt.NDArray[Any]:
     is_empty = np.asarray([word == "" for word in found]) if found.dtype.kind == "O" else np.zeros(0, bool)
     _refuse_rows(f"column {name!r} has {{}} empty entries", is_empty)
     return found
+
+
+def label_array(name: str, column: Any) -> npt.NDArray[Any]:
+    """A column of labels as (N,), or (N, C) for lists: a null is -1 among numbers, None among names.
+
+    Raises:
+        ValueError: As `column_array`, but for nulls.
+    """
+    from pyarrow import types
+
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    missing = _missing(column)
+    if not missing.any():
+        return column_array(name, column)
+    if types.is_integer(column.type) or types.is_floating(column.type):
+        return column_array(name, column.fill_null(-1))
+    if not (types.is_string(column.type) or types.is_large_string(column.type)):
+        return column_array(name, column)
+    names = column_array(name, column.fill_null("-")).astype(object)
+    names[missing] = None
+    return names
 
 
 def _missing(column: Any) -> npt.NDArray[np.bool_]:

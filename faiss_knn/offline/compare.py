@@ -29,7 +29,7 @@ _CHANGED = 20  # queries whose neighbours agree least that are listed
 # What a record is of, but for the features: in which records of two runs must agree to be compared.
 _SETTING = (
     "spec", "settings", "k", "temperature", "weighting", "distance_metric", "leave_one_out", "per_class", "center",
-    "normalize",
+    "normalize", "pca", "whiten", "exclude_same_group",
 )  # fmt: skip
 _WORDS = {"distance_metric": "{} distance", "leave_one_out": "leave-one-out {}", "center": "centred {}",
           "normalize": "normalised {}"}  # fmt: skip

@@ -70,6 +70,10 @@ def evaluate(
     exclude_same_group: bool = False,
     own_rows: Any = None,
     ignored_rows: Any = None,
+    dims: int | str | Iterable[int | str] | None = None,
+    storage: str | Iterable[str] | None = None,
+    pca: int | None = None,
+    whiten: bool = False,
     done: Iterable[Record] = (),
     on_record: Callable[[Record, list[float]], None] | None = None,
 ) -> EvalReport:
@@ -126,6 +130,12 @@ def evaluate(
         own_rows: (Q,) the row of the bank that each query is itself, -1 for none: for queries that are a part of the
             bank, none of which is its own neighbour.
         ignored_rows: Rows of the bank that each query may not find: a list of lists, or (Q, m) padded with -1.
+        dims: What shorter rows cost, beside the indexes: 64 (the first 64 dimensions, as of Matryoshka features),
+            "64:unit" (divided by their lengths when cut), "64:whole" (before), "pca64" (principal axes of the bank).
+        storage: What coarser rows cost, each alone and with each of `dims`: "float16", "bfloat16", "int8" (a scale for
+            each column), "binary" (signs), "binary:4" (4 k candidates by signs are scored again by the whole query).
+        pca: Turn all features to so many of the bank's principal axes first.
+        whiten: Divide them by the bank's deviation along its axes.
         done: Records of an earlier run: what they cover is not done again, and they stand in the report.
         on_record: Called with each new record, and its scores by class, as soon as it is there.
 
@@ -144,13 +154,14 @@ def evaluate(
     options = EvalOptions(
         **vote_settings(
             protocol, k=k, temperature=temperature, weighting=weighting, distance_metric=distance_metric,
-            center=as_switch(center, "`center`"),
+            center=as_switch(center, "`center`"), pca=pca, whiten=as_switch(whiten, "`whiten`"),
         ),
         index=several(index), num_classes=num_classes, class_names=class_names, leave_one_out=leave_one_out,
         per_class=per_class, tries=tries, seed=seed, metrics=several(metrics), depth=depth,
         sweep={} if sweep is None else sweep, nprobe=nprobe, target_recall=target_recall, latency=latency,
         device=device, storage_dtype=storage_dtype, ignore_index=ignore_index, skip_bad_rows=skip_bad_rows,
         keep_neighbors=keep_neighbors, keep_outcomes=keep_outcomes, progress=progress,
+        dims=() if dims is None else several(dims), storage=() if storage is None else several(storage),
     )  # fmt: skip
     done = _checked_done(done)
     if on_record is not None and not callable(on_record):
@@ -246,7 +257,7 @@ class _Evaluation:
         self.options = options
         self.files = files
         self.metrics = make_metrics(options.metrics, task.num_classes, task.multi_hot) if options.metrics else {}
-        task = prepare(task, center=options.center, unit=options.normalize)
+        task = prepare(task, center=options.center, unit=options.normalize, pca=options.pca, whiten=options.whiten)
         self.task = check_values(task, options.distance_metric, options.skip_bad_rows)
         self.draws = _drawn(self.task, options)
         self._exact_top1: dict[VoteOptions, Tensor] = {}
@@ -266,7 +277,7 @@ class _Evaluation:
         """The neighbours in each draw."""
         if variant == EXACT:
             return self._exact
-        return [search_task(draw, self._depth, variant, self.options.search) for draw in self.draws]
+        return [search_task(draw, self.options.length, variant, self.options.search) for draw in self.draws]
 
     def records(
         self, variant: Variant, results: list[SearchResult]
@@ -283,7 +294,7 @@ class _Evaluation:
         retrieval = mean_values(
             [retrieval_means(draw, result, self.options.k) for draw, result in zip(self.draws, results, strict=True)]
         )
-        recall = {k: recall_fields(self.draws, results, exact, k) for k in self.options.k}
+        recall = {k: recall_fields(self.draws, results, exact, k, by_id=variant.is_compressed) for k in self.options.k}
         cost = mean_values([result.cost for result in results])
         for vote in self.options.votes:
             hits = [judge.judge(*vote, self.metrics) for judge in judges]
@@ -307,11 +318,6 @@ class _Evaluation:
             yield cast("Record", fields), class_scores.tolist(), outcome
 
     @property
-    def _depth(self) -> int:
-        assert self.options.depth is not None  # set where the options are checked
-        return self.options.depth
-
-    @property
     def _exact(self) -> list[SearchResult]:
         return self._exact_and_copies[0]
 
@@ -326,12 +332,12 @@ class _Evaluation:
         A second neighbour is searched for always, to tell how near a copy is.
         """
         options = replace(self.options.search, target_recall=None, nprobe=None)
-        results = [search_task(draw, max(self._depth, 2), EXACT, options) for draw in self.draws]
+        results = [search_task(draw, max(self.options.length, 2), EXACT, options) for draw in self.draws]
         copies = [
             count_copies(draw, result.distances, result.indices, options.distance_metric)
             for draw, result in zip(self.draws, results, strict=True)
         ]
-        return [result.first(self._depth) for result in results], max(copies, key=sum)
+        return [result.first(self.options.length) for result in results], max(copies, key=sum)
 
 
 def _drawn(task: EvalTask, options: EvalOptions) -> list[EvalTask]:

@@ -205,7 +205,8 @@ def _folder_labels(files: Folder, parts: list[Features], key: str | None) -> npt
     if not files.labels and len(found) != len(parts):
         unlabelled = next(part.source for part in parts if part.labels is None)
         raise DataError(f"{unlabelled}: has no labels, but other files of the folder have")
-    if len({(labels.shape[1:], labels.dtype.kind) for labels in found}) > 1:
+    kinds = {(labels.shape[1:], labels.dtype.kind.replace("O", "U")) for labels in found}  # names, some of them None
+    if len(kinds) > 1:
         raise DataError(f"{files.features[0].parent}: its files hold labels of different kinds")
     return np.concatenate(found)
 
@@ -412,7 +413,7 @@ def _as_rows(path: FilePath, member: Member, was_named: bool) -> RowSource:
 
 def _as_labels(path: FilePath, member: Member) -> npt.NDArray[Any]:
     with readable(path):
-        stored = member.read()
+        stored = (member.read_labels or member.read)()
         check_memory(tuple(stored.shape), np.dtype(stored.dtype))
         values = np.asarray(stored)
     if values.dtype.kind == "f" and values.ndim == 1 and not (values == np.floor(values)).all():

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from faiss_knn.classify.vote import check_vote_options
+from faiss_knn.offline.compression import as_dims, as_storage, check_compression
 from faiss_knn.offline.search import SearchOptions, Variant, has_parameter
 from faiss_knn.protocol import get_protocol, settle
 from faiss_knn.search.distance import get_distance
@@ -28,17 +29,19 @@ class VoteOptions(NamedTuple):
     weighting: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class EvalOptions:
     """The options of `evaluate`, which describes them, under the same names.
 
-    What was given is checked and made plain: values that repeat are dropped, `depth` is at least the largest k, `tries`
-    is a number where there is a few-shot bank to draw.
+    What was given is checked and made plain: values that repeat are dropped, `tries` is a number where there is a
+    few-shot bank to draw. Nothing changes them after that.
 
     Attributes:
         protocol: What the settings are called, a protocol's name and what differs from it; see `vote_settings`.
         normalize: Whether rows are divided by their lengths.
-        variants: The indexes to evaluate: each spec of `index`, at each point of `sweep`.
+        length: How long the lists are: `depth`, but at least the largest k.
+        variants: The indexes to evaluate: each spec of `index`, at each point of `sweep`, and flat with each of `dims`
+            and `storage`.
         search: How to search.
 
     Raises:
@@ -46,7 +49,7 @@ class EvalOptions:
 
     Example:
         >>> options = EvalOptions(k=(5, 1, 5), index=("flat", "ivf"), sweep={"nprobe": (1, 4)})
-        >>> options.k, options.depth, [variant.name for variant in options.variants]
+        >>> options.k, options.length, [variant.name for variant in options.variants]
         ((5, 1), 5, ['flat', 'ivf nprobe=1', 'ivf nprobe=4'])
     """
 
@@ -77,38 +80,78 @@ class EvalOptions:
     protocol: str | None = None
     normalize: bool = False
     center: bool = False
+    pca: int | None = None
+    whiten: bool = False
+    dims: tuple[int | str, ...] = ()
+    storage: tuple[str, ...] = ()
+    length: int = field(init=False)
     variants: tuple[Variant, ...] = field(init=False)
     search: SearchOptions = field(init=False)
 
     def __post_init__(self) -> None:
         get_distance(self.distance_metric)  # refuses unknown ones
-        for name in ("leave_one_out", "skip_bad_rows", "keep_neighbors"):
-            self._set(**{name: as_switch(getattr(self, name), f"`{name}`")})
-        for name in ("keep_outcomes", "progress"):  # None: as it comes
-            if getattr(self, name) is not None:
-                self._set(**{name: as_switch(getattr(self, name), f"`{name}`")})
-        self._set(metrics=tuple(as_key(name, "`metrics`") for name in self.metrics))
-        if self.nprobe is not None:
-            self._set(nprobe=as_count(self.nprobe, "`nprobe`"))
-        self._set(target_recall=_checked_share(self.target_recall), class_names=_checked_names(self.class_names))
-        self._set(**_checked_votes(self.k, self.temperature, self.weighting, self.depth, self.distance_metric))
-        self._set(variants=tuple(_variants(self.index, self.sweep)))
-        self._set(latency=_count_from_zero(self.latency, "latency"), seed=_count_from_zero(self.seed, "seed"))
-        self._set(
-            search=SearchOptions(
-                self.distance_metric, self.device, self.nprobe, self.target_recall, self.latency, self.progress,
-                self.storage_dtype,
+        for name in ("leave_one_out", "skip_bad_rows", "keep_neighbors", "keep_outcomes", "progress"):
+            if getattr(self, name) is not None:  # of the latter two, None is: as it comes
+                setattr(self, name, as_switch(getattr(self, name), f"`{name}`"))
+        self.metrics = tuple(as_key(name, "`metrics`") for name in self.metrics)
+        self.class_names = _checked_names(self.class_names)
+        self.ignore_index = None if self.ignore_index is None else as_integer(self.ignore_index, "`ignore_index`")
+        self.pca = None if self.pca is None else as_count(self.pca, "`pca`")
+        self._check_votes()
+        self._check_draws()
+        self._check_search()
+
+    def _check_votes(self) -> None:
+        for name in ("k", "temperature", "weighting"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` needs at least one value, got none")
+        need = "`k` and `depth` must be positive integers"
+        self.k = tuple(dict.fromkeys(_positive(k, need) for k in self.k))
+        self.length = max(*self.k, 1 if self.depth is None else _positive(self.depth, need))
+        for temperature, weighting in product(self.temperature, self.weighting):
+            check_vote_options(temperature, weighting, self.distance_metric)
+        self.temperature = tuple(dict.fromkeys(map(float, self.temperature)))
+        self.weighting = tuple(dict.fromkeys(self.weighting))
+
+    def _check_draws(self) -> None:
+        self.seed = _count_from_zero(self.seed, "seed")
+        if self.per_class is None:
+            if self.tries is not None:
+                raise ValueError("`tries` is for few-shot banks: give per_class too")
+            return
+        if self.leave_one_out:
+            raise ValueError("per_class draws a bank for other queries: it does not go with leave_one_out")
+        self.per_class = _positive(self.per_class, "`per_class` must be positive, an integer")
+        self.tries = 5 if self.tries is None else _positive(self.tries, "`tries` must be positive, an integer")
+        if self.keep_outcomes and self.tries > 1:
+            raise ValueError(
+                f"keep_outcomes keeps one outcome of each query, but {self.tries} few-shot draws give it as many: "
+                "give tries=1, and another seed for another draw"
             )
+
+    def _check_search(self) -> None:
+        self.latency = _count_from_zero(self.latency, "latency")
+        self.nprobe = None if self.nprobe is None else as_count(self.nprobe, "`nprobe`")
+        self.target_recall = _checked_share(self.target_recall)
+        self.variants = (*_variants(self.index, self.sweep), *self._compressed())
+        if self.nprobe is not None and all(spec == "flat" for spec in self.index):
+            raise ValueError("`nprobe` is for indexes with inverted lists, got index='flat': give one, such as 'ivf'")
+        self.search = SearchOptions(
+            self.distance_metric, self.device, self.nprobe, self.target_recall, self.latency, self.progress,
+            self.storage_dtype,
         )  # fmt: skip
         for variant in self.variants:
             self.search.index(variant)  # refuses bad options before any work
-        self._set(**_checked_draws(self.per_class, self.tries, self.leave_one_out))
-        if self.ignore_index is not None:
-            self._set(ignore_index=as_integer(self.ignore_index, "`ignore_index`"))
 
-    def _set(self, **checked: Any) -> None:
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)  # frozen for all others
+    def _compressed(self) -> Iterator[Variant]:
+        """Each of `dims` and `storage` alone, and each with each."""
+        self.dims = tuple(dict.fromkeys(as_dims(value) for value in self.dims))
+        self.storage = tuple(dict.fromkeys(as_storage(value) for value in self.storage))
+        for dims, storage in product((None, *self.dims), (None, *self.storage)):
+            settings = {name: value for name, value in (("dims", dims), ("storage", storage)) if value is not None}
+            check_compression(dims, storage, None, self.distance_metric)
+            if settings:
+                yield Variant("flat", settings)
 
     @property
     def votes(self) -> Iterator[VoteOptions]:
@@ -124,6 +167,8 @@ def vote_settings(
     weighting: Any = None,
     distance_metric: str | None = None,
     center: bool = False,
+    pca: int | None = None,
+    whiten: bool = False,
 ) -> dict[str, Any]:
     """Settle what a protocol decides, unless it is given: arguments of `EvalOptions`.
 
@@ -142,7 +187,10 @@ def vote_settings(
         DEFAULTS,
     )
     unit = protocol is not None and get_protocol(protocol).normalize and settled["distance_metric"] != "cosine"
-    return settled | {"protocol": label, "normalize": unit, "center": bool(settled["center"])}
+    turned = {"pca": pca, "whiten": whiten}
+    if label is not None:
+        label = ", ".join([label, *(f"{name}={value}" for name, value in turned.items() if value)])
+    return settled | turned | {"protocol": label, "normalize": unit, "center": bool(settled["center"])}
 
 
 def several(given: Any) -> tuple[Any, ...]:
@@ -155,28 +203,6 @@ def several(given: Any) -> tuple[Any, ...]:
     if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
         return (given,)
     return tuple(given)
-
-
-def _checked_votes(
-    ks: tuple[Any, ...],
-    temperatures: tuple[Any, ...],
-    weightings: tuple[Any, ...],
-    depth: int | None,
-    distance_metric: str,
-) -> dict[str, Any]:
-    for name, values in {"k": ks, "temperature": temperatures, "weighting": weightings}.items():
-        if not values:
-            raise ValueError(f"`{name}` needs at least one value, got none")
-    lengths = [_positive(k, "`k` and `depth` must be positive integers") for k in ks]
-    longest = [] if depth is None else [_positive(depth, "`k` and `depth` must be positive integers")]
-    for temperature, weighting in product(temperatures, weightings):
-        check_vote_options(temperature, weighting, distance_metric)
-    return {
-        "k": tuple(dict.fromkeys(lengths)),
-        "temperature": tuple(dict.fromkeys(map(float, temperatures))),
-        "weighting": tuple(dict.fromkeys(weightings)),
-        "depth": max(lengths + longest),
-    }
 
 
 def _variants(specs: tuple[str, ...], sweep: Mapping[str, Iterable[int]]) -> Iterator[Variant]:
@@ -198,19 +224,6 @@ def _variants(specs: tuple[str, ...], sweep: Mapping[str, Iterable[int]]) -> Ite
         names = [name for name in sweep if has_parameter(spec, name)]
         for values in product(*(sweep[name] for name in names)):
             yield Variant(spec, dict(zip(names, values, strict=True)))
-
-
-def _checked_draws(per_class: int | None, tries: int | None, leave_one_out: bool) -> dict[str, int | None]:
-    if per_class is None:
-        if tries is not None:
-            raise ValueError("`tries` is for few-shot banks: give per_class too")
-        return {}
-    if leave_one_out:
-        raise ValueError("per_class draws a bank for other queries: it does not go with leave_one_out")
-    return {
-        "per_class": _positive(per_class, "`per_class` must be positive, an integer"),
-        "tries": 5 if tries is None else _positive(tries, "`tries` must be positive, an integer"),
-    }
 
 
 def _checked_share(target_recall: Any) -> float | None:

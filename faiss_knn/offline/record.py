@@ -50,6 +50,8 @@ def setup_fields(task: EvalTask, options: EvalOptions, variant: Variant, vote: V
         "distance_metric": options.distance_metric,
         "protocol": options.protocol,
         "center": options.center,
+        "pca": options.pca,
+        "whiten": options.whiten,
         "normalize": options.normalize,
         "leave_one_out": task.leave_one_out,
         "n_groups": task.n_groups,
@@ -62,7 +64,7 @@ def setup_fields(task: EvalTask, options: EvalOptions, variant: Variant, vote: V
             "target_recall": options.target_recall,
             "latency": options.latency,
             "storage_dtype": None if stored is None else str(stored).removeprefix("torch."),
-            "depth": options.depth,
+            "depth": options.length,
             "metrics": list(dict.fromkeys(options.metrics)),
         },
         "data": task.fingerprint,
@@ -126,14 +128,17 @@ def _grouped_error(by_query: Tensor, groups: Tensor) -> float:
 
 
 def recall_fields(
-    draws: Sequence[EvalTask], results: Sequence[SearchResult], exact: Sequence[SearchResult], k: int
+    draws: Sequence[EvalTask], results: Sequence[SearchResult], exact: Sequence[SearchResult], k: int, *, by_id: bool
 ) -> dict[str, Any]:
-    """Say how many of the exact neighbours an index found, on average over the draws."""
+    """Say how many of the exact neighbours an index found, on average over the draws.
+
+    Distances between compressed rows are others, so that a row of the same distance cannot be told: `by_id` alone.
+    """
     shares = []
     for task, result, wanted in zip(draws, results, exact, strict=True):
         near, all_near = result.first(min(k, task.reachable)), wanted.first(min(k, task.reachable))
-        by_distance, by_id = recalls(near.distances, near.indices, all_near.distances, all_near.indices)
-        shares.append({"recall": by_distance, "recall_ids": by_id})
+        by_distance, same = recalls(near.distances, near.indices, all_near.distances, all_near.indices)
+        shares.append({"recall": same if by_id else by_distance, "recall_ids": same})
     return mean_values(shares)
 
 

@@ -6,7 +6,7 @@ On several ranks each does a part of the work, and all get all neighbours.
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from faiss_knn.distributed import all_gather_object, all_or_none, gather_rows, rank_and_size
+from faiss_knn.offline.compression import BinaryRows, ScalarRows, check_compression, narrowed, parse_dims
 from faiss_knn.offline.lazy_rows import RowSource, read_rows, spans
 from faiss_knn.offline.left_out import nearest_allowed
 from faiss_knn.offline.task import EvalTask
@@ -44,11 +45,17 @@ class Variant:
     """An index to evaluate: a spec of `KNNIndex`, and the search parameters of one point of a sweep.
 
     `nprobe` is that of `KNNIndex`. With `k_factor` the index is asked for k_factor · k candidates, and the k nearest of
-    them by exact distance are kept, as FAISS's IndexRefine does.
+    them by exact distance are kept, as FAISS's IndexRefine does. With `dims` or `storage`, see
+    `faiss_knn.offline.compression`, rows are made narrower or coarser first, and these are searched exactly.
     """
 
     spec: str
-    settings: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether rows are narrower or coarser than they are."""
+        return "dims" in self.settings or "storage" in self.settings
 
     @property
     def name(self) -> str:
@@ -95,6 +102,9 @@ class SearchOptions:
 
     def check(self, variant: Variant, dim: int) -> None:
         """Raise ValueError if FAISS has no such index for rows of this width, before the others are searched."""
+        if variant.is_compressed:
+            settings = variant.settings
+            check_compression(settings.get("dims"), settings.get("storage"), dim, self.distance_metric)
         if variant.spec not in ("flat", "ivf", "fast", "auto"):
             make_index(variant.spec, dim, get_distance(self.distance_metric).faiss_metric)
 
@@ -226,6 +236,8 @@ def merge_ranks(own: SearchResult, k: int) -> tuple[Tensor, Tensor]:
 
 def _search_rows(task: EvalTask, span: Span, k: int, variant: Variant, options: SearchOptions) -> SearchResult:
     """Search some of the bank's rows for all queries: float64 distances, min(k, stop - start) neighbours."""
+    if variant.is_compressed:
+        return _search_compressed(task, k, variant, options)
     bank = task.bank.rows
     start, stop = span
     whole = variant.spec != "flat" or (is_plain(bank) and not is_memmap(bank))  # pieces are read from disk once
@@ -235,6 +247,51 @@ def _search_rows(task: EvalTask, span: Span, k: int, variant: Variant, options: 
     for piece in pieces:
         result = _merged(result, piece, k)
     return result
+
+
+def _search_compressed(task: EvalTask, k: int, variant: Variant, options: SearchOptions) -> SearchResult:
+    """Search rows that are narrower, coarser or both; bytes are what they take, seconds those of their own search."""
+    dims, storage = variant.settings.get("dims"), variant.settings.get("storage", "")
+    start = time.perf_counter()
+    metric, offset = options.distance_metric, 0.0
+    if dims is not None:
+        task = narrowed(task, dims)
+        if metric == "cosine" and parse_dims(dims).lengths == "whole":  # what is left of unit rows is not divided again
+            metric, offset = "dot", 1.0
+    options = replace(options, distance_metric=metric, target_recall=None, nprobe=None)
+    plain = Variant(variant.spec)
+    everything = (0, len(task.bank.rows))
+    if storage.startswith("binary"):
+        signs = BinaryRows(task.bank.rows, metric, int(storage.partition(":")[2] or 0))
+        result = _search_signs(task, signs, k, variant, options, time.perf_counter() - start)
+    elif storage == "int8":
+        coded = ScalarRows(task.bank.rows, unit=metric == "cosine")
+        build_s = time.perf_counter() - start
+        result = _search_rows(replace(task, bank=replace(task.bank, rows=coded)), everything, k, plain, options)
+        search_s = result.cost["search_s"] + result.cost["build_s"]  # codes are read as numbers for each search
+        coded_as = {"bytes": coded.nbytes, "row_bytes": coded.nbytes / len(coded), "storage_dtype": "int8"}
+        times = {"build_s": build_s, "search_s": search_s, "qps": len(task.queries.rows) / search_s}
+        result = replace(result, cost=result.cost | times | coded_as)
+    else:
+        options = replace(options, storage_dtype=getattr(torch, storage) if storage else options.storage_dtype)
+        result = _search_rows(task, everything, k, plain, options)
+    distances = torch.where(result.indices < 0, result.distances, result.distances + offset)
+    return replace(result, distances=distances, cost=result.cost | {"exact": False})
+
+
+def _search_signs(
+    task: EvalTask, signs: BinaryRows, k: int, variant: Variant, options: SearchOptions, build_s: float
+) -> SearchResult:
+    """Search rows of which only signs are stored."""
+    search = _Search(signs.nearest, task, (0, len(task.bank.rows)), k, variant.name)
+    distances, indices, search_s = search.timed(options.progress)
+    cost: dict[str, Any] = {
+        "spec_used": "BFlat", "exact": False, "nprobe": None, "parameters": {}, "backend": "faiss", "device": "cpu",
+        "storage_dtype": "binary", "bytes": signs.nbytes, "row_bytes": signs.nbytes / len(signs.codes),
+        "build_s": build_s, "search_s": search_s,
+        "qps": len(indices) / search_s, **search.latencies(options.latency),
+    }  # fmt: skip
+    return SearchResult(distances, indices, cost)
 
 
 def _merged(first: SearchResult, second: SearchResult, k: int) -> SearchResult:
@@ -258,49 +315,65 @@ def _search_piece(task: EvalTask, span: Span, k: int, variant: Variant, options:
     start = time.perf_counter()
     index.build(_bank_rows(task.bank.rows, span), expected_k=depth, expected_queries=len(queries))
     build_s = time.perf_counter() - start
-    search = _Search(index, task, span, k, variant)
+    factor = variant.settings.get("k_factor", 1)
+
+    def find(rows: Any, k: int) -> tuple[Tensor, Tensor]:
+        distances, indices = index._nearest(rows, k * factor)
+        return distances[:, :k], indices[:, :k]
+
+    search = _Search(find, task, span, k, variant.name)
     if build_s < _SHORT:  # threads and buffers are made once, outside the timing of a short search
         search.block(0, 1)
-    blocks = list(search.blocks(options.progress))
-    search_s = sum(seconds for *_, seconds in blocks)
-    if search_s < _SHORT:  # other work on the machine shows in a short search: the fastest of three counts
-        again = [search.blocks(options.progress) for _ in range(2)]
-        search_s = min(search_s, *(sum(seconds for *_, seconds in run) for run in again))
-    distances, indices = (torch.cat(parts) for parts in list(zip(*blocks, strict=True))[:2])
+    distances, indices, search_s = search.timed(options.progress)
     cost = _cost(index, build_s, search_s, len(indices)) | search.latencies(options.latency)
     return SearchResult(distances, torch.where(indices < 0, indices, indices + span[0]), cost)
 
 
 @dataclass(frozen=True)
 class _Search:
-    """An index over some of the bank's rows, asked for the neighbours that the task's queries may find."""
+    """Some of the bank's rows, asked for the neighbours that the task's queries may find.
 
-    index: KNNIndex
+    Attributes:
+        find: The m nearest of some rows: distances as they are ordered by, and places among the rows that are searched.
+        task: Bank and queries.
+        span: Which rows of the bank are searched.
+        k: How many neighbours.
+        name: For the bar.
+    """
+
+    find: Callable[[Any, int], tuple[Tensor, Tensor]]
     task: EvalTask
     span: Span
     k: int
-    variant: Variant
+    name: str
 
-    def blocks(self, progress: bool | None) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Distances, indices and seconds, block by block."""
+    def timed(self, progress: bool | None) -> tuple[Tensor, Tensor, float]:
+        """Distances and indices of all queries, and the seconds that finding them takes."""
+        blocks = list(self._blocks(progress))
+        seconds = sum(seconds for *_, seconds in blocks)
+        if seconds < _SHORT:  # other work on the machine shows in a short search: the fastest of three counts
+            again = [self._blocks(progress) for _ in range(2)]
+            seconds = min(seconds, *(sum(seconds for *_, seconds in run) for run in again))
+        distances, indices = (torch.cat(parts) for parts in list(zip(*blocks, strict=True))[:2])
+        return distances, indices, seconds
+
+    def _blocks(self, progress: bool | None) -> Iterator[tuple[Tensor, Tensor, float]]:
         count = len(self.task.queries.rows)
         disabled = None if progress is None else not progress
-        with tqdm(
-            total=count, desc=self.variant.name, unit="query", disable=disabled, file=sys.stderr, leave=False
-        ) as bar:
+        with tqdm(total=count, desc=self.name, unit="query", disable=disabled, file=sys.stderr, leave=False) as bar:
             for a, b in spans(count, QUERY_BLOCK):
                 yield self.block(a, b)
                 bar.update(b - a)
 
     def block(self, a: int, b: int) -> tuple[Tensor, Tensor, float]:
-        """Distances, as they are ordered by, so that pieces of a bank can be merged; indices in the piece; seconds."""
+        """Distances and indices of the queries [a, b), and seconds."""
         queries = read_rows(self.task.queries.rows, a, b)
         start = time.perf_counter()
         if self.task.left_out is None:
-            distances, indices = self._nearest(queries, self.k)
+            distances, indices = self.find(queries, self.k)
         else:
             numbers = torch.arange(a, b, device="cpu")
-            distances, indices = nearest_allowed(self._nearest, queries, numbers, self.k, self.task.left_out, self.span)
+            distances, indices = nearest_allowed(self.find, queries, numbers, self.k, self.task.left_out, self.span)
         if indices.is_cuda:
             torch.cuda.synchronize(indices.device)
         return distances, indices, time.perf_counter() - start
@@ -312,10 +385,6 @@ class _Search:
         seconds = [self.block(i, i + 1)[2] for i in range(min(count, len(self.task.queries.rows)))]
         p50, p95 = np.percentile(seconds, [50, 95])
         return {"latency_p50_ms": 1e3 * float(p50), "latency_p95_ms": 1e3 * float(p95)}
-
-    def _nearest(self, queries: Any, k: int) -> tuple[Tensor, Tensor]:
-        distances, indices = self.index._nearest(queries, k * self.variant.settings.get("k_factor", 1))
-        return distances[:, :k], indices[:, :k]
 
 
 def _cost(index: KNNIndex, build_s: float, search_s: float, n_queries: int) -> dict[str, Any]:
@@ -329,10 +398,19 @@ def _cost(index: KNNIndex, build_s: float, search_s: float, n_queries: int) -> d
         "device": stats.device,
         "storage_dtype": stats.storage_dtype,
         "bytes": stats.bytes,
+        "row_bytes": _row_bytes(index),
         "build_s": build_s,
         "search_s": search_s,
         "qps": n_queries / search_s,
     }
+
+
+def _row_bytes(index: KNNIndex) -> float:
+    """What a row takes as it is stored; of FAISS's indexes all that they hold, by row."""
+    stats = index.stats
+    if stats.backend == "torch":
+        return float(index.dim * getattr(torch, stats.storage_dtype).itemsize)
+    return stats.bytes / len(index)
 
 
 def is_plain(rows: RowSource) -> bool:
@@ -352,6 +430,8 @@ def _bank_rows(bank: RowSource, span: Span) -> Any:
 
 def _widest(dtypes: Sequence[str]) -> str:
     """The widest of the dtypes in which pieces of a bank are stored: each piece decides for itself."""
+    if len(set(dtypes)) == 1:  # also what is no float
+        return dtypes[0]
     return max(dtypes, key=lambda name: int(name.lstrip("bfloat")))
 
 

@@ -2,8 +2,11 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
 
 DISTANCES = ("cosine", "euclidean", "squared_euclidean", "manhattan", "dot")
 
@@ -111,6 +114,27 @@ def device_named(name: str) -> str | None:
 def location(text: str) -> Path | str:
     """Read the path of a file or folder, or its URL."""
     return text if "://" in text else Path(text)
+
+
+def dims(text: str) -> int | str:
+    """Read a number of dimensions, such as 64 or pca64."""
+    from faiss_knn.offline.compression import as_dims  # torch, only if it is asked for
+
+    return _of_usage(as_dims, text)
+
+
+def storage(text: str) -> str:
+    """Read how rows are stored, such as int8."""
+    from faiss_knn.offline.compression import as_storage  # torch, only if it is asked for
+
+    return _of_usage(as_storage, text)
+
+
+def _of_usage(check: Callable[[str], T], text: str) -> T:
+    try:
+        return check(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def config_options(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str], dict[str, str]]:

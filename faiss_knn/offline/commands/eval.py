@@ -157,6 +157,8 @@ def _options(given: argparse.Namespace, class_names: list[str] | None, progress:
         latency=given.latency,
         device=device_named(given.device),
         storage_dtype=None if given.storage_dtype is None else getattr(torch, given.storage_dtype),
+        dims=tuple(given.dims),
+        storage=tuple(given.storage),
         ignore_index=given.ignore_index,
         skip_bad_rows=given.skip_bad_rows,
         keep_neighbors=given.save_neighbors,
@@ -174,6 +176,8 @@ def _vote_settings(given: argparse.Namespace) -> dict[str, Any]:
         weighting=given.weighting,
         distance_metric=given.distance,
         center=given.center,
+        pca=given.pca,
+        whiten=given.whiten,
     )
 
 

@@ -8,9 +8,11 @@ from faiss_knn.offline.commands.arguments import (
     DISTANCES,
     accuracy,
     count,
+    dims,
     location,
     positive,
     share,
+    storage,
     sweep,
     temperature,
     whole,
@@ -112,6 +114,11 @@ def _add_vote(group: Any) -> None:
         "--center", action=argparse.BooleanOptionalAction, default=False,
         help="subtract the bank's mean from all features",
     )  # fmt: skip
+    group.add_argument("--pca", type=positive, metavar="D", help="turn all features to D principal axes of the bank")
+    group.add_argument(
+        "--whiten", action=argparse.BooleanOptionalAction, default=False,
+        help="divide features by the bank's deviation along its principal axes",
+    )  # fmt: skip
     group.add_argument(
         "--metric", nargs="+", default=[], metavar="NAME",
         help="further torchmetrics.classification metrics, such as MulticlassF1Score or MulticlassAUROC",
@@ -142,6 +149,16 @@ def _add_search(group: Any) -> None:
     group.add_argument(
         "--storage-dtype", choices=["float16", "bfloat16", "float32", "float64"],
         help="dtype of the bank's rows in the index (default: what the features need)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dims", nargs="+", type=dims, default=[], metavar="D",
+        help="what fewer dimensions cost: 64 (the first), 64:unit (divided by their lengths when cut), 64:whole "
+        "(before), pca64",
+    )  # fmt: skip
+    group.add_argument(
+        "--storage", nargs="+", type=storage, default=[], metavar="KIND",
+        help="what fewer bits cost, alone and with each of --dims: float16 bfloat16 int8 binary binary:4 (4 k "
+        "candidates are scored again)",
     )  # fmt: skip
     group.add_argument(
         "--latency", type=count, default=0, metavar="N", help="time N queries one at a time, for p50 and p95"

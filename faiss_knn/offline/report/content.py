@@ -127,6 +127,8 @@ def _prepared(record: Record) -> str:
     """Say which protocol the settings are of, and what was done to the features first."""
     words = f", protocol {record['protocol']}" if record.get("protocol") else ""
     words += ", the bank's mean subtracted" if record.get("center") else ""
+    words += f", turned to {record['pca']} of the bank's principal axes" if record.get("pca") else ""
+    words += ", whitened by the bank" if record.get("whiten") else ""
     return words + (", rows divided by their lengths" if record.get("normalize") else "")
 
 
@@ -250,17 +252,23 @@ def _costs(report: Results) -> Section:
                 percent(r["top1"]), percent(same["recall"] if same else None),
                 percent(same["recall_ids"] if same else None),
                 f"{same['qps']:,.0f}" if same else "–", f"{r['build_s']:.3g}",
-                f"{same['search_s']:.3g}" if same else "–", format_bytes(r["bytes"]), built_as(r),
+                f"{same['search_s']:.3g}" if same else "–", format_bytes(r["bytes"]), _row_bytes(r), built_as(r),
             ]
         )  # fmt: skip
     common = next(iter(compared.values()))
     headings = ["index", "top-1 lost", "±", "lost at worst", "top-1", f"recall@{common['k']}", "by id",
-                "queries/s", "build s", "search s", "size", "built as"]  # fmt: skip
+                "queries/s", "build s", "search s", "size", "bytes a row", "built as"]  # fmt: skip
     text: tuple[str, ...] = (
         f"Accuracy lost is top-1 of the exact neighbours less top-1 of this index, in points, on the same queries with "
         f"{setting(best)}; at worst, over all settings here. Recall is the share of the exact neighbours found, where "
         "another row of the same distance is no miss. ★: no other index has more recall at more queries per second.",
     )
+    if any("dims" in r["settings"] or "storage" in r["settings"] for r in report.records):
+        text = (
+            *text,
+            "Rows of fewer dimensions or bits have other distances: their recall is counted by id. Bytes a row are "
+            "those of the rows as stored; the size of an index has what it holds beside them.",
+        )
     if left_out:
         depth = depth_of(common)
         text = (
@@ -268,6 +276,10 @@ def _costs(report: Results) -> Section:
             f"–: not searched for {depth} neighbours at k = {common['k']}, as the others: not to be compared.",
         )
     return Section("What each index costs", text, (), Table(headings, rows), "cost")
+
+
+def _row_bytes(record: Record) -> str:
+    return "–" if record.get("row_bytes") is None else f"{record['row_bytes']:,.4g}"
 
 
 def built_as(record: Record) -> str:

@@ -19,13 +19,15 @@ class Record(TypedDict, total=False):
     """
 
     spec: str  # of the index, as given
-    settings: dict[str, int]  # its point of a sweep, such as {"nprobe": 4}
+    settings: dict[str, Any]  # its point of a sweep, such as {"nprobe": 4}, or how rows are compressed
     k: int  # neighbours that vote
     temperature: float
     weighting: str
     distance_metric: str
     protocol: str | None  # that the settings are of, and what differs from it, such as "dino, k=5"
     center: bool  # whether the bank's mean was subtracted
+    pca: int | None  # how many of the bank's principal axes were kept
+    whiten: bool  # whether the bank's deviation along its axes was made 1
     normalize: bool  # whether rows were divided by their lengths; cosine does so by itself
     leave_one_out: bool
     n_groups: int | None  # of the queries, if groups were given: standard errors and intervals are over them
@@ -51,7 +53,8 @@ class Record(TypedDict, total=False):
     map: float | None  # mean of the classes' average precision, for multi-hot labels
     accuracy_loss: float  # top-1 of the exact neighbours less this one
     accuracy_loss_se: float  # its standard error, query by query
-    recall: float  # share of the exact neighbours found; another row of the same distance is no miss
+    recall: float  # share of the exact neighbours found; another row of the same distance is no miss, but for
+    # compressed rows, whose distances are others
     recall_ids: float  # the same, counted by id
     retrieval_precision: float | None  # the retrieval fields are those of `retrieval_metrics`, at k where it has a k
     retrieval_hit_rate: float | None
@@ -78,6 +81,7 @@ class Record(TypedDict, total=False):
     device: str
     storage_dtype: str  # of the bank's rows in the index
     bytes: int  # that the index holds
+    row_bytes: float  # that a row takes as stored, without what the index holds beside it
     build_s: float  # seconds
     search_s: float  # seconds for all queries
     qps: float  # queries per second
@@ -106,7 +110,7 @@ _IDENTITY = (
 _TASK_WORDS = {
     "bank_file": "bank {}", "query_file": "queries {}", "leave_one_out": "leave-one-out: {}",
     "distance_metric": "{} distance", "per_class": "rows per class: {}", "tries": "draws: {}", "seed": "seed {}",
-    "center": "centred: {}", "normalize": "normalised: {}",
+    "center": "centred: {}", "pca": "PCA: {}", "whiten": "whitened: {}", "normalize": "normalised: {}",
     "exclude_same_group": "own group left out: {}", "n_groups": "groups: {}",
     "num_classes": "{} classes", "storage_dtype": "stored as {}",
 }  # fmt: skip

@@ -153,6 +153,27 @@ def make_index(spec: str, dim: int, metric: str) -> Any:
         ) from error
 
 
+def binary_index(codes: Any) -> Callable[[Any, int], tuple[Any, Any]]:
+    """Index rows of bits, and return what finds the k rows that differ from queries in the fewest.
+
+    Args:
+        codes: (N, m) uint8, eight bits to a byte.
+
+    Returns:
+        A function of (B, m) uint8 and k ≤ N: (B, k) int32 numbers of differing bits, ascending, and int64 rows, those
+        that differ in as many by number.
+    """
+    index = faiss().IndexBinaryFlat(8 * codes.shape[1])
+    index.use_heap = False  # rows are counted by how many bits differ, in their order: a heap would mix equal ones
+    index.add(codes)
+
+    def search(queries: Any, k: int) -> tuple[Any, Any]:
+        differing, rows = index.search(queries, k)
+        return differing, rows
+
+    return search
+
+
 def inner_ivf(index: Any) -> Any | None:
     """Return the IVF index inside `index` (behind transforms and refinement), None if there is none."""
     library = faiss()
