@@ -27,7 +27,7 @@ from faiss_knn.classify.labels import (
 from faiss_knn.offline.groups import read_groups
 from faiss_knn.offline.lazy_rows import RowSource, Subset, read_rows, spans
 from faiss_knn.offline.left_out import LeftOut
-from faiss_knn.search.inputs import check_dense
+from faiss_knn.search.inputs import check_dense, shown
 
 Ids = npt.NDArray[np.int64]
 ArrayLike = Any
@@ -277,18 +277,20 @@ def _limited(task: EvalTask, limits: Limits, n_bank: int, n_queries: int) -> Eva
 
 def _bank_rows(given: Any, argument: str, n_queries: int, n_bank: int, ndim: int) -> Ids:
     """Row numbers of the bank, -1 for none: (Q,), or (Q, m) from lists of any lengths."""
-    values = given.cpu().numpy() if isinstance(given, Tensor) else given
-    if ndim == 2 and not hasattr(values, "shape"):
-        width = max((len(one) for one in values), default=0)
-        values = [[*one, *[-1] * (width - len(one))] for one in values]
-    rows = np.asarray(values)
-    if rows.size == 0 and ndim == 2:
-        rows = np.full((n_queries, 1), -1) if len(rows) == n_queries else rows
+    what = "a row of the bank, or -1," if ndim == 1 else "a list of rows of the bank"
+    need = f"`{argument}` must be {what} for each of {n_queries} queries, got"
+    if np.ma.is_masked(given):
+        raise ValueError(f"{need} masked entries: fill them with -1")
+    try:
+        values = given.cpu().numpy() if isinstance(given, Tensor) else given
+        if ndim == 2 and isinstance(values, (list, tuple)):
+            width = max((len(one) for one in values), default=1) or 1
+            values = [[*one, *[-1] * (width - len(one))] for one in values]
+        rows = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{need} {shown(given)}: {str(error).splitlines()[0]}") from error
     if rows.dtype.kind not in "iu" or rows.ndim != ndim or len(rows) != n_queries:
-        what = "a row of the bank, or -1," if ndim == 1 else "a list of rows of the bank"
-        raise ValueError(
-            f"`{argument}` must be {what} for each of {n_queries} queries, got {rows.dtype} of shape {rows.shape}"
-        )
+        raise ValueError(f"{need} {rows.dtype} of shape {rows.shape}")
     if rows.size and not -1 <= rows.min() <= rows.max() < n_bank:
         wrong = rows.min() if rows.min() < -1 else rows.max()
         raise ValueError(f"`{argument}` must be rows of the bank, in [0, {n_bank}), or -1, got {wrong}")

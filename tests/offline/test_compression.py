@@ -221,7 +221,7 @@ def test_compressed_runs_are_compared_with_their_like():
 
 
 def test_records_name_what_was_done_beside_a_protocol():
-    report = run(protocol="dino", k=5, pca=8, whiten=True)
+    report = evaluate(BANK, BANK_LABELS, QUERIES, QUERY_LABELS, protocol="dino", k=5, pca=8, whiten=True)
     assert report.records[0]["protocol"] == "dino, k=5, pca=8, whiten=True"
 
 
@@ -234,9 +234,9 @@ def test_records_name_what_was_done_beside_a_protocol():
         ({"dims": "8:unit"}, "cosine divides by the lengths of cut rows by itself: give 8"),
         ({"storage": "int4"}, "`storage` must be float16, bfloat16, int8, binary"),
         ({"storage": "binary:2", "metric": "euclidean"}, "for the distances cosine and dot, got euclidean"),
-        ({"pca": 64}, "`pca` must be at most 6., the axes along which the bank varies, got 64"),
+        ({"pca": 64}, "`pca` must be at most 58, the axes along which the bank varies, got 64"),
         ({"pca": 0}, "`pca` must be a positive integer, got 0"),
-        ({"dims": "pca64"}, "`dims` must be at most 6., the axes along which the bank varies"),
+        ({"dims": "pca64"}, "`dims` must be at most 58, the axes along which the bank varies"),
         ({"nprobe": 4}, "`nprobe` is for indexes with inverted lists, got index='flat'"),
         ({"per_class": 3, "tries": 2, "keep_outcomes": True}, "give tries=1, and another seed"),
     ],
