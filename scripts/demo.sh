@@ -15,7 +15,7 @@ trap 'stopped "failed at: $BASH_COMMAND" 1' ERR
 trap 'stopped interrupted 130' INT TERM
 
 echo "demo: training a convolutional encoder on 8 × 8 digits, contrastively (no labels in the loss)"
-.venv/bin/python -u scripts/train_digits.py --out "$out" | tee "$out/training.log"
+.venv/bin/python -u examples/train_digits.py --out "$out" | tee "$out/training.log"
 echo "demo: evaluating the saved features"
 .venv/bin/python scripts/index_eval.py "$out/train.npz" "$out/test.npz" --k 1 5 20 --weighting inverse softmax \
     --index flat IVF32,Flat --out "$out/report"
