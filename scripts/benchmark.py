@@ -55,6 +55,8 @@ FULL = [  # N, d, B, k, data
 QUICK = [FULL[4], FULL[5]]
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 _NUMPY_BLOCK = 1024
+_REST = 0.06  # seconds after which the threads of the last run, which wait spinning, have gone to sleep
+_EXPECTED = (500, 5_000, 50_000)  # queries
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")  # its distributions
 
 
@@ -73,17 +75,21 @@ def make_data(kind: str, rows: int, dim: int, seed: int) -> Tensor:
     return F.normalize((0.6 * centres[labels] + torch.randn(rows, dim, generator=own)) * spectrum @ turn)
 
 
-def seconds(function: Callable[[], object]) -> float:
+def seconds(function: Callable[[], object], rest: float = 0.0) -> float:
+    time.sleep(rest)
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
-def in_turns(functions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Return the seconds of each function, run in turns after one run of each to warm up."""
+def in_turns(functions: Sequence[Callable[[], object]], repeats: int, rest: float = _REST) -> list[list[float]]:
+    """Return the seconds of each function, run in turns after one run of each to warm up.
+
+    Each waits until the threads of the one before sleep: while they spin, they take a core from it.
+    """
     for function in functions:
         function()
-    runs = [[seconds(function) for function in functions] for _ in range(repeats)]
+    runs = [[seconds(function, rest) for function in functions] for _ in range(repeats)]
     return [list(column) for column in zip(*runs, strict=True)]
 
 
@@ -91,9 +97,11 @@ def ratio_of(ours: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, other, strict=True))
 
 
-def paired(ours: Callable[[], object], other: Callable[[], object], repeats: int) -> tuple[float, float, float]:
+def paired(
+    ours: Callable[[], object], other: Callable[[], object], repeats: int, rest: float = _REST
+) -> tuple[float, float, float]:
     """Return (median of ours / other, median seconds of ours, of other)."""
-    first, second = in_turns([ours, other], repeats)
+    first, second = in_turns([ours, other], repeats, rest)
     return ratio_of(first, second), statistics.median(first), statistics.median(second)
 
 
@@ -175,6 +183,31 @@ def search_table(grid: list[tuple[int, int, int, int, str]], repeats: int) -> li
     return records
 
 
+def auto_table(grid: list[tuple[int, int, int, int, str]], repeats: int) -> list[Record]:
+    """Time "auto" from cold, a build and so many queries, against the better one of "flat" and "fast"."""
+    records = []
+    for rows, dim, batch, k, kind in tqdm(grid, desc="auto", unit="case"):
+        bank, queries = make_data(kind, rows, dim, 0), make_data(kind, batch, dim, 1)
+        builds, searches = {}, {}
+        for spec in ("flat", "fast"):
+            index = KNNIndex(spec)
+            builds[spec] = seconds(lambda i=index, b=bank, k=k: i.build(b, expected_k=k))  # type: ignore[misc]
+            (turns,) = in_turns([lambda i=index, q=queries, k=k: i.search(q, k)], repeats)  # type: ignore[misc]
+            searches[spec] = statistics.median(turns) / batch
+        for expected in _EXPECTED:
+            auto = KNNIndex("auto")
+            build = seconds(lambda i=auto, b=bank, k=k, e=expected: i.build(b, expected_k=k, expected_queries=e))  # type: ignore[misc]
+            totals = {spec: builds[spec] + expected * searches[spec] for spec in builds}
+            ours = build + expected * searches[auto.stats.spec]
+            case = {"N": rows, "d": dim, "k": k, "data": kind, "queries": expected, "used": auto.stats.spec}
+            records.append(
+                case
+                | {f"{spec}_s": total for spec, total in totals.items()}
+                | {"auto_build_s": build, "auto_s": ours, "to_best": ours / min(totals.values())}
+            )
+    return records
+
+
 def naive(queries: Tensor, bank: Tensor, k: int) -> Tensor:
     return torch.cdist(bank, queries).topk(k, dim=0, largest=False).indices
 
@@ -189,7 +222,7 @@ def stock(rows: int, dim: int, batch: int, k: int, *, forced: bool = False) -> R
         "import time,statistics,torch,faiss,numpy as np\n"
         f"x=torch.randn({rows},{dim});q=torch.randn({batch},{dim});a,b=x.numpy(),q.numpy()\n"
         f"{'faiss.cvar.distance_compute_blas_threshold=1' if forced else ''}\n"
-        "def s(f):\n t=time.perf_counter();f();return time.perf_counter()-t\n"
+        f"def s(f):\n time.sleep({_REST});t=time.perf_counter();f();return time.perf_counter()-t\n"
         f"f=lambda:faiss.knn(b,a,{k});g=lambda:q@x.T\nf();g()\n"
         "r=[(s(f),s(g)) for _ in range(3)]\n"
         "print(statistics.median(u/v for u,v in r),statistics.median(u for u,_ in r),statistics.median(v for _,v in r))"
@@ -276,7 +309,7 @@ def append_table(lengths: list[int], repeats: int) -> list[Record]:
 
         _, other, _ = paired(sort_and_copy, lambda r=ring, b=batch: r.append(b), repeats)  # type: ignore[misc]
         now[0] = 0
-        ratio, ours, bare = paired(lambda r=ring, b=batch: r.append(b), slice_copy, 200 * repeats)  # type: ignore[misc]
+        ratio, ours, bare = paired(lambda r=ring, b=batch: r.append(b), slice_copy, 200 * repeats, rest=0.0)  # type: ignore[misc]
         records.append(
             {"length": length, "d": 384, "B": 256, "append_us": ours * 1e6, "bare_copy_us": bare * 1e6}
             | {"times_bare_copy": ratio, "sorted_us": other * 1e6}
@@ -490,6 +523,7 @@ def measurements(quick: bool) -> dict[str, Callable[[], list[Record]]]:
     return {
         "products": lambda: product_table(grid, repeats),
         "search": lambda: search_table(grid, repeats),
+        "auto": lambda: auto_table(list({case[:2]: case for case in grid}.values()), repeats),
         "busy": lambda: busy_table(25_000 if quick else 100_000, 384, 256, repeats),
         "growth": lambda: growth_table([40_000] if quick else [20_000, 40_000, 80_000, 160_000, 320_000], repeats),
         "memory": lambda: memory_table(
