@@ -28,7 +28,7 @@ def decisions(monkeypatch):
     """What the cost model is asked; "fast" is always its answer."""
     asked = []
 
-    def always(rows, dim, queries, k, dtype, *, warm):
+    def always(rows, dim, queries, k, dtype, *, warm, foretell):
         asked.append({"rows": rows, "dim": dim, "queries": queries, "k": k, "dtype": dtype, "warm": warm})
         return True
 
@@ -55,7 +55,7 @@ def test_manhattan_and_memmaps_are_searched_exactly(decisions, tmp_path, spec):
 @pytest.mark.parametrize("answer", [True, False])
 @pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
 def test_the_cost_model_decides_and_the_stats_say_what_is_used(monkeypatch, answer, distance):
-    monkeypatch.setattr(choice, "prefers_fast", lambda *sizes, warm: answer)
+    monkeypatch.setattr(choice, "prefers_fast", lambda *sizes, **more: answer)
     rows = bank(5000)
     index = KNNIndex("auto", distance_metric=distance).build(rows)
     plain = KNNIndex("fast" if answer else "flat", distance_metric=distance).build(rows)
@@ -107,6 +107,27 @@ def test_more_queries_and_a_warm_index_speak_for_fast(rows, dim, k, dtype, queri
 @pytest.mark.parametrize("queries", [0, 1, 256])
 def test_a_large_bank_is_searched_exactly_for_few_queries(queries):
     assert KNNIndex("auto").build(bank(50_000, 128), expected_queries=queries).stats.exact
+
+
+def decayed(n, d=256, seed=0):
+    return bank(n, d, seed=seed) * torch.arange(1, d + 1) ** -1.0
+
+
+def test_the_spectrum_decides_and_is_looked_at_only_where_it_may_pay():
+    index = KNNIndex("auto")
+    assert index.build(bank(20_000, 256), expected_queries=10**6).stats.spec == "flat"
+    assert index.build(decayed(20_000), expected_queries=500).stats.spec == "flat"
+    assert index.build(decayed(20_000), expected_queries=10**6).stats.spec == "fast"
+
+    def never():
+        raise AssertionError("asked")
+
+    assert not prefers_fast(20_000, 256, 500, 20, DTYPE, warm=False, foretell=never)
+    same = choice.Scans(flat_dims=256, fast_dims=256, candidates=20)
+    assert not prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: same)
+    half = same._replace(fast_dims=64)
+    assert prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half)
+    assert not prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half._replace(flat_dims=32))
 
 
 class Endless(IterableDataset):

@@ -12,8 +12,8 @@ so m - t <= û·v̂ - (h - m) + |u - û||v| + |û|β with h <= |u|²/2, β >= |v
 belong to the row: one huge row does not widen the others'. All of it is one product of these columns:
 
     column      of a row u                                        of a query v
-    1 … d       û: u, rounded to the dtype                        v̂
     h           h - m, rounded down; two pieces in bfloat16       -1 each
+    1 … d       û: u, rounded to the dtype                        v̂
     size        |û|, rounded up                                   β: what v̂ and the product lose, rounded up
     lost        |u - û| as measured, rounded up                   |v|, rounded up
     left out    ρu (with a projection)                            ρv
@@ -26,6 +26,7 @@ For the distance -q·x the same columns without h bound the product itself: s(q�
 docs/exact.md derives every constant below.
 """
 
+import copy
 import math
 from typing import NamedTuple, Protocol
 
@@ -177,13 +178,13 @@ class ProductBounds:
         if outside.any():
             rows[outside], sizes[outside] = 0.0, 0.0
         seen = rows if self._basis is None else rows @ self._basis
-        column = self._vector + self._pieces
-        out[:, : self._vector] = seen
+        column = self._pieces + self._vector
+        out[:, self._pieces : column] = seen
         half_squares = self._half_squares(sizes).masked_fill(outside[:, None], _FAR_HALF_SQUARE / self._pieces)
         half_squares.masked_fill_(far[:, None], self._half_square_of_far / self._pieces)
-        out[:, self._vector : column] = half_squares
+        out[:, : self._pieces] = half_squares
         out[:, column] = rounded_up(sizes * (1 + self._norm_error), self.dtype)
-        lost = (seen - out[:, : self._vector].float()).norm(dim=1) * (1 + self._norm_error)
+        lost = (seen - out[:, self._pieces : column].float()).norm(dim=1) * (1 + self._norm_error)
         out[:, column + 1] = rounded_up((lost + self._blur).masked_fill(outside, 0.0), self.dtype)
         out[:, column + 2 :] = 0
         if self._basis is not None:
@@ -220,21 +221,34 @@ class ProductBounds:
         """Return all columns (B, K) of queries v (B, d) float64; without `bound`, those that prove are 0."""
         seen = exact if self._basis is None else exact @ self._basis.double()
         vectors = torch.zeros(len(exact), self._width, dtype=self.dtype, device=exact.device)
-        vectors[:, : self._vector] = seen
-        vectors[:, self._vector : self._vector + self._pieces] = -1
+        vectors[:, : self._pieces] = -1
+        vectors[:, self._pieces : self._pieces + self._vector] = seen
         if bound:
             self._widen(vectors, exact, seen)
         return vectors
 
-    def narrow(self, prepared: PreparedQueries, dims: int) -> None:
-        """Restrict queries, prepared without bound, to the first `dims` directions, in place."""
-        prepared.vectors[:, dims : self._vector] = 0
+    def narrowed(self, dims: int) -> "ProductBounds":
+        """Return estimates over the first `dims` directions alone: a view of the copy, whose scores prove nothing."""
+        other = copy.copy(self)
+        other._vector, other._width, other._is_proof = dims, self._pieces + dims, False
+        other._copy = self._copy[:, : other._width]
+        other._basis = None if self._basis is None else self._basis[:, :dims]
+        return other
+
+    def compact(self) -> "ProductBounds":
+        """Return the same with a copy of its own, of what it reads alone."""
+        other = copy.copy(self)
+        other._width = _aligned(self._width)
+        other._copy = self._copy.new_zeros(len(self._copy), other._width)
+        other._copy[:, : self._width] = self._copy
+        other.bytes = other._copy.nbytes
+        return other
 
     def _widen(self, vectors: Tensor, exact: Tensor, seen: Tensor) -> None:
         """Write β, |v| and ρ of queries v (B, d), projected to (B, m), to the columns beside v̂."""
-        column = self._vector + self._pieces
+        column = self._pieces + self._vector
         size = exact.norm(dim=1)
-        beta = (seen - vectors[:, : self._vector].double()).norm(dim=1) + self._unit_error
+        beta = (seen - vectors[:, self._pieces : column].double()).norm(dim=1) + self._unit_error
         beta = _SECOND_ORDER * (beta + self._gamma * size)
         vectors[:, column] = rounded_up((1 + 2 * self._gamma) * beta, self.dtype)
         vectors[:, column + 1] = rounded_up((1 + 2 * self._gamma) * size, self.dtype)
@@ -303,7 +317,7 @@ class InnerProductBounds(ProductBounds):
 
     def _widen(self, vectors: Tensor, exact: Tensor, seen: Tensor) -> None:
         super()._widen(vectors, exact, seen)
-        column = self._vector + self._pieces
+        column = self._pieces + self._vector
         beta = vectors[:, column].double() + self._measuring_error * exact.norm(dim=1)
         vectors[:, column] = rounded_up(beta, self.dtype)
 

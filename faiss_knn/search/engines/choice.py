@@ -1,6 +1,8 @@
 """From a spec to an engine: who searches a bank, by what was asked, what the bank is and what was learned before."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,8 +13,9 @@ from faiss_knn.search.engines.base import Engine, TooFewRowsError
 from faiss_knn.search.engines.costs import search_cost
 from faiss_knn.search.engines.exact import ExactEngine
 from faiss_knn.search.engines.faiss_engine import FaissEngine
-from faiss_knn.search.engines.fast import FastEngine
-from faiss_knn.search.engines.products import scan_dtype
+from faiss_knn.search.engines.fast import SPARE, FastEngine, Tuned
+from faiss_knn.search.engines.products import multiply_add_seconds, scan_dtype
+from faiss_knn.search.engines.projection import SAMPLE_ROWS
 from faiss_knn.search.engines.tuning import HELD_OUT, RECHECK
 from faiss_knn.search.stored_rows import StoredRows
 
@@ -21,8 +24,12 @@ _TARGET_RECALL = 0.99
 _UNMET = 0.005  # below the target, where "auto" searches exactly instead
 _FAST_ROWS = 4096  # below, the exact search takes about as long as any other
 _LEAST_ROWS_PER_LIST = 39  # by FAISS's own advice
-_BUILD_VALUE = 4e-9  # seconds per value of a build: check, centre, cast, write
-_TUNING_SCANS = 3  # scans of the held-out queries that a first tuning takes
+_BUILD_VALUE = 8e-9  # seconds per value that a build writes: centred, cast
+_TUNING_SCANS = 4  # scans of the held-out queries that a first tuning takes
+_DIRECTION_PASSES = 8  # products of the sample with half as many directions as dimensions, and what goes with them
+_SAMPLE = 4096  # rows to foretell a tuning from; of a small bank no more than a quarter
+_LEAST_SHARE = 8  # of the dimensions "fast" scans at least one in so many
+_SURE = 0.85  # of the cost of "flat": what "fast" is foretold to cost, for it to be tried
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ def make_engine(
         TooFewRowsError: If the bank is too small for the spec.
         ValueError: If FAISS has no such index, or nprobe does not fit it.
     """
-    spec = _resolved(request, rows, distance, warm=isinstance(previous, FastEngine))
+    spec = _resolved(request, rows, distance, previous)
     if spec == "fast":
         return _fast(request, rows, distance, previous, known_queries)
     if spec != "flat" and faiss_gpu.lacks_faiss(rows.device):
@@ -84,7 +91,7 @@ def make_engine(
     return _faiss(request, rows, distance, previous, known_queries)
 
 
-def _resolved(request: EngineRequest, rows: StoredRows, distance: Distance, *, warm: bool) -> str:
+def _resolved(request: EngineRequest, rows: StoredRows, distance: Distance, previous: Engine | None) -> str:
     """Resolve "auto", and "fast" where nothing is faster than the exact search."""
     if request.spec not in ("fast", "auto"):
         return request.spec
@@ -93,17 +100,47 @@ def _resolved(request: EngineRequest, rows: StoredRows, distance: Distance, *, w
     if request.spec == "fast":
         return "fast"
     queries = len(rows) if request.expected_queries is None else request.expected_queries
+    tuned = previous.tuned if isinstance(previous, FastEngine) else None
     pays = rows.device.type == "cpu" and prefers_fast(
-        len(rows), rows.dim, queries, request.expected_k, scan_dtype(rows.device), warm=warm
+        len(rows),
+        rows.dim,
+        queries,
+        request.expected_k,
+        scan_dtype(rows.device),
+        warm=tuned is not None,
+        foretell=lambda: _foretold(request, rows, distance, tuned),
     )
     return "fast" if pays else "flat"
 
 
-def prefers_fast(rows: int, dim: int, queries: int, k: int, dtype: torch.dtype, *, warm: bool) -> bool:
+class Scans(NamedTuple):
+    """What the two engines would do for each query.
+
+    Attributes:
+        flat_dims: Width that "flat" scans.
+        fast_dims: Width that "fast" scans.
+        candidates: Rows that "fast" measures.
+    """
+
+    flat_dims: int
+    fast_dims: int
+    candidates: int
+
+
+def prefers_fast(
+    rows: int,
+    dim: int,
+    queries: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    warm: bool,
+    foretell: Callable[[], Scans] | None = None,
+) -> bool:
     """Decide for "auto" whether a build and `queries` searches are cheaper with "fast" than with "flat".
 
-    flat:  build N·d + Q · (scan of d dimensions + 1.5k candidates)
-    fast:  build N·d, tuning (some scans of the held-out queries, fewer when warm) + Q · (scan of d/2 + 2k)
+    flat:  build N·d + Q · (scan + 1.25k candidates)
+    fast:  build N·d, tuning (some scans of the held-out queries, fewer when warm) + Q · (narrower scan + candidates)
 
     "ivf" is never chosen: at a recall worth reporting it visits a quarter of its lists, one query at a time, and takes
     longer than an exact scan by products; what it saves at fewer lists it costs in accuracy.
@@ -115,11 +152,39 @@ def prefers_fast(rows: int, dim: int, queries: int, k: int, dtype: torch.dtype, 
         k: Neighbours of each.
         dtype: That a scan computes in.
         warm: Whether an earlier tuning is at hand, which need only be checked.
+        foretell: Says what the bank's spectrum allows; asked only if the narrowest scan would pay. None: that it does.
     """
-    flat = search_cost(rows, dim, dim, k + k // 2 + 10, dtype)
-    fast = search_cost(rows, dim, dim // 2, 2 * k, dtype)
-    tuning = (RECHECK if warm else _TUNING_SCANS * HELD_OUT) * flat + (1 if warm else 2) * rows * dim * _BUILD_VALUE
-    return tuning + queries * fast < queries * flat
+
+    def pays(scans: Scans) -> bool:
+        flat = search_cost(rows, dim, scans.flat_dims, k + k // 4 + 4, dtype)
+        fast = search_cost(rows, dim, scans.fast_dims, scans.candidates, dtype)
+        return _tuning_cost(rows, dim, k, dtype, warm=warm) + queries * fast < _SURE * queries * flat
+
+    narrowest = Scans(dim, max(1, dim // _LEAST_SHARE), k)
+    return pays(narrowest) and (foretell is None or pays(foretell()))
+
+
+def _tuning_cost(rows: int, dim: int, k: int, dtype: torch.dtype, *, warm: bool) -> float:
+    """Return the seconds of a thread that a build of "fast" takes and one of "flat" does not."""
+    projected = _BUILD_VALUE + dim // 2 * multiply_add_seconds(dtype)
+    if warm:
+        return RECHECK * search_cost(rows, dim, dim, 2 * k, dtype) + rows * dim * projected
+    scans = _TUNING_SCANS * HELD_OUT * search_cost(rows, dim, dim, 2 * k + SPARE, dtype)
+    directions = _DIRECTION_PASSES * SAMPLE_ROWS * dim * (dim // 2) * multiply_add_seconds(dtype)
+    return scans + directions + 2 * rows * dim * projected
+
+
+def _foretold(request: EngineRequest, rows: StoredRows, distance: Distance, tuned: Tuned | None) -> Scans:
+    """Foretell the scans by an earlier tuning, or by that of a sample of the bank."""
+    count = min(_SAMPLE, len(rows) // 4)
+    sample = StoredRows(rows.take(rows.random_ids(count)))
+    sample.check(distance)
+    flat_dims = ExactEngine(sample, distance).parameters["scan_dims"]
+    if tuned is None:
+        k = max(1, min(request.expected_k, count // 100))
+        tuned = FastEngine(sample, distance, k, request.target, stands_for=len(rows)).tuned
+    dims = rows.dim if tuned.basis is None else tuned.basis.shape[1]
+    return Scans(cast(int, flat_dims), dims, tuned.candidates(request.expected_k))
 
 
 def _fast(

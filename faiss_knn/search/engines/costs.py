@@ -1,15 +1,15 @@
 """What searches cost: a model, for choices that shall not depend on what else the machine does meanwhile.
 
-Only the rate of the CPU's matrix product is measured, once per process; the other figures are those of two modern
-cores.
+Seconds are those of one thread. Only the rate of the matrix product is measured, once per process; the other figures
+are those of a modern core.
 """
 
 import torch
 
 from faiss_knn.search.engines.products import multiply_add_seconds
 
-_PAIR, _PAIR_VALUE = 130e-9, 0.8e-9  # seconds per distance that is measured, and per value of it
-_SCORE = 0.4e-9  # seconds per score compared
+_PAIR, _PAIR_VALUE = 260e-9, 2e-9  # seconds per distance that is measured, and per value of it
+_SCORE = 1.5e-9  # seconds per score compared
 
 
 def seconds_per_candidate(dim: int) -> float:

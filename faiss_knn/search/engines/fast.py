@@ -18,6 +18,7 @@ from faiss_knn.search.stored_rows import StoredRows
 
 _SHARES = (0.125, 0.25, 0.375, 0.5)  # of the dimensions, scanned instead of all
 _FACTORS = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0)
+SPARE = 280  # candidates beyond k that a factor may ask for: selecting more takes longer than measuring them
 _CHUNK = 512
 _KEPT = 1 << 18
 
@@ -50,6 +51,7 @@ class FastEngine:
         target: The recall to meet.
         previous: What was chosen for an earlier bank: kept if it still meets the target.
         known_queries: (n, d) queries of an earlier bank to measure on; None: rows of the bank.
+        stands_for: How many rows to choose for, where the bank is a sample of them.
     """
 
     exact = False
@@ -66,7 +68,9 @@ class FastEngine:
         target: float,
         previous: Tuned | None = None,
         known_queries: Tensor | None = None,
+        stands_for: int | None = None,
     ) -> None:
+        self._stands_for = len(rows) if stands_for is None else stands_for
         self._known_queries = known_queries
         self.recall_of = recall_source(known_queries)
         self._rows = rows
@@ -126,23 +130,39 @@ class FastEngine:
         self.tune(k)
 
     def tune(self, k: int) -> None:
-        """Choose directions and candidates: the cheapest by the cost model among those that meet the target."""
-        self._bounds = bounds = self._made(None)
-        sample = self._sample(bounds, k, HELD_OUT)
+        """Choose directions and candidates: the cheapest by the cost model among those that meet the target.
+
+        The fewer directions, the cheaper their scan: it begins with the fewest, and ends where even the least number of
+        candidates would make more of them too dear.
+        """
+        whole = self._bounds = self._made(None)
+        sample = self._sample(whole, k, HELD_OUT)
         k = sample.neighbors.shape[1]
-        choices = [(self._rows.dim, *self._least_factor(bounds, sample))]
         basis = self._directions()
         rotated = self._made(basis)
-        for share in _SHARES:
-            dims = max(
-                1, round(share * self._rows.dim / 32) * 32 - BOUND_COLUMNS
-            )  # with the other columns a multiple of 32
-            choices.append((dims, *self._least_factor(rotated, sample, dims)))
-        good = [choice for choice in choices if choice[1] < _FACTORS[-1]] or choices[:1]
-        dims, factor, self.recall = min(good, key=lambda choice: self._cost(choice[0], choice[1] * k))
-        self.tuned = Tuned(None if dims == self._rows.dim else basis[:, :dims].contiguous(), factor, k)
-        if self.tuned.basis is not None:
-            self._bounds = self._made(self.tuned.basis)
+        best: tuple[float, ProductBounds, Tuned] | None = None
+        for dims in self._widths():
+            if best is not None and self._cost(dims, k) >= best[0]:
+                break
+            bounds = rotated.narrowed(dims)
+            factor, recall, is_met = self._least_factor(bounds, sample)
+            if is_met and (best is None or self._cost(dims, factor * k) < best[0]):
+                best = self._cost(dims, factor * k), bounds, Tuned(basis[:, :dims].contiguous(), factor, k)
+                self.recall = recall
+        if best is None or self._cost(self._rows.dim, k) < best[0]:
+            factor, recall, _ = self._least_factor(whole, sample)
+            if best is None or self._cost(self._rows.dim, factor * k) < best[0]:
+                self.tuned, self.recall = Tuned(None, factor, k), recall
+                return
+        self.tuned = best[2]
+        del whole, self._bounds
+        self._bounds = best[1].compact()
+
+    def _widths(self) -> list[int]:
+        """Return how many directions may be scanned, ascending, with the other columns multiples of 32."""
+        most = max(1, self._rows.dim // 2)
+        widths = [max(1, round(share * self._rows.dim / 32) * 32 - BOUND_COLUMNS) for share in _SHARES]
+        return sorted({min(width, most) for width in widths})
 
     def _sample(self, bounds: ProductBounds | None, k: int, count: int) -> RecallSample:
         return recall_sample(self._rows, self._distance, k, self._known_queries, count=count, bounds=bounds)
@@ -152,28 +172,29 @@ class FastEngine:
         return leading_directions(sample - sample.median(0).values, max(1, self._rows.dim // 2))[0]
 
     def _cost(self, dims: int, candidates: float) -> float:
-        return search_cost(len(self._rows), self._rows.dim, dims, int(candidates), self._dtype)
+        return search_cost(self._stands_for, self._rows.dim, dims, int(candidates), self._dtype)
 
-    def _least_factor(
-        self, bounds: ProductBounds, sample: RecallSample, dims: int | None = None
-    ) -> tuple[float, float]:
-        """Return the smallest factor that meets the target with the first `dims` directions, and its recall."""
+    def _least_factor(self, bounds: ProductBounds, sample: RecallSample) -> tuple[float, float, bool]:
+        """Return the smallest factor that meets the target, or the largest; the recall with it; whether it is met."""
         k = sample.neighbors.shape[1]
-        most = min(math.ceil(_FACTORS[-1] * k) + sample.further, len(self._rows))
-        found = sample.counted(self._scan(bounds, sample.queries, most, dims), most)
-        for factor in _FACTORS:
+        factors = [factor for factor in _FACTORS if factor * k <= k + SPARE]
+        most = min(math.ceil(factors[-1] * k) + sample.further, len(self._rows))
+        found = sample.counted(self._scan(bounds, sample.queries, most), most)
+        for factor in factors:
             share, error = sample.recall(found[:, : math.ceil(factor * k)])
             if share - error >= self._target:
-                break
-        return factor, share
+                return factor, share, True
+        return factor, share, False
 
-    def _scan(self, bounds: ProductBounds, queries: Tensor, kept: int, dims: int | None = None) -> Tensor:
+    def _scan(self, bounds: ProductBounds, queries: Tensor, kept: int) -> Tensor:
         """Return the ids (B, kept) of the best estimates, best first."""
-        prepared = bounds.prepare(queries, bound=False)
-        if dims is not None:
-            bounds.narrow(prepared, dims)
-        scores, ids = best_scores(bounds, prepared, len(self._rows), kept)
-        return ids.gather(1, scores.float().argsort(dim=1, descending=True))
+
+        def scan() -> Tensor:
+            prepared = bounds.prepare(queries, bound=False)
+            scores, ids = best_scores(bounds, prepared, len(self._rows), kept)
+            return ids.gather(1, scores.float().argsort(dim=1, descending=True))
+
+        return run_search(scan, self._rows, queries, self._dtype)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
