@@ -199,7 +199,7 @@ def _examples(labels: Ids, answers: Ids, ids: Ids, classes: int) -> dict[int, tu
     keys = labels[wrong] * classes + answers[wrong]
     order = np.argsort(keys, kind="stable")
     unique, starts = np.unique(keys[order], return_index=True)
-    ends = [*starts[1:], len(order)]
+    ends = np.append(starts, len(order))[1:]
     return {
         int(key): tuple(int(i) for i in ids[wrong[order[a : min(b, a + _EXAMPLES)]]])
         for key, a, b in zip(unique, starts, ends, strict=True)

@@ -135,6 +135,13 @@ def test_confusions_are_those_of_the_evaluation():
         assert (outcome["prediction"][list(pair.rows)] == pair.predicted).all()
 
 
+def test_where_no_class_is_confused_none_is_listed():
+    labels = np.repeat([0, 1], 40)
+    report = audit(np.eye(2)[labels] + noise((80, 2), 0.05), labels, k=5)
+    assert (report.confusions, report.label_suspects) == ([], [])
+    assert "none; about 0.00 % of all labels are wrong" in report.summary()
+
+
 def test_hubs_are_counted_in_the_lists_of_the_bank():
     lists = KNNIndex(distance_metric="cosine").build(BANK).search(BANK, 11).indices.numpy()
     counts = np.bincount(lists[lists != np.arange(len(BANK))[:, None]], minlength=len(BANK))
