@@ -52,6 +52,7 @@ class Comparison:
             `b`, `index`, `k`, and `mean`, `null_mean`, `null_std`, `z` as in `faiss_knn.measures.overlap.Overlap`.
         changed: The queries whose neighbours agree least, at the largest k of each of these: `a`, `b`, `index`, `k`,
             `row`, as it was given, and `overlap`.
+        notes: What neighbours were not compared though they were kept, or compared without knowing enough, and why.
 
     Example:
         >>> from faiss_knn import evaluate
@@ -73,6 +74,7 @@ class Comparison:
     by_class: list[Row]
     overlaps: list[Row]
     changed: list[Row]
+    notes: list[str]
 
     @property
     def neighbor_overlap(self) -> dict[int, Row]:
@@ -181,9 +183,9 @@ def compare(
     n_queries = len(read[0].outcome(keys[0])["correct"])
     accuracies = [_accuracy(run, key, words[key]) for key in keys for run in read]
     by_class = list(_by_class(read, keys[0], words[keys[0]], confidence))
-    overlaps, changed = _overlaps(read, keys, seed)
+    overlaps, changed, notes = _overlaps(read, keys, seed)
     return Comparison(
-        [run.name for run in read], n_queries, float(confidence), rows, accuracies, by_class, overlaps, changed
+        [run.name for run in read], n_queries, float(confidence), rows, accuracies, by_class, overlaps, changed, notes
     )
 
 
@@ -344,17 +346,25 @@ def _by_class(runs: Sequence[_Run], key: str, words: str, confidence: float) -> 
         yield row | {"p_holm": p_holm, "separable": p_holm <= 1 - confidence}
 
 
-def _overlaps(runs: Sequence[_Run], keys: Sequence[str], seed: int) -> tuple[list[Row], list[Row]]:
-    """Whether runs see the same neighbours, for each pair, index and k, and which queries' neighbours differ most."""
+def _overlaps(runs: Sequence[_Run], keys: Sequence[str], seed: int) -> tuple[list[Row], list[Row], list[str]]:
+    """Whether runs see the same neighbours, for each pair, index and k, and which queries' neighbours differ most.
+
+    The third are notes: on which banks are not of the same rows, or may not be.
+    """
     by_index: dict[str, list[str]] = {}
     for key in keys:
         by_index.setdefault(_search_key(runs[0].records[key]), []).append(key)
     found: list[Row] = []
     changed: list[Row] = []
+    notes: list[str] = []
     for same in by_index.values():
         for a, b in combinations(runs, 2):
             first, second = a.neighbors(same[0]), b.neighbors(same[0])
-            if first is None or second is None or not _same_bank(a.records[same[0]], b.records[same[0]]):
+            if first is None or second is None:
+                continue
+            is_same, why = _same_bank(a.records[same[0]], b.records[same[0]])
+            notes += [f"{a.name} and {b.name}: {why}"] if why else []
+            if not is_same:
                 continue
             about = {"a": a.name, "b": b.name, "index": index_name(a.records[same[0]])}
             shortest = min(first.shape[1], second.shape[1])
@@ -365,7 +375,7 @@ def _overlaps(runs: Sequence[_Run], keys: Sequence[str], seed: int) -> tuple[lis
                 least = np.argsort(shares, kind="stable")[:_CHANGED]
                 rows = a.outcome(same[0])["row"]
                 changed += [about | {"k": ks[-1], "row": int(rows[i]), "overlap": float(shares[i])} for i in least]
-    return found, changed
+    return found, changed, list(dict.fromkeys(notes))
 
 
 def _search_key(record: Record) -> str:
@@ -374,6 +384,19 @@ def _search_key(record: Record) -> str:
     return json.dumps([index_name(record), *(value_of(record, name) or None for name in names)])
 
 
-def _same_bank(a: Record, b: Record) -> bool:
-    """Whether two banks can be of the same rows; what the rows are of cannot be told from other features."""
-    return a["n_bank"] == b["n_bank"]
+def _same_bank(a: Record, b: Record) -> tuple[bool, str]:
+    """Whether two banks hold the same rows, and what there is to say about it, if anything.
+
+    They do if as many rows have a label, these are the same by number, and have the same classes. Features say nothing:
+    those of two models differ for the same samples.
+    """
+    unlike = "their neighbours are not compared, which needs banks of the same rows in the same order: "
+    if a["n_bank"] != b["n_bank"]:
+        return False, f"{unlike}{a['n_bank']:,} and {b['n_bank']:,} rows"
+    known = [record.get("bank_fingerprint") for record in (a, b)]
+    if None in known:
+        return True, (
+            "their banks have equally many rows, and are taken to hold the same in the same order: records of an "
+            "earlier version do not say which rows they are"
+        )
+    return known[0] == known[1], "" if known[0] == known[1] else f"{unlike}other rows have labels, or other labels"

@@ -12,7 +12,13 @@ from torch import Tensor
 from faiss_knn.offline.copies import Copies, count_copies
 from faiss_knn.offline.metric_names import make_metrics
 from faiss_knn.offline.options import EvalOptions, VoteOptions, several, vote_settings
-from faiss_knn.offline.outcomes import describe_queries, keeps_outcomes, outcome_of, query_fingerprint
+from faiss_knn.offline.outcomes import (
+    bank_fingerprint,
+    describe_queries,
+    keeps_outcomes,
+    outcome_of,
+    query_fingerprint,
+)
 from faiss_knn.offline.preparation import prepare
 from faiss_knn.offline.record import (
     accuracy_fields,
@@ -261,7 +267,10 @@ class _Evaluation:
         self.task = check_values(task, options.distance_metric, options.skip_bad_rows)
         self.draws = _drawn(self.task, options)
         self._exact_top1: dict[VoteOptions, Tensor] = {}
-        self._query_fingerprint = query_fingerprint(self.draws[0])
+        self._fingerprints = {
+            "query_fingerprint": query_fingerprint(self.draws[0]),
+            "bank_fingerprint": bank_fingerprint(self.draws[0]),
+        }
         self._groups = self.draws[0].queries.groups
         if self.draws[0].n_groups == 1:
             raise ValueError(
@@ -311,7 +320,7 @@ class _Evaluation:
                 "duplicates": self._copies.equal,
                 "near_duplicates": self._copies.near,
                 **self.files,
-                "query_fingerprint": self._query_fingerprint,
+                **self._fingerprints,
                 **surroundings(),
             }
             outcome = outcome_of(hits[0], self._queries) if self._queries is not None else None

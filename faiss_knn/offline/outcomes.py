@@ -10,7 +10,7 @@ from torch import Tensor
 from faiss_knn.offline.options import EvalOptions
 from faiss_knn.offline.report.results import Outcome
 from faiss_knn.offline.scores import Hits
-from faiss_knn.offline.task import EvalTask
+from faiss_knn.offline.task import EvalTask, LabelledRows
 
 _BYTES = 9  # of a query under one vote: an int32, a bool and a float32
 _KEPT_UNASKED = 1 << 30  # bytes
@@ -53,12 +53,25 @@ def query_fingerprint(task: EvalTask) -> str:
 
     Two tasks have the same one if they ask the same rows, by number, and these have the same classes, by name or id.
     """
-    labels = task.queries.labels
+    return _fingerprint(task, task.queries)
+
+
+def bank_fingerprint(task: EvalTask) -> str:
+    """Digest which rows the bank has and what their labels are, whatever their features and the queries.
+
+    Two banks count as the same rows if equally many have a label, by the same numbers, and these have the same classes,
+    by name or id. The features of two models differ for the same samples, so none of them is looked at.
+    """
+    return _fingerprint(task, task.bank)
+
+
+def _fingerprint(task: EvalTask, rows: LabelledRows) -> str:
+    labels = rows.labels
     everything = torch.arange(task.num_classes, device=labels.device)
     present = everything if task.multi_hot else everything[torch.bincount(labels, minlength=task.num_classes) > 0]
     places = labels if task.multi_hot else torch.searchsorted(present, labels)
     digest = blake2b(str([task.name(int(i)) for i in present]).encode(), digest_size=8)
-    for values in (torch.from_numpy(np.asarray(task.queries.ids, dtype=np.int64)), places):
+    for values in (torch.from_numpy(np.asarray(rows.ids, dtype=np.int64)), places):
         digest.update(np.ascontiguousarray(values.cpu().long().numpy()).data)
     return digest.hexdigest()
 

@@ -284,5 +284,37 @@ def test_runs_that_kept_their_neighbours_are_compared_by_them(runs, tmp_path):
 def test_neighbours_of_another_bank_or_of_none_are_not_compared(runs):
     bank, queries = features(0.4)
     half = evaluate(bank[:150], LABELS[:150], queries, TRUTH, k=(1, 5), keep_neighbors=True)
-    assert compare(run_of(0.4, keep_neighbors=True), half).neighbor_overlap == {}
-    assert compare(run_of(0.4, keep_neighbors=True), runs[0]).overlaps == []
+    whole = run_of(0.4, keep_neighbors=True)
+    comparison = compare(whole, half)
+    assert comparison.neighbor_overlap == {}
+    assert [note.rpartition(": ")[2] for note in comparison.notes] == ["300 and 150 rows"]
+    assert (compare(whole, runs[0]).overlaps, compare(whole, runs[0]).notes) == ([], [])
+    reordered = compare(whole, run_of(0.4, labels=LABELS[::-1], keep_neighbors=True))
+    assert reordered.overlaps == []
+    assert "run 1 and run 2: their neighbours are not compared" in reordered.notes[0]
+    assert reordered.notes[0].endswith("other rows have labels, or other labels")
+
+
+def test_the_same_rows_under_another_model_are_the_same_bank():
+    bank, queries = features(0.4)
+    wide = evaluate(np.hstack([bank, bank]) * 3, LABELS, np.hstack([queries, queries]), TRUTH, k=1, keep_neighbors=True)
+    comparison = compare(run_of(0.4, k=1, keep_neighbors=True), wide)
+    assert comparison.neighbor_overlap[1]["mean"] == 1.0
+    assert comparison.notes == []
+
+
+def test_records_that_do_not_say_which_rows_are_compared_by_their_number_with_a_note(tmp_path, capsys):
+    kept = [run_of(noise, keep_neighbors=True) for noise in (0.4, 0.9)]
+    folders = [str(run.save(tmp_path / name)) for run, name in zip(kept, ("old", "new"), strict=True)]
+    path = tmp_path / "old" / "results.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(json.dumps({x: y for x, y in line.items() if x != "bank_fingerprint"}) + "\n" for line in lines)
+    )
+    comparison = compare(*folders)
+    assert comparison.overlaps == compare(*kept, names=["old", "new"]).overlaps
+    assert [note.partition(":")[0] for note in comparison.notes] == ["old and new"]
+    assert "equally many rows, and are taken to hold the same" in comparison.notes[0]
+    assert main(["compare", *folders, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == f"faiss-knn: warning: {comparison.notes[0]}\n"
+    assert comparison.notes[0] in (tmp_path / "out" / "compare.html").read_text()

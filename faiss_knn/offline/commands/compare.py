@@ -1,6 +1,7 @@
 """`faiss-knn compare`: tell differences between runs from chance."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from faiss_knn.offline.commands.arguments import count, inner_share
@@ -60,6 +61,8 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
     if not first:
         return 0
     comparison = compare(*given.runs, names=given.names, confidence=given.confidence, seed=given.seed)
+    for note in comparison.notes:
+        print(f"faiss-knn: warning: {note}", file=sys.stderr)
     print(comparison)
     if given.out is not None:
         comparison.save(given.out)

@@ -72,10 +72,11 @@ def comparison_files(
     by_class: Rows,
     overlaps: Rows,
     changed: Rows,
+    notes: Sequence[str],
 ) -> dict[str, str | bytes]:
     """Make all files of a comparison, as contents by name; the plot where matplotlib is installed."""
     title = f"faiss-knn: {', '.join(names[:4])}{', …' if len(names) > 4 else ''} compared"
-    shown = _sections(n_queries, confidence, rows, accuracies, by_class) + _overlap_sections(overlaps, changed)
+    shown = _sections(n_queries, confidence, rows, accuracies, by_class) + _overlap_sections(overlaps, changed, notes)
     pictures = _plot(names, accuracies)
     files: dict[str, str | bytes] = {
         "compare.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
@@ -147,14 +148,16 @@ def _class_section(by_class: Rows) -> list[Section]:
     return [Section("By class", text, (), Table(headings, cells, 3))]
 
 
-def _overlap_sections(overlaps: Rows, changed: Rows) -> list[Section]:
+def _overlap_sections(overlaps: Rows, changed: Rows, notes: Sequence[str]) -> list[Section]:
     """Whether the runs see the same neighbours, and where they differ most."""
+    title = "Do they see the same neighbours?"
+    warnings = tuple(f"{note}." for note in notes)
     if not overlaps:
-        return []
+        return [Section(title, (), warnings)] if notes else []
     text = (
         "The share of a query's k nearest bank rows that both runs have, on average over the queries, in percent; by "
         "chance, with the queries of one paired with those of the other at random; z, how many deviations of such "
-        "pairings it lies above chance. Both banks are taken to hold the same rows in the same order.",
+        "pairings it lies above chance.",
     )
     headings = ["index", "a", "b", "k", "in common", "by chance", "±", "z"]
     cells = [
@@ -168,7 +171,7 @@ def _overlap_sections(overlaps: Rows, changed: Rows) -> list[Section]:
         [row["index"], row["a"], row["b"], str(row["k"]), str(row["row"]), percent(row["overlap"])] for row in changed
     ]
     return [
-        Section("Do they see the same neighbours?", text, (), Table(headings, cells, 3)),
+        Section(title, text, warnings, Table(headings, cells, 3)),
         Section(
             "Queries whose neighbours changed most",
             ("By row number; neighbours in common in percent, at the largest k.",),

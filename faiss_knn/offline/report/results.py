@@ -92,6 +92,7 @@ class Record(TypedDict, total=False):
     bank_file: str | None
     query_file: str | None
     query_fingerprint: str  # of the queries' rows, by number, and their classes, whatever the features
+    bank_fingerprint: str  # the same of the bank's rows
     versions: dict[str, str]
     created: str  # when, UTC
 
