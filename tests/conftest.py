@@ -13,12 +13,21 @@ def pytest_configure(config: pytest.Config) -> None:
         threadpool_limits(1)
 
 
+SLOW = (
+    "distributed", "search/test_memory.py", "test_benchmark.py", "test_docs.py", "test_entrances.py",
+    "test_examples.py", "test_lazy_imports.py", "test_notebook.py", "test_readme.py", "test_sklearn.py",
+)  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)  # before the workers read the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of many ranks on one worker: they share a pool of processes."""
+    """Keep the tests of many ranks on one worker, as they share a pool of processes, and mark what is slow."""
     for item in items:
-        if "tests/distributed" in item.path.as_posix():
+        path = item.path.as_posix()
+        if "tests/distributed" in path:
             item.add_marker(pytest.mark.xdist_group("ranks"))
+        if any(f"/tests/{name}" in path for name in SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
