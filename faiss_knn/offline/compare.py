@@ -172,7 +172,7 @@ def compare(
         raise ValueError(f"`seed` must be 0 or a positive integer, got {seed}")
     if len(runs) < 2:
         raise ValueError(f"`runs` must be two or more, reports or folders, got {len(runs)}")
-    read = [_read(given, i, name) for i, (given, name) in enumerate(zip(runs, _names(runs, names), strict=True))]
+    read = [_read(given, i, name) for i, (given, name) in enumerate(zip(runs, run_names(runs, names), strict=True))]
     keys = _common_settings(read)
     for other in read[1:]:
         for key in keys:
@@ -195,8 +195,16 @@ def _accuracy(run: _Run, key: str, words: str) -> Row:
     return {"setting": words, "run": run.name, **top1}
 
 
-def _names(runs: Sequence[Any], names: Sequence[str] | None) -> list[str]:
-    """What to call the runs: as asked for, or by the shortest end of their paths that tells them apart."""
+def run_names(runs: Sequence[Any], names: Sequence[str] | None = None) -> list[str]:
+    """What to call the runs: as asked for, or by the shortest end of their paths that tells them apart.
+
+    Example:
+        >>> run_names(["old/results", "new/results"])
+        ['old/results', 'new/results']
+
+    Raises:
+        ValueError: If the names asked for are not one different name for each run.
+    """
     if names is not None:
         found = [str(name) for name in names]
         if isinstance(names, str) or len(found) != len(runs) or len(set(found)) < len(found):
@@ -276,7 +284,9 @@ def _check_same_queries(one: _Run, other: _Run, key: str) -> None:
     for row, x, y in zip(first["row"], first["label"], second["label"], strict=True):
         names = one.report.class_name(int(x)), other.report.class_name(int(y))
         if names[0] != names[1]:
-            raise ValueError(f"{where}row {row} has the label {names[0]!r} in one, {names[1]!r} in the other")
+            named = bool(one.report.class_names), bool(other.report.class_names)
+            hint = ": only one has class names, give both the same" if named[0] != named[1] else ""
+            raise ValueError(f"{where}row {row} has the label {names[0]!r} in one, {names[1]!r} in the other{hint}")
     raise ValueError(f"{where}their labels differ")
 
 

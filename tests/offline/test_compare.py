@@ -318,3 +318,75 @@ def test_records_that_do_not_say_which_rows_are_compared_by_their_number_with_a_
     assert main(["compare", *folders, "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err == f"faiss-knn: warning: {comparison.notes[0]}\n"
     assert comparison.notes[0] in (tmp_path / "out" / "compare.html").read_text()
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, noise in (("old", 0.4), ("new", 0.9)):
+        bank, queries = features(noise)
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "bank.npz", features=bank, labels=LABELS)
+        np.savez(tmp_path / name / "queries.npz", features=queries, labels=TRUTH)
+    return [f"{tmp_path / name / 'bank.npz'}:{tmp_path / name / 'queries.npz'}" for name in ("old", "new")]
+
+
+def test_features_are_evaluated_on_the_spot_as_eval_does(files, tmp_path, capsys):
+    expected = [run_of(noise, k=(3, 9), weighting="uniform", keep_neighbors=True) for noise in (0.4, 0.9)]
+    assert main(["compare", *files, "--k", "3", "9", "--weighting", "uniform", "--out", str(tmp_path / "out")]) == 0
+    names = ["old/bank.npz", "new/bank.npz"]
+    assert capsys.readouterr().out.startswith(f"{compare(*expected, names=names)}\n")
+    assert (tmp_path / "out" / "compare_neighbors.csv").exists()
+    folder = str(expected[1].save(tmp_path / "results"))
+    assert main(["compare", files[0], folder, "--k", "9", "--weighting", "uniform"]) == 0
+    nine = [run_of(noise, k=9, weighting="uniform") for noise in (0.4, 0.9)]
+    assert capsys.readouterr().out == f"{compare(*nine, names=['bank.npz', 'results'])}\n"
+
+
+def test_with_leave_one_out_a_run_is_a_bank(files, tmp_path, capsys):
+    banks = []
+    for name, noise in (("a:b", 0.4), ("c", 0.9)):
+        banks.append(str(tmp_path / f"{name}.npy"))
+        np.save(banks[-1], features(noise)[0])
+    np.save(tmp_path / "y.npy", LABELS)
+    assert main(["compare", *banks, "--leave-one-out", "--labels", str(tmp_path / "y.npy"), "--distance", "dot",
+                 "--weighting", "softmax"]) == 0  # fmt: skip
+    options = {"leave_one_out": True, "distance_metric": "dot", "weighting": "softmax"}
+    runs = [evaluate(features(noise)[0], LABELS, **options) for noise in (0.4, 0.9)]
+    assert capsys.readouterr().out == f"{compare(*runs, names=['a:b.npy', 'c.npy'])}\n"
+    assert main(["compare", *files, "--leave-one-out"]) == 1
+    assert "--leave-one-out takes BANK alone: leave out " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{bank}", "name one that `eval --out` has written, or features as BANK:QUERIES, or with --leave-one-out as"),
+        ("{bank}:nowhere.npz", "is no folder of results, nor BANK:QUERIES: there is no nowhere.npz"),
+        ("{folder}", "is no folder of results: name one"),
+        ("{folder}/y.npy:{folder}/y.npy", "must be"),
+    ],
+)
+def test_what_is_no_run_ends_with_one_line(text, message, files, tmp_path, capsys):
+    np.save(tmp_path / "y.npy", LABELS)
+    text = text.format(bank=files[0].split(":")[0], folder=tmp_path)
+    assert main(["compare", files[0], text]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert message in said[-1]
+    assert all(line.startswith("faiss-knn: ") for line in said)
+
+
+def test_options_of_features_are_refused_where_there_are_none(folders, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", *folders, "--k", "3"])
+    assert stopped.value.code == 2
+    assert "--k is for features, but every RUN is a folder of results" in capsys.readouterr().err
+
+
+def test_classes_are_matched_by_name_whatever_their_numbers():
+    more = np.where(np.arange(300) < 5, "aardvark", NAMES[LABELS])  # in one bank alone: all numbers shift
+    comparison = compare(
+        run_of(0.4, truth=NAMES[TRUTH], labels=NAMES[LABELS]), run_of(0.4, truth=NAMES[TRUTH], labels=more)
+    )
+    assert [row["class"] for row in comparison.by_class] == list(NAMES)
+    with pytest.raises(ValueError, match="only one has class names, give both the same"):
+        compare(run_of(0.4), run_of(0.4, class_names=list(NAMES)))

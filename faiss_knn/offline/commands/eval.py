@@ -65,7 +65,7 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
             queries.labels if queries else None,
             limits,
         ),
-        {name: path and str(path) for name, path in (("bank_file", given.bank), ("query_file", given.queries))},
+        _files(given),
         done=broadcast_object(ledger.done if ledger is not None else []),
         on_record=None if ledger is None else ledger.add,
         on_outcome=None if ledger is None else ledger.add_outcome,
@@ -75,6 +75,31 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
     if first:
         _show(report, given.out, [] if ledger is None or ledger.warning is None else [ledger.warning])
     return 0
+
+
+def evaluate_files(given: argparse.Namespace, *, first: bool) -> "EvalReport":
+    """Evaluate the files of these arguments, which write and print nothing.
+
+    Args:
+        given: As `run` takes them.
+        first: Whether this process shows progress.
+
+    Raises:
+        ValueError: If the data cannot be used.
+        OSError: If a file cannot be read.
+    """
+    from faiss_knn.distributed import all_or_none
+    from faiss_knn.offline.evaluate import evaluate_with, task_for
+
+    with all_or_none():
+        bank, queries = _read(given)
+    options = _options(given, bank.class_names, progress=None if first else False)
+    sides = (queries.rows, queries.labels) if queries else (None, None)
+    return evaluate_with(options, task_for(options, bank.rows, bank.labels, *sides), _files(given))
+
+
+def _files(given: argparse.Namespace) -> dict[str, str | None]:
+    return {name: path and str(path) for name, path in (("bank_file", given.bank), ("query_file", given.queries))}
 
 
 def _relevance(given: argparse.Namespace) -> int:

@@ -37,7 +37,9 @@ to --out only grows: a second command adds to it, and what it has of the same da
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all arguments, in groups."""
     _add_data(parser.add_argument_group("data"))
-    _add_vote(parser.add_argument_group("vote and metrics"))
+    votes = parser.add_argument_group("vote and metrics")
+    add_vote(votes)
+    _add_metrics(votes)
     _add_search(parser.add_argument_group("search"))
     _add_output(parser.add_argument_group("output"))
 
@@ -45,12 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data(group: Any) -> None:
     group.add_argument("bank", nargs="?", type=location, metavar="BANK", help="features that are searched")
     group.add_argument("queries", nargs="?", type=location, metavar="QUERIES", help="features that are classified")
-    group.add_argument("--labels", type=location, metavar="FILE", help="the bank's labels, if not in BANK")
-    group.add_argument("--query-labels", type=location, metavar="FILE", help="the queries' labels, if not in QUERIES")
-    group.add_argument(
-        "--features-key", metavar="NAME", help="array or column of the features; emb_ for emb_0, emb_1, ...; a,b,c"
-    )
-    group.add_argument("--labels-key", metavar="NAME", help="array or column that holds the labels")
+    add_names(group)
     group.add_argument(
         "--allow-partial", action=argparse.BooleanOptionalAction, default=False,
         help="read what an extraction that was cut off has saved so far",
@@ -81,6 +78,16 @@ def _add_data(group: Any) -> None:
     group.add_argument("--seed", type=count, default=0, help="of the draws, which no two seeds share (default 0)")
 
 
+def add_names(group: Any) -> None:
+    """Where features and labels are."""
+    group.add_argument("--labels", type=location, metavar="FILE", help="the bank's labels, if not in BANK")
+    group.add_argument("--query-labels", type=location, metavar="FILE", help="the queries' labels, if not in QUERIES")
+    group.add_argument(
+        "--features-key", metavar="NAME", help="array or column of the features; emb_ for emb_0, emb_1, ...; a,b,c"
+    )
+    group.add_argument("--labels-key", metavar="NAME", help="array or column that holds the labels")
+
+
 def _add_limits(group: Any) -> None:
     """Which rows belong together, and which of the bank a query may not find: arrays in the same files."""
     group.add_argument(
@@ -102,7 +109,8 @@ def _add_limits(group: Any) -> None:
     )
 
 
-def _add_vote(group: Any) -> None:
+def add_vote(group: Any) -> None:
+    """How neighbours are found and vote."""
     group.add_argument(
         "--protocol", choices=list(protocols()), metavar="NAME",
         help="k, temperature, weighting and distance of another library, unless given (faiss-knn protocols lists them)",
@@ -114,6 +122,13 @@ def _add_vote(group: Any) -> None:
         "--center", action=argparse.BooleanOptionalAction, default=False,
         help="subtract the bank's mean from all features",
     )  # fmt: skip
+    group.add_argument(
+        "--distance", choices=DISTANCES,
+        help="default cosine; dot: minus the inner product, with softmax or uniform weighting",
+    )  # fmt: skip
+
+
+def _add_metrics(group: Any) -> None:
     group.add_argument("--pca", type=positive, metavar="D", help="turn all features to D principal axes of the bank")
     group.add_argument(
         "--whiten", action=argparse.BooleanOptionalAction, default=False,
@@ -129,10 +144,6 @@ def _add_vote(group: Any) -> None:
 
 
 def _add_search(group: Any) -> None:
-    group.add_argument(
-        "--distance", choices=DISTANCES,
-        help="default cosine; dot: minus the inner product, with softmax or uniform weighting",
-    )  # fmt: skip
     group.add_argument(
         "--index", nargs="+", default=["flat"], metavar="SPEC", help="flat, ivf, fast, auto or FAISS factory strings"
     )
