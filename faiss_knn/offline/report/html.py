@@ -6,6 +6,7 @@ from html import escape
 from faiss_knn.offline.report.content import Section, Strip, Table, Tile
 
 _LONG = 24  # rows that a table shows without being asked
+_SENTENCE = 4  # spaces from which on a cell is read as one
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --paper: #ffffff; --line: #dde3ea; --tint: #f4f6f9;
@@ -32,8 +33,10 @@ th { color: var(--soft); font-weight: 600; background: var(--tint) }
 tr + tr td { border-top: 1px solid var(--line) }
 .word { text-align: left }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--tint) }
-@media (max-width: 40rem) { th:first-child, td:first-child { min-width: 6.5rem; max-width: 40vw; white-space: normal;
-  overflow-wrap: anywhere } th, td { padding: .35rem .5rem } }
+@media (max-width: 40rem) { th, td { padding: .35rem .5rem }
+  .word { min-width: 4.5rem; max-width: 32vw; white-space: normal; overflow-wrap: break-word }
+  .prose { min-width: 11rem; max-width: 60vw }
+  th:first-child, td:first-child { min-width: 6.5rem; max-width: 40vw; white-space: normal; overflow-wrap: anywhere } }
 img { display: block; width: 100%; max-width: 30rem; height: auto; margin: .9rem 0 }
 .strips { display: flex; flex-wrap: wrap; gap: .9rem 2rem; margin: .9rem 0 }
  .strip p { margin: 0 0 .3rem; color: var(--soft); font-size: .875rem }
@@ -64,10 +67,13 @@ def html_table(table: Table) -> str:
 
 def _row(tag: str, cells: list[str], words: int) -> str:
     scope = ' scope="col"' if tag == "th" else ""
-    marked = (
-        f"<{tag}{scope}{' class=word' if i < words else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells)
-    )
+    marked = (f"<{tag}{scope}{_kind(cell) if i < words else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(cells))
     return f"<tr>{''.join(marked)}</tr>"
+
+
+def _kind(cell: str) -> str:
+    """The class of a cell of words; a sentence is wider where there is little room."""
+    return ' class="word prose"' if cell.count(" ") >= _SENTENCE else " class=word"
 
 
 def _section(section: Section, plots: dict[str, tuple[str, str]]) -> str:
