@@ -363,7 +363,7 @@ def test_with_leave_one_out_a_run_is_a_bank(files, tmp_path, capsys):
         ("{bank}", "name one that `eval --out` has written, or features as BANK:QUERIES, or with --leave-one-out as"),
         ("{bank}:nowhere.npz", "is no folder of results, nor BANK:QUERIES: there is no nowhere.npz"),
         ("{folder}", "is no folder of results: name one"),
-        ("{folder}/y.npy:{folder}/y.npy", "must be"),
+        ("{folder}/y.npy:{folder}/y.npy", "y.npy: features must be (N, d), got shape (300,)"),
     ],
 )
 def test_what_is_no_run_ends_with_one_line(text, message, files, tmp_path, capsys):
