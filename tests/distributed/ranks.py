@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 GRACE = 5.0  # seconds the other ranks get once one has failed
+IMPORTS = 100.0  # seconds that a new process may take until it knows the function: Lightning is large
 
 
 class RankFailed(Exception):
@@ -22,7 +23,8 @@ class RankFailed(Exception):
 class Ranks:
     """A pool of up to `size` processes that run one function per job, each as one rank of a fresh gloo group.
 
-    A job has a hard time limit: what has not ended by then is killed, and the test fails instead of hanging.
+    A job has a hard time limit: what has not ended by then is killed, and the test fails instead of hanging. Its time
+    begins when all ranks have imported what they run.
     """
 
     def __init__(self, size: int) -> None:
@@ -49,7 +51,10 @@ class Ranks:
             job["timeout"] = group_timeout or timeout
             for rank, (_, pipe) in enumerate(workers):
                 pipe.send((function, args, {**job, "rank": rank}))
-            results = self._collect([pipe for _, pipe in workers], timeout)
+            pipes = [pipe for _, pipe in workers]
+            results = self._collect(pipes, IMPORTS)
+            if all(good for good, _ in results):
+                results = self._collect(pipes, timeout)
         failures = [f"rank {rank}: {value}" for rank, (good, value) in enumerate(results) if not good]
         if failures:
             raise RankFailed("\n".join(failures))
@@ -95,9 +100,10 @@ def _serve(pipe: Connection) -> None:
     os.environ.update({"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     while True:
         try:
-            function, args, job = pipe.recv()
+            function, args, job = pipe.recv()  # imports the function's module
         except EOFError:
             return
+        pipe.send((True, "ready"))
         try:
             pipe.send((True, _as_rank(function, args, job)))
         except BaseException:  # the test must see whatever it was
