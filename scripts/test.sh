@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 quick=
 if [ "${1:-}" = quick ]; then quick=1; shift; fi
-workers=(-n 2 --dist loadgroup) # one thread each; tests/conftest.py says what has to stay together
+workers=(-n 2) # one thread each
 step() { echo "test: $1"; shift; "$@"; }
 step "ruff (lint)" .venv/bin/ruff check --no-cache .
 step "ruff (format)" .venv/bin/ruff format --no-cache --check .
@@ -17,4 +17,10 @@ if [ -n "$quick" ]; then
     exit
 fi
 step "mkdocs (documentation)" bash scripts/docs.sh
-step "pytest (unit, doctest, multi-process)" .venv/bin/python -m pytest -q "${workers[@]}" --durations=15 "$@"
+if [ $# -gt 0 ]; then
+    step "pytest" .venv/bin/python -m pytest -q "$@"
+    exit
+fi
+# The tests of many ranks have processes of their own: beside other workers they would wait for a core.
+step "pytest (multi-process)" .venv/bin/python -m pytest -q tests/distributed
+step "pytest (unit, doctest)" .venv/bin/python -m pytest -q "${workers[@]}" --ignore tests/distributed --durations=15

@@ -19,13 +19,10 @@ SLOW = (
 )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # before the workers read the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of many ranks on one worker, as they share a pool of processes, and mark what is slow."""
+    """Mark what is slow."""
     for item in items:
         path = item.path.as_posix()
-        if "tests/distributed" in path:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
         if any(f"/tests/{name}" in path for name in SLOW):
             item.add_marker(pytest.mark.slow)
 
