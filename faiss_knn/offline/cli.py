@@ -3,10 +3,11 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from typing import NamedTuple
 
 from faiss_knn import __version__
 from faiss_knn.offline.commands import audit as audit_command
@@ -19,69 +20,91 @@ from faiss_knn.offline.commands.arguments import Parser, config_options
 from faiss_knn.offline.commands.eval_arguments import EPILOG, add_arguments, check_combination
 
 
+class _Command(NamedTuple):
+    """One of the program's commands: what its help says, and its functions.
+
+    Attributes:
+        add_arguments: Adds its arguments to its parser.
+        check: Ends the program where its arguments do not go together.
+    """
+
+    run: Callable[..., int]
+    help: str
+    description: str
+    epilog: str | None = None
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    check: Callable[[argparse.ArgumentParser, argparse.Namespace], None] | None = None
+
+
+_COMMANDS = {
+    "eval": _Command(
+        eval_command.run,
+        "accuracy, retrieval metrics and the cost of approximate indexes, from saved features",
+        "Find each query's neighbours once per index; report every k, temperature and weighting.",
+        EPILOG,
+        add_arguments,
+        check_combination,
+    ),
+    "compare": _Command(
+        compare_command.run,
+        "which differences between runs are more than chance",
+        "Compare two or more evaluations of the same queries, setting by setting.",
+        compare_command.EPILOG,
+        compare_command.add_arguments,
+        compare_command.check_combination,
+    ),
+    "neighbors": _Command(
+        neighbors_command.run,
+        "the exact neighbours themselves, in a file that other programs read",
+        "Find each query's k nearest rows exactly, and write them.",
+        neighbors_command.EPILOG,
+        neighbors_command.add_arguments,
+        neighbors_command.check_combination,
+    ),
+    "verify": _Command(
+        verify_command.run,
+        "how right the neighbours are that any program found",
+        "Compare lists of neighbours with the exact ones.",
+        verify_command.EPILOG,
+        verify_command.add_arguments,
+    ),
+    "audit": _Command(
+        audit_command.run,
+        "near-duplicates, leaks, wrong labels, outliers, hubs and confused classes of saved features",
+        "Look through features by their neighbours, from one exact search.",
+        audit_command.EPILOG,
+        audit_command.add_arguments,
+        audit_command.check_combination,
+    ),
+    "protocols": _Command(
+        protocols_command.run,
+        "settings of other libraries by name, for eval --protocol",
+        "List the protocols: what each library counts as a k-NN number.",
+    ),
+}
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the program's arguments."""
     parser = Parser(prog="faiss-knn", description="Judge features by their nearest neighbours.")
-    parser.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
+    _add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    evaluate = commands.add_parser(
-        "eval",
-        help="accuracy, retrieval metrics and the cost of approximate indexes, from saved features",
-        description="Find each query's neighbours once per index; report every k, temperature and weighting.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    evaluate.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
-    add_arguments(evaluate)
-    evaluate.set_defaults(run=eval_command.run)
-    compare = commands.add_parser(
-        "compare",
-        help="which differences between runs are more than chance",
-        description="Compare two or more evaluations of the same queries, setting by setting.",
-        epilog=compare_command.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    compare.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
-    compare_command.add_arguments(compare)
-    compare.set_defaults(run=compare_command.run)
-    neighbors = commands.add_parser(
-        "neighbors",
-        help="the exact neighbours themselves, in a file that other programs read",
-        description="Find each query's k nearest rows exactly, and write them.",
-        epilog=neighbors_command.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    neighbors.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
-    neighbors_command.add_arguments(neighbors)
-    neighbors.set_defaults(run=neighbors_command.run)
-    verify = commands.add_parser(
-        "verify",
-        help="how right the neighbours are that any program found",
-        description="Compare lists of neighbours with the exact ones.",
-        epilog=verify_command.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verify.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
-    verify_command.add_arguments(verify)
-    verify.set_defaults(run=verify_command.run)
-    audit = commands.add_parser(
-        "audit",
-        help="near-duplicates, leaks, wrong labels, outliers, hubs and confused classes of saved features",
-        description="Look through features by their neighbours, from one exact search.",
-        epilog=audit_command.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    audit.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
-    audit_command.add_arguments(audit)
-    audit.set_defaults(run=audit_command.run)
-    listing = commands.add_parser(
-        "protocols",
-        help="settings of other libraries by name, for eval --protocol",
-        description="List the protocols: what each library counts as a k-NN number.",
-    )
-    listing.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
-    listing.set_defaults(run=protocols_command.run)
+    for name, command in _COMMANDS.items():
+        own = commands.add_parser(
+            name,
+            help=command.help,
+            description=command.description,
+            epilog=command.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_version(own)
+        if command.add_arguments is not None:
+            command.add_arguments(own)
     return parser
+
+
+def _add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"faiss-knn {__version__}")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -91,21 +114,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     parser = make_parser()
     given = parser.parse_args(arguments)
-    if given.command == "compare":
-        compare_command.check_combination(parser, given)
-    if given.command == "neighbors":
-        neighbors_command.check_combination(parser, given)
-    if given.command == "audit":
-        audit_command.check_combination(parser, given)
-    if given.command != "eval":
-        return given
-    if given.config is not None:
+    if given.command == "eval" and given.config is not None:
         options, files = config_options(parser, given.config)
         given = parser.parse_args(["eval", *options, *arguments[1:]])
         for name, path in files.items():
             if getattr(given, name) is None:
                 setattr(given, name, Path(path))
-    check_combination(parser, given)
+    check = _COMMANDS[given.command].check
+    if check is not None:
+        check(parser, given)
     return given
 
 
@@ -119,8 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         with _ranks():
-            status: int = given.run(given, first=_is_first())
-            return status
+            return _COMMANDS[given.command].run(given, first=_is_first())
     except MemoryError as error:
         return _failed(f"not enough memory: {error}")
     except (ValueError, OSError) as error:

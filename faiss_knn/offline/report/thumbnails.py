@@ -4,6 +4,7 @@ import io
 import warnings
 from base64 import b64encode
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +38,8 @@ class Album:
     """
 
     def __init__(self, source: Any, folder: str | Path = ".") -> None:
-        try:
-            import PIL  # noqa: F401  an extra
-        except ImportError as error:
-            raise ValueError("pictures need Pillow: pip install 'faiss-knn-eval[images]'") from error
+        if find_spec("PIL") is None:
+            raise ValueError("pictures need Pillow: pip install 'faiss-knn-eval[images]'")
         self._paths, self._arrays = _paths_or_arrays(source)
         self._folder = Path(folder)
         self._range = _range_of(self._arrays) if self._arrays is not None else (0.0, 255.0)
