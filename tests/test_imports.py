@@ -37,6 +37,14 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
     TopologicalSorter(graph).prepare()  # names the circle, if there is one
 
 
+def test_commands_are_the_top_floor() -> None:
+    room = "faiss_knn.offline.commands."
+    users = {name for name, wanted in imports().items() if any(file.startswith(room) for file in wanted)}
+    assert {name for name in users if not name.startswith(room)} == {"faiss_knn.offline.cli"}
+    cli_users = {name for name, wanted in imports().items() if "faiss_knn.offline.cli" in wanted}
+    assert cli_users == {"faiss_knn.__main__"}
+
+
 PLAIN_LOOP = """
 import sys
 import torch

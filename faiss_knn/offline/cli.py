@@ -24,6 +24,11 @@ class _Command(NamedTuple):
     """One of the program's commands: what its help says, and its functions.
 
     Attributes:
+        run: Does what the arguments say, and returns the exit status. `first` says whether this process writes and
+            prints: one of each group does. A ValueError or OSError is bad data, told in one line.
+        help: Its line in the program's own help.
+        description: How its help begins.
+        epilog: How its help ends.
         add_arguments: Adds its arguments to its parser.
         check: Ends the program where its arguments do not go together.
     """
@@ -84,8 +89,8 @@ _COMMANDS = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the program's arguments."""
+def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Make the parser of these arguments: of all commands, and of the arguments of a command that is among them."""
     parser = Parser(prog="faiss-knn", description="Judge features by their nearest neighbours.")
     _add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -98,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _add_version(own)
-        if command.add_arguments is not None:
+        if name in arguments and command.add_arguments is not None:
             command.add_arguments(own)
     return parser
 
@@ -112,7 +117,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     Exits with status 2 and one line on stderr if they cannot be used.
     """
-    parser = make_parser()
+    parser = make_parser(arguments)
     given = parser.parse_args(arguments)
     if given.command == "eval" and given.config is not None:
         options, files = config_options(parser, given.config)

@@ -16,8 +16,7 @@ from faiss_knn.measures.duplicate_share import duplicate_share
 from faiss_knn.measures.effective_rank import effective_rank
 from faiss_knn.measures.hubness import k_occurrences, skewness
 from faiss_knn.measures.uniformity import uniformity
-from faiss_knn.online.labelled_rows import LabelledRows
-from faiss_knn.online.memory import Memory
+from faiss_knn.online.memory import LabelledRows, Memory
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.search.engines.rerank import drop_self
 from faiss_knn.search.index import KNNIndex

@@ -11,8 +11,7 @@ from faiss_knn.classify.labels import is_labelled, width_of
 from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.distributed import all_gather_object, all_or_none, broadcast_object, gather_rows, rank_and_size
 from faiss_knn.online.batch import check_aligned, flat_rows, searchable
-from faiss_knn.online.labelled_rows import LabelledRows
-from faiss_knn.online.memory import Memory
+from faiss_knn.online.memory import LabelledRows, Memory
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.ring import QueueStorage
 from faiss_knn.online.unique_samples import newest_per_id, sample_ids

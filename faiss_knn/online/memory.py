@@ -1,12 +1,27 @@
 """What one validation leaves to the next."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from loguru import logger
+from torch import Tensor
 
 from faiss_knn.distributed import rank_and_size
-from faiss_knn.online.labelled_rows import LabelledRows
 from faiss_knn.search.index import KNNIndex
+
+
+class LabelledRows(NamedTuple):
+    """Rows of a bank: all that a rank indexes, or a sample of those of all ranks.
+
+    Attributes:
+        features: (n, d).
+        labels: (n,) class ids or (n, C).
+        ids: (n,) int64 sample ids on the CPU; None where they do not count or nobody asks for them.
+    """
+
+    features: Tensor
+    labels: Tensor
+    ids: Tensor | None = None
 
 
 @dataclass

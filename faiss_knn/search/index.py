@@ -2,7 +2,10 @@
 
 import dataclasses
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -10,7 +13,6 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from faiss_knn.search.access import Access
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.engines.base import Engine, TooFewRowsError
 from faiss_knn.search.engines.choice import DEFAULT_K, EngineRequest, make_engine
@@ -142,7 +144,7 @@ class KNNIndex:
         self._build_seconds = 0.0
         self._step = _CHUNK
         self._changes = 0
-        self._access = Access()
+        self._access = _Access()
         self._measured: float | None = None
         self._known_queries: Tensor | None = None
         self._request = EngineRequest(spec)
@@ -152,7 +154,7 @@ class KNNIndex:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._access = Access()
+        self._access = _Access()
 
     @property
     def distance_metric(self) -> str:
@@ -389,3 +391,46 @@ class KNNIndex:
         if self._rows is None or self._engine is None:
             raise RuntimeError("the index is empty: call build(features) first")
         return self._rows, self._engine
+
+
+class _Access:
+    """Lets any number of threads search at once, and one that changes the index only while nobody searches.
+
+    A thread that waits to change goes before searches that have not begun. Neither may be asked for within the other.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._searching = self._waiting = 0
+        self._is_changing = False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Hold the index as it is, beside others who do."""
+        with self._condition:
+            self._condition.wait_for(lambda: not (self._is_changing or self._waiting))
+            self._searching += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._searching -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have the index to oneself."""
+        with self._condition:
+            self._waiting += 1
+            try:
+                self._condition.wait_for(lambda: not (self._is_changing or self._searching))
+                self._is_changing = True
+            finally:
+                self._waiting -= 1
+                self._condition.notify_all()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._is_changing = False
+                self._condition.notify_all()

@@ -15,8 +15,7 @@ from faiss_knn.measures.effective_rank import effective_rank
 from faiss_knn.measures.uniformity import uniformity
 from faiss_knn.online import diagnostics as diagnostics_module
 from faiss_knn.online.diagnostics import Diagnostics
-from faiss_knn.online.labelled_rows import LabelledRows
-from faiss_knn.online.memory import Memory
+from faiss_knn.online.memory import LabelledRows, Memory
 from faiss_knn.online.options import DIAGNOSTICS
 from tests.online.parts import Echo, clusters, loader, trainer
 from tests.reference import brute_force

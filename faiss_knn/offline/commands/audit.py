@@ -88,19 +88,7 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
 
 
 def run(given: argparse.Namespace, *, first: bool) -> int:
-    """Run the command.
-
-    Args:
-        given: Its arguments.
-        first: Whether this process writes and prints: one of each group does.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        ValueError: If the data cannot be used.
-        OSError: If a file cannot be read or written.
-    """
+    """Audit the features, and show and write what was found."""
     from faiss_knn.distributed import all_or_none
     from faiss_knn.offline.audit import audit
     from faiss_knn.offline.features import read_class_names

@@ -68,19 +68,7 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
 
 
 def run(given: argparse.Namespace, *, first: bool) -> int:
-    """Run the command.
-
-    Args:
-        given: Its arguments.
-        first: Whether this process compares and prints: one of each group does.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        ValueError: If the runs cannot be compared, or features not evaluated.
-        OSError: If a file cannot be read.
-    """
+    """Compare the runs; those that are features are evaluated first, by all processes."""
     from faiss_knn.offline.compare import compare, run_names
 
     sides = [_sides(text, leave_one_out=given.leave_one_out) for text in given.runs]

@@ -21,19 +21,7 @@ if TYPE_CHECKING:
 
 
 def run(given: argparse.Namespace, *, first: bool) -> int:
-    """Run the command.
-
-    Args:
-        given: Its arguments.
-        first: Whether this process writes and prints: one of each group does.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        ValueError: If the data cannot be used.
-        OSError: If a file cannot be read or written.
-    """
+    """Evaluate the files, or do what --relevance, --explain or --dry-run asks for instead."""
     from faiss_knn.distributed import all_or_none, broadcast_object
     from faiss_knn.offline.evaluate import evaluate_with, task_for
     from faiss_knn.offline.features import read_class_names

@@ -80,19 +80,7 @@ def pieces_folder(out: Path) -> Path:
 
 
 def run(given: argparse.Namespace, *, first: bool) -> int:
-    """Run the command.
-
-    Args:
-        given: Its arguments.
-        first: Whether this process writes and prints: one of each group does.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        ValueError: If the data cannot be used.
-        OSError: If a file cannot be read or written.
-    """
+    """Find the lists, by all processes, and write them."""
     from faiss_knn.distributed import all_or_none
     from faiss_knn.offline.kept_lists import find_kept, forget_kept
     from faiss_knn.offline.neighbor_files import NeighborLists, check_format, write_neighbors

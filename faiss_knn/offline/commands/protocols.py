@@ -10,12 +10,7 @@ _COLUMNS = ("protocol", "k", "T", "weighting", "distance", "features", "top")
 
 
 def run(given: argparse.Namespace, *, first: bool) -> int:
-    """Print a table of settings, and below it where each is from and what to know of it.
-
-    Args:
-        given: No arguments.
-        first: Whether this process prints.
-    """
+    """Print a table of settings, and below it where each is from and what to know of it."""
     del given
     if first:
         print("\n".join([*_table(), "", *_notes()]))

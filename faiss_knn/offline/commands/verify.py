@@ -31,19 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace, *, first: bool) -> int:
-    """Run the command.
-
-    Args:
-        given: Its arguments.
-        first: Whether this process does it: one of each group does.
-
-    Returns:
-        The exit status, 0; 3 if the lists are not as right as they were to be.
-
-    Raises:
-        ValueError: If the data cannot be used.
-        OSError: If a file cannot be read.
-    """
+    """Judge the lists; the exit status is 3 where they are not as right as they were to be."""
     from faiss_knn.offline.neighbor_files import read_neighbors
     from faiss_knn.offline.verify import verify_neighbors
 
