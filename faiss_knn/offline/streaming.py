@@ -15,7 +15,7 @@ from faiss_knn.offline.search import BANK_BLOCK_BYTES, QUERY_BLOCK, Span, is_pla
 from faiss_knn.search.distance import Distance, get_distance
 from faiss_knn.search.engines.rerank import Neighbors, nearest
 from faiss_knn.search.index import KNNIndex
-from faiss_knn.search.inputs import as_matrix, check_finite, is_memmap, refuse_zero
+from faiss_knn.search.inputs import as_matrix, check_values, is_memmap
 
 
 class Bank:
@@ -134,10 +134,7 @@ def check_rows(block: Any, distance: Distance, argument: str, start: int) -> Non
     Raises:
         ValueError: If one is not finite or, under cosine, zero; it names the first ones.
     """
-    rows = as_matrix(block, argument)
-    check_finite(rows, argument, start)
-    if distance.normalized and (zero := (rows == 0).all(1)).any():
-        refuse_zero(zero, argument, start)
+    check_values(as_matrix(block, argument), argument, normalized=distance.normalized, start=start)
 
 
 class _Part:

@@ -27,7 +27,7 @@ from faiss_knn.classify.labels import (
 from faiss_knn.offline.groups import read_groups
 from faiss_knn.offline.lazy_rows import RowSource, Subset, read_rows, spans
 from faiss_knn.offline.left_out import LeftOut
-from faiss_knn.search.inputs import check_dense, shown
+from faiss_knn.search.inputs import are_comparable, check_dense, shown
 
 Ids = npt.NDArray[np.int64]
 ArrayLike = Any
@@ -541,13 +541,10 @@ def _bytes_of(block: npt.NDArray[Any] | Tensor) -> Any:
 def _unfit(block: npt.NDArray[Any] | Tensor, needs_direction: bool) -> Ids:
     """Places of rows that are not finite, or zero where that matters."""
     if isinstance(block, Tensor):
-        largest = block.abs().amax(1)
-        is_bad = ~largest.isfinite() | ((largest == 0) & needs_direction)
-        return is_bad.nonzero()[:, 0].cpu().numpy()
+        return (~are_comparable(block, normalized=needs_direction)).nonzero()[:, 0].cpu().numpy()
     squares = np.einsum("ij,ij->i", block, block)  # one fast pass clears all rows but those and the over- or underflown
     doubtful = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
-    largest = np.abs(block[doubtful]).max(1, initial=0)  # NaN and inf stay in a maximum
-    bad: Ids = doubtful[~np.isfinite(largest) | ((largest == 0) & needs_direction)]
+    bad: Ids = doubtful[~are_comparable(torch.from_numpy(block[doubtful]), normalized=needs_direction).numpy()]
     return bad
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from faiss_knn.classify.labels import is_labelled, is_soft, most_likely
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.unique_samples import sample_ids, unpadded_rows
+from faiss_knn.search.inputs import are_comparable
 
 _BLOCK_ELEMENTS = 1 << 22  # of temporaries while a bank is looked through
 _OURS = "_faiss_knn_predictions"  # marks predictions: a batch that is handed out again still holds them
@@ -83,8 +84,7 @@ def searchable(rows: Tensor, normalized: bool) -> Tensor:
         (n,) bool: False for rows with a value that float32 does not hold as a finite number, and for such zero rows.
     """
     parts = torch.split(rows, max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1])))
-    finite = torch.cat([part.float().isfinite().all(dim=1) for part in parts])
-    return finite & torch.cat([part.float().any(dim=1) for part in parts]) if normalized else finite
+    return torch.cat([are_comparable(part.float(), normalized=normalized) for part in parts])
 
 
 class BatchSelection(NamedTuple):

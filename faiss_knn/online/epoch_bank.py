@@ -140,9 +140,15 @@ class EpochBank:
     ) -> None:
         self._options, self._memory = options, memory
         self.index, self.features, self._labels = memory.index, features, labels
-        width = all_gather_object(width_of(labels)) if options.shards else [width_of(labels)]
+        seen = max(all_gather_object(width_of(labels)) if options.shards else [width_of(labels)])
+        if options.known_width is None:
+            memory.warn_once(
+                "width",
+                f"{options.title}: inferring num_classes={seen} from the labels in the bank. "
+                "Give num_classes to keep the width of the scores the same in every run.",
+            )
         self._hints: dict[str, Any] = {
-            "num_classes": options.score_width(max(width), memory.width),
+            "num_classes": options.score_width(seen, memory.width),
             "expected_k": max(options.ks),
         }
         self.bank: VotingBank = self._sharded() if options.shards else self._replicated(expected_queries)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from loguru import logger
 from torch import Tensor
 
 from faiss_knn.classify.labels import as_class_count, as_labels, is_soft, one_hot_ids, width_of
@@ -83,7 +82,6 @@ class OnlineOptions:
     feature_key: str = field(init=False)
     label_key: str = field(init=False)
     label: str = field(init=False, default="")
-    _warned_inferred_num_classes: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._settle_protocol()
@@ -313,12 +311,6 @@ class OnlineOptions:
         if self.known_width is not None:
             self.check_label(seen - 1)
             return self.known_width
-        if not self._warned_inferred_num_classes and rank_and_size()[0] == 0:
-            logger.warning(
-                f"{self.title}: inferring num_classes={seen} from the labels in the bank. "
-                "Give num_classes to keep the width of the scores the same in every run."
-            )
-        self._warned_inferred_num_classes = True
         return max(seen, earlier)
 
     def check_label(self, highest: int) -> None:

@@ -236,6 +236,34 @@ def check_finite(block: Tensor, argument: str, start: int = 0) -> None:
             _refuse(bad, start, f"`{argument}` must be finite as {block.dtype}", "NaN or infinite")
 
 
+def check_values(rows: Tensor, argument: str, *, normalized: bool, start: int = 0) -> None:
+    """Check that rows (n, d), the first of which is number `start`, have distances to others.
+
+    Args:
+        rows: In any float dtype.
+        argument: What an error calls them.
+        normalized: Whether they are compared by direction, which a zero row does not have.
+        start: Number of the first row.
+
+    Raises:
+        ValueError: If a row is not finite or has no direction; names the first ones.
+    """
+    check_finite(rows, argument, start)
+    if normalized and (zero := (rows == 0).all(1)).any():
+        refuse_zero(zero, argument, start)
+
+
+def are_comparable(rows: Tensor, *, normalized: bool) -> Tensor:
+    """Tell which rows (n, d) have distances to others, (n,) bool: where `check_values` would raise, False.
+
+    Example:
+        >>> are_comparable(torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, torch.nan]]), normalized=True)
+        tensor([ True, False, False])
+    """
+    finite = rows.isfinite().all(1)
+    return finite & rows.any(1) if normalized else finite
+
+
 def refuse_zero(bad: Tensor, argument: str, start: int = 0) -> None:
     """Raise a ValueError that names the rows which `bad` (n,) marks as zero, the first of which is number `start`."""
     _refuse(bad, start, f"`{argument}` must have no zero rows for the cosine distance", "zero")
