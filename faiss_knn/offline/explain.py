@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from faiss_knn.offline.options import DEFAULTS, VoteOptions
+from faiss_knn.offline.options import DEFAULTS, EvalOptions, VoteOptions, vote_settings
 from faiss_knn.offline.preparation import prepare
 from faiss_knn.offline.report.ledger import write
 from faiss_knn.offline.scores import make_judge
@@ -17,9 +17,10 @@ from faiss_knn.offline.search import EXACT, SearchOptions, SearchResult, search_
 from faiss_knn.offline.task import EvalTask, check_values, make_task
 from faiss_knn.protocol import Protocol, protocols
 from faiss_knn.search.engines.rerank import drop_self
-from faiss_knn.search.inputs import as_number, shown
+from faiss_knn.search.inputs import as_number, as_switch, shown
 
 _SHOWN = 12
+_DISTANCES = ("cosine", "euclidean", "dot")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Setting:
         k: Neighbours that vote.
         temperature: T of the weights; None where they are uniform, as that of one neighbour is.
         weighting: "inverse", "softmax" or "uniform".
-        distance_metric: "cosine", "euclidean" or "dot".
+        distance_metric: "cosine", "euclidean" or "dot", or another that was given.
         normalize: Whether features are divided by their lengths first; with "cosine" it makes no difference.
         center: Whether the bank's mean is subtracted first; with "euclidean" distances it makes none, unless features
             are normalised after it.
@@ -40,6 +41,7 @@ class Setting:
         standard_errors: That difference in standard errors of the number.
         differs: In words, what differs from the defaults of `evaluate`, beside k.
         protocols: Names of the protocols that score so.
+        given: Whether it is what was given, or comes to the same.
     """
 
     k: int
@@ -54,6 +56,7 @@ class Setting:
     standard_errors: float
     differs: tuple[str, ...]
     protocols: tuple[str, ...]
+    given: bool
 
     @property
     def words(self) -> str:
@@ -84,7 +87,7 @@ class Explanation:
         return sum(abs(setting.standard_errors) <= 2 for setting in self.settings)
 
     def table(self, rows: int = _SHOWN) -> str:
-        """Return the nearest settings as text, and below them the nearest with the defaults."""
+        """Return the nearest settings as text, below them those that were given or the nearest with the defaults."""
         lines = [
             f"asked: {self.target:.4f} (standard error {self.standard_error:.4f}, {self.n_queries:,} queries)",
             f"{self.within_two} of {len(self.settings)} settings are within two standard errors of it",
@@ -92,9 +95,11 @@ class Explanation:
             f"{'top1':>6}  {'off by':>7}  {'in s.e.':>7}  setting",
             *map(_line, self.settings[:rows]),
         ]
-        default = next((setting for setting in self.settings if not setting.differs), None)
-        if default is not None and default not in self.settings[:rows]:
-            lines += ["", "nearest with the defaults:", _line(default)]
+        given = [setting for setting in self.settings if setting.given]
+        usual = [setting for setting in self.settings if not setting.differs][:1]
+        below = [setting for setting in given or usual if setting not in self.settings[:rows]]
+        if below:
+            lines += ["", "as given:" if given else "nearest with the defaults:", *map(_line, below)]
         return "\n".join(lines)
 
     def save(self, folder: str | Path) -> Path:
@@ -112,6 +117,12 @@ def explain(
     query_features: Any = None,
     query_labels: Any = None,
     *,
+    k: int | Iterable[int] | None = None,
+    temperature: float | Iterable[float] | None = None,
+    weighting: str | Iterable[str] | None = None,
+    distance_metric: str | None = None,
+    center: bool = False,
+    protocol: str | None = None,
     leave_one_out: bool = False,
     ignore_index: int | None = None,
     skip_bad_rows: bool = False,
@@ -123,7 +134,8 @@ def explain(
     Scored are every k and every pair of weighting and T of `protocols` and of the defaults, with the cosine distance,
     the euclidean one and inner products, of features as they are, normalised, centred, and both. Where `leave_one_out`
     is asked for, queries that find themselves are tried too. Five exact searches are enough: the euclidean distance of
-    normalised features is √(2 · cosine), and no euclidean distance depends on the mean.
+    normalised features is √(2 · cosine), and no euclidean distance depends on the mean. Settings that are given are
+    tried too, each k and T with all the others, and are always listed; another distance takes a search of its own.
 
     Args:
         target: The number, as a share (0.7843) or, above 1, in percent (78.43).
@@ -131,6 +143,12 @@ def explain(
         bank_labels: See there.
         query_features: See there.
         query_labels: See there.
+        k: Numbers of neighbours to try beside those of the protocols; None: no others.
+        temperature: T to try.
+        weighting: What the number is thought to be made with.
+        distance_metric: See there.
+        center: See there.
+        protocol: Whose settings it is thought to be made with, but for those that are given.
         leave_one_out: See there.
         ignore_index: See there.
         skip_bad_rows: See there.
@@ -138,7 +156,7 @@ def explain(
         progress: See there.
 
     Raises:
-        ValueError: If target is no accuracy, or `evaluate` would refuse the features.
+        ValueError: If target is no accuracy, or `evaluate` would refuse the features or the settings.
 
     Example:
         >>> bank, queries = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), torch.tensor([[0.8, 0.2], [0.1, 0.9]])
@@ -147,11 +165,29 @@ def explain(
         ('k 3, uniform weighting instead of inverse (mteb)', 0.0)
     """
     number = as_accuracy(target)
+    given = given_settings(
+        protocol, k=k, temperature=temperature, weighting=weighting, distance_metric=distance_metric, center=center
+    )
     task = make_task(
         bank_features, bank_labels, query_features, query_labels, num_classes=None, class_names=None,
         leave_one_out=leave_one_out, ignore_index=ignore_index,
     )  # fmt: skip
-    return explain_task(number, task, skip_bad_rows=skip_bad_rows, device=device, progress=progress)
+    return explain_task(number, task, given, skip_bad_rows=skip_bad_rows, device=device, progress=progress)
+
+
+def given_settings(protocol: str | None, *, center: bool, **given: Any) -> EvalOptions | None:
+    """Check what a number is thought to be made with; None if nothing is given.
+
+    Raises:
+        ValueError: If `evaluate` would refuse it.
+
+    Example:
+        >>> given_settings("dino", k=5, center=False).k
+        (5,)
+    """
+    if protocol is None and not center and all(value is None for value in given.values()):
+        return None
+    return EvalOptions(**vote_settings(protocol, center=as_switch(center, "`center`"), **given))
 
 
 def as_accuracy(target: Any) -> float:
@@ -173,22 +209,46 @@ def as_accuracy(target: Any) -> float:
 
 
 def explain_task(
-    target: float, task: EvalTask, *, skip_bad_rows: bool, device: torch.device | str | None, progress: bool | None
+    target: float,
+    task: EvalTask,
+    given: EvalOptions | None,
+    *,
+    skip_bad_rows: bool,
+    device: torch.device | str | None,
+    progress: bool | None,
 ) -> Explanation:
     """Explain as `explain` does, of a share `target` and a task; all ranks call it together and get the same."""
     known = protocols()
     longest = len(task.bank.rows) - task.leave_one_out
-    ks = sorted({k for k in (*DEFAULTS["k"], *(k for one in known.values() for k in one.k)) if k <= longest})
+    ks = {k for k in (*DEFAULTS["k"], *(k for one in known.values() for k in one.k)) if k <= longest}
+    ks |= set(given.k if given else ())
+    asked = {_same_as(vote, given) for vote in given.votes} if given else set()
     found: list[Setting] = []
     n_queries = len(task.queries.rows)
     error = _standard_error(target, n_queries)
-    for searched, result, facts in _searches(task, ks[-1], skip_bad_rows, device, progress):
+    for searched, result, facts in _searches(task, max(ks), given, skip_bad_rows, device, progress):
         judge = make_judge(searched, result)
-        for vote in _votes(ks, known, facts):
+        for vote in _votes(sorted(ks), known, given, facts):
             top1 = judge.judge(*vote, {}).top1.double().mean().item()
-            found.append(_setting(vote, facts, top1, target, error, known))
+            found.append(_setting(vote, facts, top1, target, error, known, asked))
     found.sort(key=lambda setting: (round(abs(setting.difference), 12), len(setting.differs), setting.k))
     return Explanation(target, n_queries, error, found)
+
+
+def _same_as(vote: VoteOptions, given: EvalOptions) -> tuple[Any, ...]:
+    """The setting of the grid that a given one is, or comes to; see `_of_grid`."""
+    metric, unit, center = given.distance_metric, given.normalize, given.center
+    uniform = vote.weighting == "uniform" or vote.k == 1
+    if unit and (metric == "dot" or (metric == "euclidean" and uniform)):
+        metric, unit = "cosine", False
+    center = center and (unit or metric in ("cosine", "dot"))
+    return _of_grid(vote, {"distance_metric": metric, "normalize": unit, "center": center})
+
+
+def _of_grid(vote: VoteOptions, facts: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells settings apart: how one neighbour weighs, and T where all weigh the same, do not."""
+    how = ("uniform", None) if vote.weighting == "uniform" or vote.k == 1 else (vote.weighting, vote.temperature)
+    return (vote.k, *how, *(facts[name] for name in ("distance_metric", "normalize", "center")))
 
 
 def _standard_error(share: float, count: int) -> float:
@@ -197,14 +257,22 @@ def _standard_error(share: float, count: int) -> float:
 
 
 def _searches(
-    task: EvalTask, k: int, skip_bad_rows: bool, device: torch.device | str | None, progress: bool | None
+    task: EvalTask,
+    k: int,
+    given: EvalOptions | None,
+    skip_bad_rows: bool,
+    device: torch.device | str | None,
+    progress: bool | None,
 ) -> Iterator[tuple[EvalTask, SearchResult, dict[str, Any]]]:
     """Neighbours under each distance of features prepared in each way, from as few searches as possible."""
-    for metric, center in (("cosine", False), ("euclidean", False), ("dot", False), ("cosine", True), ("dot", True)):
-        prepared = check_values(prepare(task, center=center, unit=False), metric, skip_bad_rows)
+    kinds = [(x, False, False) for x in _DISTANCES] + [(x, False, True) for x in _DISTANCES if x != "euclidean"]
+    if given and given.distance_metric not in _DISTANCES:
+        kinds.append((given.distance_metric, given.normalize, given.normalize and given.center))
+    for metric, unit, center in kinds:
+        prepared = check_values(prepare(task, center=center, unit=unit), metric, skip_bad_rows)
         options = SearchOptions(metric, device, progress=progress)
         for searched, result, own in _with_and_without_self(prepared, k, options):
-            facts = {"distance_metric": metric, "center": center, "normalize": False, "leave_one_out": own}
+            facts = {"distance_metric": metric, "center": center, "normalize": unit, "leave_one_out": own}
             yield searched, result, facts
             if metric == "cosine":
                 lengths = replace(result, distances=(2 * result.distances.double()).sqrt())
@@ -226,16 +294,19 @@ def _with_and_without_self(
     yield task, result.first(k), False
 
 
-def _votes(ks: Sequence[int], known: dict[str, Protocol], facts: dict[str, Any]) -> Iterator[VoteOptions]:
+def _votes(
+    ks: Sequence[int], known: dict[str, Protocol], given: EvalOptions | None, facts: dict[str, Any]
+) -> Iterator[VoteOptions]:
     """Every k with every weighting and its temperatures, but what comes to the same once.
 
     One neighbour needs no weight, and neighbours that weigh the same are those of cosine for normalised features.
     """
     usual = DEFAULTS["temperature"][0]
-    pairs = {(weighting, usual) for weighting in ("inverse", "softmax")}
+    temperatures = {usual, *(given.temperature if given else ())}
+    pairs = {(weighting, temperature) for weighting in ("inverse", "softmax") for temperature in temperatures}
     pairs |= {(one.weighting, one.temperature) for one in known.values() if one.weighting != "uniform"}
     for k in ks:
-        if not facts["normalize"]:
+        if (facts["distance_metric"], facts["normalize"]) != ("euclidean", True):
             yield VoteOptions(k, usual, "uniform")
         if k > 1:
             yield from (VoteOptions(k, temperature, weighting) for weighting, temperature in sorted(pairs)
@@ -243,7 +314,13 @@ def _votes(ks: Sequence[int], known: dict[str, Protocol], facts: dict[str, Any])
 
 
 def _setting(
-    vote: VoteOptions, facts: dict[str, Any], top1: float, target: float, error: float, known: dict[str, Protocol]
+    vote: VoteOptions,
+    facts: dict[str, Any],
+    top1: float,
+    target: float,
+    error: float,
+    known: dict[str, Protocol],
+    asked: set[tuple[Any, ...]],
 ) -> Setting:
     temperature = None if vote.weighting == "uniform" else vote.temperature
     difference = top1 - target
@@ -251,6 +328,7 @@ def _setting(
         vote.k, temperature, vote.weighting, **facts, top1=top1, difference=difference,
         standard_errors=difference / error, differs=tuple(_differs(vote, temperature, facts)),
         protocols=tuple(name for name, one in known.items() if _is_scored_by(one, vote, temperature, facts)),
+        given=facts["leave_one_out"] is not False and _of_grid(vote, facts) in asked,
     )  # fmt: skip
 
 

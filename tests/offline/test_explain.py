@@ -99,6 +99,57 @@ def test_longer_lists_than_the_bank_has_rows_are_not_tried():
     assert {one.k for one in few.settings} == {1, 3}
 
 
+GIVEN = [
+    ({"k": 7}, 1),
+    ({"k": (4, 7), "temperature": 0.3}, 2),
+    ({"k": 7, "temperature": (0.3, 0.5), "weighting": ("softmax", "uniform"), "center": True}, 3),
+    ({"k": 9, "distance_metric": "manhattan"}, 1),
+    ({"protocol": "dino", "k": 9, "distance_metric": "manhattan", "center": True}, 1),
+    ({"k": 9, "distance_metric": "squared_euclidean", "center": True}, 1),
+    ({"k": 9, "distance_metric": "euclidean", "center": True}, 1),
+    ({"protocol": "dino", "k": 9, "distance_metric": "euclidean", "center": True}, 1),
+    ({"protocol": "dino", "k": 9, "distance_metric": "euclidean", "weighting": "uniform"}, 1),
+    ({"protocol": "dino", "k": (1, 9), "distance_metric": "dot", "center": True}, 2),
+    ({"k": 300, "weighting": "softmax"}, 1),
+]
+
+
+@pytest.mark.parametrize(("options", "count"), GIVEN)
+def test_what_is_given_is_tried_and_listed_whatever_the_protocols_have(options, count):
+    explanation = explain(0.5, *DATA, **options)
+    given = [one for one in explanation.settings if one.given]
+    records = evaluate(*DATA, **options).records
+    assert len(given) == count
+    for one in given:
+        vote = one.k, one.temperature, one.weighting
+        votes = [((r["k"], r["temperature"], r["weighting"]), (r["k"], None, "uniform")) for r in records]
+        same = [r["top1"] for r, either in zip(records, votes, strict=True) if vote in either]
+        assert one.top1 == pytest.approx(same[0], abs=1.5 / 100)  # the root of twice a cosine distance is rounded
+    listed = explanation.table().split("as given:")[-1]
+    assert all(one.words in listed for one in given)
+
+
+def test_a_given_k_and_temperature_are_tried_with_all_else():
+    kinds = {
+        (one.distance_metric, one.normalize, one.center, one.weighting)
+        for one in explain(0.9, *DATA, k=7, temperature=0.3).settings
+        if (one.k, one.temperature) == (7, 0.3)
+    }
+    assert kinds == {
+        (one.distance_metric, one.normalize, one.center, one.weighting)
+        for one in explained(0.9).settings
+        if one.temperature == 0.07
+    }
+    assert not any(one.given for one in explained(0.9).settings)
+
+
+def test_settings_that_evaluate_refuses_are_refused():
+    with pytest.raises(ValueError, match="`protocol` must be one of dino"):
+        explain(0.5, *DATA, protocol="dina")
+    with pytest.raises(ValueError, match="distance_metric='dot'"):
+        explain(0.5, *DATA, distance_metric="dot")
+
+
 @pytest.mark.parametrize("target", [0, -1, 101, float("nan"), "much"])
 def test_a_number_that_is_no_accuracy_is_refused(target):
     with pytest.raises(ValueError, match="`target` must be"):
@@ -116,13 +167,18 @@ def test_the_command_line_lists_and_writes_them(tmp_path, capsys):
     assert lines[4].endswith(expected.settings[0].words)
     saved = json.loads((tmp_path / "out/explain.json").read_text())
     assert [one["top1"] for one in saved["settings"]] == [one.top1 for one in expected.settings]
+    assert main(["eval", *files, "--explain", "10", "--protocol", "moco", "--k", "7", "--temperature", "0.2"]) == 0
+    given = explain(10.0, *DATA, protocol="moco", k=7, temperature=0.2)
+    assert capsys.readouterr().out == f"{given.table()}\n"
+    assert "as given:" in given.table()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--explain", "780"], "must be an accuracy in (0, 1], or in percent up to 100, got '780'"),
-        (["--explain", "0.78", "--k", "5"], "--k does not go with --explain"),
+        (["--explain", "0.78", "--pca", "5"], "--pca does not go with --explain"),
+        (["--explain", "0.78", "--storage", "int8"], "--storage does not go with --explain"),
         (["--explain", "0.78", "--index", "ivf"], "--index does not go with --explain"),
     ],
 )

@@ -117,11 +117,19 @@ def _relevance(given: argparse.Namespace) -> int:
 def _explain(given: argparse.Namespace, first: bool) -> int:
     """Say under which settings the number comes out; --out gets explain.json."""
     from faiss_knn.distributed import all_or_none
-    from faiss_knn.offline.explain import explain_task
+    from faiss_knn.offline.explain import explain_task, given_settings
     from faiss_knn.offline.features import read_class_names
     from faiss_knn.offline.task import make_task
 
     with all_or_none():
+        settings = given_settings(
+            given.protocol,
+            k=given.k,
+            temperature=given.temperature,
+            weighting=given.weighting,
+            distance_metric=given.distance,
+            center=given.center,
+        )
         bank, queries = _read(given)
         names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
         task = make_task(
@@ -137,6 +145,7 @@ def _explain(given: argparse.Namespace, first: bool) -> int:
     found = explain_task(
         given.explain,
         task,
+        settings,
         skip_bad_rows=given.skip_bad_rows,
         device=device_named(given.device),
         progress=None if first else False,

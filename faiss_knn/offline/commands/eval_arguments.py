@@ -71,7 +71,8 @@ def _add_data(group: Any) -> None:
     )  # fmt: skip
     group.add_argument(
         "--explain", type=accuracy, metavar="NUMBER",
-        help="which settings give this top-1 (0.7843 or 78.43): score those of all protocols, list the nearest",
+        help="which settings give this top-1 (0.7843 or 78.43): score those of all protocols, list the nearest, and "
+        "those that are given by --protocol, --k, --temperature, --weighting, --distance, --center",
     )  # fmt: skip
     group.add_argument("--per-class", type=positive, metavar="N", help="few-shot: banks of N rows per class")
     group.add_argument("--tries", type=positive, metavar="T", help="few-shot banks to draw (default 5)")
@@ -234,8 +235,10 @@ def _check_relevance(parser: argparse.ArgumentParser, given: argparse.Namespace)
     """Lists of rows leave nothing to vote for."""
     if given.queries is None:
         parser.error("--relevance is of the rows of QUERIES: name the file")
-    names = ("temperature", "weighting", "protocol", "metric", "sweep", "nprobe", "target_recall", "groups", "own_rows",
-             "ignored_rows", "per_class", "resume", "overwrite", "save_neighbors")  # fmt: skip
+    names = ("temperature", "weighting", "protocol", "center", "pca", "whiten", "dims", "storage", "metric", "sweep",
+             "nprobe", "target_recall", "groups", "own_rows", "ignored_rows", "per_class", "latency", "storage_dtype",
+             "labels", "query_labels", "labels_key", "class_names", "ignore_index", "num_classes", "skip_bad_rows",
+             "resume", "overwrite", "save_neighbors", "dry_run")  # fmt: skip
     for name in names:
         if getattr(given, name):
             parser.error(f"--{name.replace('_', '-')} does not go with --relevance, which ranks without a vote")
@@ -244,12 +247,14 @@ def _check_relevance(parser: argparse.ArgumentParser, given: argparse.Namespace)
 
 
 def _check_explain(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    """The settings are what is looked for."""
-    names = ("k", "temperature", "weighting", "protocol", "center", "distance", "metric", "depth", "storage_dtype",
-             "groups", "own_rows", "ignored_rows", "relevance", "per_class", "nprobe", "target_recall", "sweep",
-             "latency", "resume", "overwrite", "save_neighbors", "dry_run")  # fmt: skip
+    """Settings of a vote are what is looked for; nothing else is tried."""
+    names = ("metric", "depth", "storage_dtype", "pca", "whiten", "dims", "storage", "groups", "own_rows",
+             "ignored_rows", "relevance", "per_class", "nprobe", "target_recall", "sweep", "latency", "resume",
+             "overwrite", "save_neighbors", "dry_run")  # fmt: skip
     for name in names:
         if getattr(given, name):
-            parser.error(f"--{name.replace('_', '-')} does not go with --explain, which tries the settings itself")
+            parser.error(
+                f"--{name.replace('_', '-')} does not go with --explain, which tries k, weightings and distances"
+            )
     if given.index != ["flat"]:
         parser.error("--index does not go with --explain, which searches exactly")
