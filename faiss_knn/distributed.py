@@ -46,7 +46,7 @@ class RowsHeader(NamedTuple):
 
 
 def rank_and_size(group: Group = None) -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) without a process group."""
+    """Return this process's rank and the number of ranks; (0, 1) without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
@@ -91,17 +91,17 @@ def all_or_none(group: Group = None) -> Iterator[None]:
 
 
 def is_raised_together(error: BaseException) -> bool:
-    """Whether an error was raised on all ranks (`raise_together`): none is left to be told."""
+    """Tell whether an error was raised on all ranks (`raise_together`): none is left to be told."""
     return getattr(error, "_faiss_knn_agreed", False)
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether nothing is left to agree on: all ranks know of an error, or it broke what they were sending."""
+    """Tell whether nothing is left to agree on: all ranks know of an error, or it broke what they were sending."""
     return is_raised_together(error) or getattr(error, "_faiss_knn_parted", False)
 
 
 def all_gather_object(obj: T, group: Group = None) -> list[T]:
-    """Every rank's small object (pickled), in rank order.
+    """Gather every rank's small object (pickled), in rank order.
 
     Raises:
         Exception: As `raise_together`, where a rank failed on its way here.
@@ -129,7 +129,7 @@ def gather_rows(
     device: torch.device | str | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> tuple[Tensor, list[int]]:
-    """The rows of all ranks, rank after rank, each row once, on every rank.
+    """Gather the rows of all ranks, rank after rank, each row once, on every rank.
 
     Each block is received where it stays: one output is allocated, and beyond it and this rank's own rows at most
     `block_bytes` are held (none, where the rows already lie on the device that the backend sends from).
@@ -169,7 +169,7 @@ def gather_rows(
 def gather_to(
     rows: Tensor, dst: int = 0, *, group: Group = None, block_bytes: int = BLOCK_BYTES
 ) -> list[Tensor] | None:
-    """Every rank's rows as CPU tensors on rank `dst` alone, as a checkpoint needs them; None on the other ranks.
+    """Gather every rank's rows as CPU tensors on rank `dst` alone, as a checkpoint needs them; None on the others.
 
     Args:
         rows: (n_r, …) tensor, which may differ between ranks in everything.
@@ -221,7 +221,7 @@ def send_rows(rows: Tensor, counts: Sequence[int], *, group: Group = None) -> tu
 
 
 def swap_rows(rows: Tensor, sent: list[int], received: list[int], group: Group = None) -> Tensor:
-    """Uneven all-to-all of (sum(sent), …) rows, as bytes: (sum(received), …), from rank 0 first."""
+    """Exchange rows unevenly: (sum(sent), …) rows go, as bytes; (sum(received), …) come, from rank 0 first."""
     if rank_and_size(group)[1] == 1:
         return rows
     channel, row_bytes = comm_device(group), prod(rows.shape[1:]) * rows.dtype.itemsize
@@ -239,14 +239,14 @@ def swap_rows(rows: Tensor, sent: list[int], received: list[int], group: Group =
 
 
 def comm_device(group: Group = None) -> torch.device:
-    """The device that the backend sends from."""
+    """Tell the device that the backend sends from."""
     if rank_and_size(group)[1] == 1 or "nccl" not in dist.get_backend_config(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def common_header(headers: Sequence[RowsHeader | None]) -> tuple[RowsHeader | None, list[int]]:
-    """What the rows of all ranks have in common, and how many each rank has.
+    """Say what the rows of all ranks have in common, and how many each rank has.
 
     Ranks without rows have no say about the shape and dtype, unless no rank has rows; None if no rank knows any.
 
@@ -274,7 +274,7 @@ def gather_known(
     group: Group,
     block_bytes: int,
 ) -> Tensor:
-    """`gather_rows` once all ranks know the counts and the kind; a rank whose count is 0 only receives."""
+    """Gather rows once all ranks know the counts and the kind; a rank whose count is 0 only receives."""
     if kind is None:
         return torch.empty(0, dtype=torch.float32, device=device)
     rank, _ = rank_and_size(group)
@@ -310,7 +310,7 @@ def _meet(message: bytes, error: BaseException | None, group: Group) -> list[byt
 
 
 def _exchange(head: Tensor, heads: Tensor, message: bytes, group: Group) -> tuple[list[bytes], list[int]]:
-    """The messages of all ranks, and for each whether it tells of a failure."""
+    """Exchange the messages of all ranks, and tell for each whether it is of a failure."""
     with _transfer():
         dist.all_gather(list(heads.unbind(0)), head, group=group)
         lengths, failed = heads.t().tolist()
@@ -383,7 +383,7 @@ def _point_to_point(verb: Any, values: Tensor, peer: int, block: Tensor | None, 
 
 
 def _block(device: torch.device, length: int, group: Group) -> Tensor | None:
-    """Room for one message where the backend sends from another device than `device`, on which the bytes lie."""
+    """Make room for one message where the backend sends from another device than `device`, on which the bytes lie."""
     channel = comm_device(group)
     return None if device == channel else torch.empty(length, dtype=torch.uint8, device=channel)
 

@@ -42,7 +42,7 @@ class Protocol:
 def _cosine(
     k: tuple[int, ...], temperature: float, source: str, quirks: str, top: tuple[int, ...] = (1, 5)
 ) -> Protocol:
-    """A vote by exp(cos / T), which is the softmax of minus the cosine distance but for a factor of the query's own."""
+    """Describe a vote by exp(cos / T): the softmax of minus the cosine distance but for a factor of the query's own."""
     return Protocol(k, temperature, "softmax", "cosine", True, False, _SORTED, top, source, quirks)
 
 

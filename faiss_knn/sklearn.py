@@ -87,7 +87,7 @@ class _FittedNeighbors(BaseEstimator):
         return csr_matrix((values, indices[found], ends), shape=(len(indices), self.n_samples_fit_))
 
     def _find(self, X: Any, n_neighbors: int | None) -> Neighbors:
-        """Neighbours with float64 distances, as scikit-learn has them."""
+        """Find neighbours with float64 distances, as scikit-learn has them."""
         check_is_fitted(self)
         k = as_count(self.n_neighbors if n_neighbors is None else n_neighbors, "`n_neighbors`")
         rows = self.n_samples_fit_ - (X is None)
@@ -103,7 +103,7 @@ class _FittedNeighbors(BaseEstimator):
         return Neighbors(*drop_self(*found, torch.arange(len(found.indices), device=found.indices.device)))
 
     def _options(self, X: _Array) -> dict[str, Any]:
-        """Options of the index. Rows are stored as they came, so that distances are those of the rows given."""
+        """Choose the index's options. Rows are stored as they came, so that distances are those of the rows given."""
         metric = as_choice(_SYNONYMS.get(self.metric, self.metric), (*DISTANCES, *_SYNONYMS), "`metric`")
         dtype = {8: torch.float64, 4: torch.float32, 2: torch.float16}[X.dtype.itemsize]
         return {"distance_metric": metric, "device": self.device, "storage_dtype": dtype}

@@ -99,7 +99,7 @@ def is_labelled(labels: Tensor) -> Tensor:
 
 
 def width_of(labels: Tensor) -> int:
-    """How many classes the labels need: the largest class id + 1, or the columns; 0 without labels."""
+    """Count the classes that the labels need: the largest class id + 1, or the columns; 0 without labels."""
     if labels.ndim == 2:
         return labels.shape[1]
     return int(labels.max()) + 1 if len(labels) else 0
@@ -172,7 +172,7 @@ def is_named(names: Names) -> npt.NDArray[np.bool_]:
 
 
 def first_name(names: Names) -> str:
-    """The first name that is not None, for messages."""
+    """Find the first name that is not None, for messages."""
     return str(names[is_named(names)][0])
 
 
@@ -247,7 +247,7 @@ def _plain(values: Any, what: str) -> npt.NDArray[Any]:
 
 
 def _from_objects(array: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
-    """Labels of dtype object, as pandas gives names and nullable integers, in a dtype of their own."""
+    """Read labels of dtype object, as pandas gives names and nullable integers, in a dtype of their own."""
     if all(isinstance(value, str) for value in array.flat):
         return array.astype(str)
     if isinstance(next((value for value in array.flat if not _is_missing(value)), None), str):
@@ -265,7 +265,7 @@ def _from_objects(array: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
 
 
 def _from_names(array: npt.NDArray[Any], what: str) -> npt.NDArray[np.object_]:
-    """Names with None where one is missing."""
+    """Read names, with None where one is missing."""
     names = np.empty(array.shape, object)
     for row, value in enumerate(array.flat):
         if isinstance(value, str):
@@ -287,7 +287,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _with_empty_places(values: Any) -> npt.NDArray[np.int64] | None:
-    """The class ids of a pandas Categorical, also in a Series, that has empty places; None for everything else."""
+    """Read the class ids of a pandas Categorical, also in a Series, with empty places; None for everything else."""
     categorical = getattr(values, "array", values)
     codes = getattr(categorical, "codes", None)
     if not isinstance(codes, np.ndarray) or not hasattr(categorical, "categories") or not (codes < 0).any():
@@ -331,7 +331,7 @@ def _whole(values: Tensor, what: str) -> Tensor:
 
 
 def _comparable(values: Tensor, what: str) -> Tensor:
-    """The values, int64 where torch can do little with the dtype they came in."""
+    """Return the values as int64 where torch can do little with the dtype they came in."""
     if values.dtype not in (torch.uint16, torch.uint32, torch.uint64):
         return values
     ids = values.long()
@@ -341,7 +341,7 @@ def _comparable(values: Tensor, what: str) -> Tensor:
 
 
 def _without(labels: Tensor, ignore_index: int) -> Tensor:
-    """The labels with -1 for `ignore_index`; a multi-hot row that holds it is unlabelled as a whole."""
+    """Put -1 for `ignore_index`; a multi-hot row that holds it is unlabelled as a whole."""
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"`ignore_index` must be a label, below 2^63, got {shown(ignore_index)}")
     ignored = labels == ignore_index

@@ -90,7 +90,7 @@ def neighbor_weights(distances: Tensor, *, temperature: float = 0.07, weighting:
 
 
 def _weights(logs: Tensor) -> Tensor:
-    """Float32 weights, which are 0 for missing neighbours alone."""
+    """Compute float32 weights, which are 0 for missing neighbours alone."""
     return logs.exp().clamp(_FLOAT32.tiny, _FLOAT32.max).where(logs > -torch.inf, 0.0).float()
 
 
@@ -193,18 +193,18 @@ def number_rows(labels: Tensor) -> Tensor:
 
 
 def _spread(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(B, C) from what the class of each neighbour (B, k) has, the same for all neighbours of the class."""
+    """Make (B, C) from what the class of each neighbour (B, k) has, the same for all neighbours of the class."""
     return values.new_zeros(len(values), num_classes).scatter_(1, labels, values)
 
 
 def _add_ids(weights: Tensor, numbers: Tensor, width: int) -> Tensor:
-    """(B, k) sums of weights of each neighbour's class. Float32 weights of one magnitude add up exactly in float64."""
+    """Sum the weights of each neighbour's class, (B, k): float32 ones of one magnitude add up exactly in float64."""
     sums = weights.new_zeros(len(weights), width).scatter_add_(1, numbers, weights).gather(1, numbers)
     return sums.clamp(max=_FLOAT32.max).float()
 
 
 def _share_ids(logs: Tensor, numbers: Tensor, width: int) -> Tensor:
-    """(B, k) shares of each neighbour's class."""
+    """Compute the share of each neighbour's class, (B, k)."""
     shape = (len(logs), width)
     peaks = logs.new_full(shape, _BELOW_ALL).scatter_reduce_(1, numbers, logs, "amax").gather(1, numbers)
     masses = numbers.new_zeros(shape).scatter_add_(1, numbers, _fixed(logs, peaks, logs.shape[1])).gather(1, numbers)
@@ -212,7 +212,7 @@ def _share_ids(logs: Tensor, numbers: Tensor, width: int) -> Tensor:
 
 
 def _add_rows(weights: Tensor, labels: Tensor) -> Tensor:
-    """(B, C) sums of weights from multi-hot or soft labels (B, k, C), in k passes, never as a (B, k, C) product."""
+    """Sum weights by multi-hot or soft labels (B, k, C) to (B, C), in k passes, never as a (B, k, C) product."""
     sums = weights.new_zeros(len(weights), labels.shape[2])
     for i in range(labels.shape[1]):
         part = labels[:, i].double().where(weights[:, i, None] > 0, 0.0)  # a missing neighbour's labels may be anything
@@ -221,7 +221,7 @@ def _add_rows(weights: Tensor, labels: Tensor) -> Tensor:
 
 
 def _share_rows(logs: Tensor, labels: Tensor) -> Tensor:
-    """(B, C) shares from multi-hot or soft labels (B, k, C)."""
+    """Compute (B, C) shares from multi-hot or soft labels (B, k, C)."""
     k = labels.shape[1]
     peaks = logs.new_full((len(logs), labels.shape[2]), _BELOW_ALL)
     for i in range(k):
@@ -233,19 +233,19 @@ def _share_rows(logs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _given(logs: Tensor, labels: Tensor, i: int) -> Tensor:
-    """(B, C) logarithms of the weight that neighbour i gives each class."""
+    """Compute (B, C) logarithms of the weight that neighbour i gives each class."""
     part, log = labels[:, i], logs[:, i, None]
     weights = log + part.double().log() if part.is_floating_point() else log
     return torch.where((part > 0) & (log > -torch.inf), weights, -torch.inf)
 
 
 def _fixed(logs: Tensor, peaks: Tensor, k: int) -> Tensor:
-    """exp(logs - peaks) in int64 fixed point, of which k add up exactly, in any order and on any device."""
+    """Compute exp(logs - peaks) in int64 fixed point, of which k add up exactly, in any order and on any device."""
     return (torch.exp(logs - peaks) * 2.0 ** (62 - k.bit_length())).long()
 
 
 def _shares(logs: Tensor, peaks: Tensor, masses: Tensor) -> Tensor:
-    """exp(peaks) · masses over the row's sum of exp(logs), ordered also where float32 has no exponent for it.
+    """Divide exp(peaks) · masses by the row's sum of exp(logs), ordered also where float32 has no exponent for it.
 
     Args:
         logs: (B, k) of the neighbours.

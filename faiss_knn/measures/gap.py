@@ -45,7 +45,7 @@ def duplicate_gap(lengths: Floats, ordinary: float) -> float | None:
 
 
 def _log_chance(below: float, above: Floats, pairs: float) -> float:
-    """Logarithm of the chance of a gap from `below` to the first of `above`, with so many pairs under it."""
+    """Compute the logarithm of the chance of a gap from `below` to the first of `above`, with so many pairs below."""
     spread = np.log(above[-1] / above[:-1]).mean() if len(above) > 1 else 0.0
     if len(above) < 5 or spread == 0:
         return 0.0  # too few to tell how they thin out

@@ -105,7 +105,7 @@ def hubness(indices: Tensor | np.ndarray, rows: int, *, worst: int = 10) -> Hubn
 
 
 def _lists(indices: Tensor | np.ndarray) -> Tensor:
-    """Lists of neighbours as an int64 tensor (B, k)."""
+    """Check lists of neighbours, and return them as an int64 tensor (B, k)."""
     tensor = torch.from_numpy(indices) if isinstance(indices, np.ndarray) and indices.dtype.kind in "iu" else indices
     if not isinstance(tensor, Tensor) or tensor.ndim != 2 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise ValueError(f"`indices` must be a (B, k) integer array of neighbours, got {shown(indices)}")

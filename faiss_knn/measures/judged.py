@@ -16,7 +16,7 @@ Lists = Sequence[npt.ArrayLike]
 
 
 def trapezoid_average_precision(ranks: npt.ArrayLike, total: int) -> float:
-    """Area under the precision-recall curve by trapezoids, as Oxford, Paris and their revisited forms count it.
+    """Measure the area under the precision-recall curve by trapezoids, as Oxford, Paris and their revisions count it.
 
     With n positives, of which the j-th found, from 0, is at rank r_j, from 0, that is
     Σ_j (j / r_j + (j + 1) / (r_j + 1)) / 2n, where 0 / 0 is 1 (Philbin et al. 2007; Radenović et al. 2018, arXiv
@@ -128,7 +128,7 @@ def _plain(lists: Lists) -> list[list[Any]]:
 def _judge(
     ranked: npt.NDArray[Any], positives: npt.ArrayLike, junk: npt.ArrayLike, ks: list[int]
 ) -> list[float] | None:
-    """A query's average precision and precision at each k, None without positives."""
+    """Compute a query's average precision and precision at each k; None without positives."""
     right, taken = (np.unique(np.asarray(rows, dtype=np.int64)) for rows in (positives, junk))
     if np.isin(right, taken).any():
         raise ValueError(f"row {right[np.isin(right, taken)][0]} is both positive and junk of a query")

@@ -145,7 +145,7 @@ def label_noise(vote: NeighborVote, labels: Ids, num_classes: int) -> LabelNoise
 
 
 def _isotonic(x: Floats, y: Floats) -> Floats:
-    """Least-squares fit of y that does not fall where x rises, equal for equal x (pool adjacent violators)."""
+    """Fit y by least squares so that it does not fall where x rises, equal for equal x (pool adjacent violators)."""
     _, back, weights = np.unique(x, return_inverse=True, return_counts=True)
     means = np.bincount(back, y) / weights
     pools: list[tuple[float, float, int]] = []  # mean, weight, how many values of x

@@ -89,7 +89,7 @@ def neighbor_overlap(
 
 
 def _overlaps(a: Indices, b: Indices, k: int, partners: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """(Q,) shares of the k nearest that each list of `a` has in common with its partner's of `b`."""
+    """Compute which share (Q,) of the k nearest each list of `a` has in common with its partner of `b`."""
     shares = np.empty(len(a))
     size = max(1, _BLOCK // (2 * k))
     for start in range(0, len(a), size):

@@ -81,7 +81,7 @@ def retrieval_by_class(
 def _values_by_query(
     neighbor_labels: Tensor, query_labels: Tensor, relevant_counts: Tensor, ks: Iterable[int]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Each metric of the queries with R > 0, and their classes, once all is checked."""
+    """Compute each metric of the queries with R > 0, and return their classes, once all is checked."""
     neighbor_labels, query_labels, relevant_counts = (
         as_dense(values, f"`{name}`")
         for name, values in (
@@ -100,7 +100,7 @@ def _values_by_query(
 
 
 def _per_query(relevant: Tensor, wanted: Tensor, ks: list[int]) -> dict[str, Tensor]:
-    """The value of each metric for each query, from float64 (B, K) relevance and (B,) R."""
+    """Compute each metric for each query, from float64 (B, K) relevance and (B,) R."""
     ranks = torch.arange(1, relevant.shape[1] + 1, dtype=torch.float64, device=relevant.device)
     hits = relevant.cumsum(1)  # (B, K)
     gains = (relevant * hits / ranks).cumsum(1)  # running sum of P(i)·rel(i)
@@ -123,7 +123,7 @@ def _per_query(relevant: Tensor, wanted: Tensor, ks: list[int]) -> dict[str, Ten
 
 
 def _lengths(ks: Iterable[int]) -> list[int]:
-    """The list lengths in ascending order, each once."""
+    """Return the list lengths in ascending order, each once."""
     try:
         return sorted({operator.index(k) for k in ks})
     except (TypeError, RuntimeError) as error:  # the latter from tensors

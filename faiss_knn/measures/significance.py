@@ -207,7 +207,7 @@ def cluster_bootstrap_interval(
 
 
 def cluster_standard_error(values: npt.ArrayLike, groups: npt.ArrayLike) -> float:
-    """Standard error of a mean over queries that come in groups: √(Σ_g (Σ_{i in g} (x_i − x̄))²) / Q.
+    """Estimate the error of a mean over queries in groups: √(Σ_g (Σ_{i in g} (x_i − x̄))²) / Q.
 
     The linearised variance of a ratio of sums over groups (Cochran 1977, "Sampling Techniques", chapter 6, without
     correction for few groups); with a query a group it is the deviation over √Q.
@@ -229,7 +229,7 @@ def cluster_standard_error(values: npt.ArrayLike, groups: npt.ArrayLike) -> floa
 
 
 def _grouped(values: npt.ArrayLike, groups: npt.ArrayLike) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Values, and their groups numbered from 0."""
+    """Return values, and their groups numbered from 0."""
     numbers = np.asarray(values, dtype=np.float64)
     names, codes = np.unique(np.asarray(groups), return_inverse=True)
     if numbers.ndim != 1 or codes.shape != numbers.shape:
@@ -312,7 +312,7 @@ def queries_needed(pairs: Pairs, confidence: float = 0.95, *, power: float = 0.8
 
 
 def _z_two_sided(confidence: Any, comparisons: int = 1) -> float:
-    """How many standard deviations from the middle hold this share of a normal distribution."""
+    """Tell how many standard deviations from the middle hold this share of a normal distribution."""
     if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be in (0, 1), such as 0.95, got {shown(confidence)}")
     return NormalDist().inv_cdf(1 - (1 - confidence) / (2 * comparisons))

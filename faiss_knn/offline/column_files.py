@@ -65,7 +65,7 @@ def open_parquet(path: FilePath) -> dict[str, Member]:
 
 
 def _source(path: FilePath) -> Any:
-    """What pyarrow reads from: the path, or an open file of another file system, as a context."""
+    """Open what pyarrow reads from, as a context: the path, or an open file of another file system."""
     return nullcontext(path) if isinstance(path, Path) else path.open()
 
 
@@ -132,7 +132,7 @@ def open_json_lines(path: Path) -> dict[str, Member]:
 def members(
     schema: Any, length: int, read: Read, *, is_text: bool = False, nameless: bool = False
 ) -> dict[str, Member]:
-    """The arrays of a table by name: vectors from lists, vectors from numbered columns as `prefix*`, and scalars."""
+    """List the arrays of a table by name: vectors from lists or from numbered columns (`prefix*`), and scalars."""
     from pyarrow import types  # an extra
 
     names = _class_names(schema)
@@ -168,7 +168,7 @@ def _numpy_dtype(kind: Any) -> np.dtype[Any]:
 
 
 def _numbered(columns: list[str]) -> dict[str, list[str]]:
-    """Columns that belong together, by their common prefix, in the order of their numbers."""
+    """Group columns that belong together by their common prefix, in the order of their numbers."""
     groups: dict[str, dict[int, str]] = {}
     for name in columns:
         prefix, number = re.fullmatch(r"(.*?)([0-9]*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -220,7 +220,7 @@ def _columns_reader(read: Read, names: list[str]) -> Callable[[], npt.NDArray[An
 
 
 def column_array(name: str, column: Any) -> npt.NDArray[Any]:
-    """A column as (N,), or (N, d) for lists.
+    """Read a column as (N,), or (N, d) for lists.
 
     Raises:
         ValueError: If an entry is missing, or lists differ in length.
@@ -240,7 +240,7 @@ def column_array(name: str, column: Any) -> npt.NDArray[Any]:
 
 
 def label_array(name: str, column: Any) -> npt.NDArray[Any]:
-    """A column of labels as (N,), or (N, C) for lists: a null is -1 among numbers, None among names.
+    """Read a column of labels as (N,), or (N, C) for lists: a null is -1 among numbers, None among names.
 
     Raises:
         ValueError: As `column_array`, but for nulls.
@@ -273,7 +273,7 @@ def _refuse_rows(what: str, bad: npt.NDArray[np.bool_]) -> None:
 
 
 def _vectors(name: str, column: Any) -> npt.NDArray[Any]:
-    """Lists of one length as rows, a chunk at a time: all together they may be more than their offsets can count."""
+    """Read lists of one length as rows, chunk by chunk: all together can be more than their offsets can count."""
     from pyarrow import types
 
     if not (types.is_integer(column.type.value_type) or types.is_floating(column.type.value_type)):
@@ -301,7 +301,7 @@ def _vectors(name: str, column: Any) -> npt.NDArray[Any]:
 
 
 def parsed(words: list[str]) -> npt.NDArray[Any]:
-    """Words as whole numbers if all of them are, else as numbers, else as they are."""
+    """Read words as whole numbers if all of them are, else as numbers, else as they are."""
     for kind in (int, float):
         try:
             return np.asarray([kind(word) for word in words])
@@ -311,7 +311,7 @@ def parsed(words: list[str]) -> npt.NDArray[Any]:
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:
-    """Names of the classes by column, from what the `datasets` library notes in a table's head."""
+    """Read the classes' names by column from what the `datasets` library notes in a table's head."""
     try:
         noted = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
@@ -320,7 +320,7 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
 
 
 def class_labels(features: Any) -> dict[str, list[str]]:
-    """Names of the classes by column, from the features of a `datasets` description."""
+    """Read the classes' names by column from the features of a `datasets` description."""
     if not isinstance(features, Mapping):
         return {}
     return {
@@ -343,7 +343,7 @@ def _json_type(pa: Any, value: Any) -> Any:
 
 
 def _csv_layout(path: Path) -> tuple[str, bool]:
-    """The delimiter, and whether the first line holds names."""
+    """Find the delimiter, and whether the first line holds names."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = [file.readline().rstrip("\r\n"), file.readline().rstrip("\r\n")]
     known = ["\t"] if path.suffix.lower() == ".tsv" else [",", ";", "\t"]

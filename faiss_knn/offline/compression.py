@@ -226,6 +226,6 @@ def _codes(relative: Tensor) -> Tensor:
 
 
 def _bits(block: npt.NDArray[Any] | Tensor) -> npt.NDArray[np.uint8]:
-    """(n, ⌈d / 8⌉) the signs of (n, d), eight to a byte."""
+    """Pack the signs of (n, d), eight to a byte: (n, ⌈d / 8⌉)."""
     above = (block > 0).cpu().numpy() if isinstance(block, Tensor) else block > 0
     return np.packbits(above, axis=1)

@@ -62,7 +62,7 @@ def count_copies(task: EvalTask, distances: Tensor, indices: Tensor, distance_me
 def _side_by_side(
     task: EvalTask, column: Tensor, first: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]:
-    """The bank rows of `column` (n,) beside their queries, those from `first` on, (n, d) each, and their order.
+    """Read the bank rows of `column` (n,) beside their queries, those from `first` on, (n, d) each, and their order.
 
     Where there is no row, -1, the bank's first one stands: it is among the others of that query.
     """
@@ -74,7 +74,7 @@ def _side_by_side(
 
 
 def _gaps(task: EvalTask, indices: Tensor) -> Tensor:
-    """Euclidean lengths (n, K) between the first queries and bank rows (n, K)."""
+    """Measure Euclidean lengths (n, K) between the first queries and bank rows (n, K)."""
     gaps = torch.full(indices.shape, torch.inf, dtype=torch.float64, device="cpu")
     for number, column in enumerate(indices.T):
         order, rows, queries = _side_by_side(task, column, 0)
@@ -104,7 +104,7 @@ def _is_near(rows: Floats, queries: Floats, bound: float, distance_metric: str) 
 
 
 def _scaled(rows: Floats, distance_metric: str) -> Floats:
-    """Rows whose squares do not overflow; under cosine of length 1."""
+    """Scale rows so that their squares do not overflow; under cosine to length 1."""
     if distance_metric != "cosine":
         return rows
     rows = rows / np.abs(rows).max(1, keepdims=True)
@@ -113,7 +113,7 @@ def _scaled(rows: Floats, distance_metric: str) -> Floats:
 
 
 def _lengths(rows: Floats, order: int = 2) -> Floats:
-    """Norms (n,) of rows (n, d), whose squares float64 need not hold."""
+    """Compute norms (n,) of rows (n, d), whose squares float64 need not hold."""
     sizes = np.abs(rows).max(1)
     lengths: Floats = np.linalg.norm(rows / np.where(sizes > 0, sizes, 1.0)[:, None], order, axis=1) * sizes
     return lengths

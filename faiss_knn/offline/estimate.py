@@ -41,7 +41,7 @@ def estimate(task: EvalTask, depth: int, indexes: Sequence[str]) -> str:
 
 
 def _flops(dim: int) -> float:
-    """Floating-point operations per second of a float32 matrix product of this depth; takes a fraction of a second."""
+    """Time a float32 matrix product of this depth for a fraction of a second: floating-point operations per second."""
     left, right = (torch.ones(n, dim, dtype=torch.float32, device="cpu") for n in (512, 8192))
     left @ right.T
     start = time.perf_counter()

@@ -139,7 +139,7 @@ def _check_order(dataloader: Iterable[Batch]) -> None:
 
 
 def _samplers(dataloader: DataLoader[Any]) -> Iterator[Any]:
-    """The samplers of a loader, and those that they wrap."""
+    """Yield the samplers of a loader, and those that they wrap."""
     waiting = [dataloader.sampler, dataloader.batch_sampler]
     met: list[Any] = []
     while waiting:
@@ -210,7 +210,7 @@ def _labels(labels: Any) -> np.ndarray:
 
 
 def _begin(folder: Path, model: str, length: int | None, overwrite: bool) -> Manifest:
-    """The folder's account to go on with, or a new one; whatever else the folder holds stays."""
+    """Find the folder's manifest to go on with, or begin a new one; whatever else the folder holds stays."""
     manifest = read_manifest(folder)
     if manifest is not None and overwrite:
         for name in (name for number in range(len(manifest.shards) + 1) for name in manifest.names(number)):

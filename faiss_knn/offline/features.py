@@ -172,7 +172,7 @@ def read_class_names(path: str | FilePath) -> list[str]:
 
 
 def digits(seed: int = 0) -> tuple[Features, Features]:
-    """The handwritten digits that ship with scikit-learn, pixels as features: 1,347 bank rows and 450 queries.
+    """Load the handwritten digits that ship with scikit-learn, pixels as features: 1,347 bank rows and 450 queries.
 
     Raises:
         DataError: If scikit-learn is not installed.
@@ -218,7 +218,7 @@ def _check_lengths(files: Folder, parts: list[Features], found: list[npt.NDArray
 
 
 def _sample_order(files: Folder, length: int) -> npt.NDArray[np.int64]:
-    """Rows in the order of their samples' numbers, each sample once: samplers pad with copies."""
+    """Put rows in the order of their samples' numbers, each sample once: samplers pad with copies."""
     numbers = np.concatenate([read_labels(file) for file in files.ids])
     if numbers.shape != (length,) or numbers.dtype.kind != "i":
         raise DataError(f"{files.ids[0]}: its kind holds {len(numbers)} numbers of samples for {length} rows")
@@ -315,12 +315,12 @@ def _labels_beside(path: FilePath, arrays: Arrays, role: Role, features: str, ke
 
 
 def _plain(name: str) -> str:
-    """A name without the marks of nesting and of numbered columns: `a/emb_*` is `a.emb`."""
+    """Take the marks of nesting and of numbered columns off a name: `a/emb_*` becomes `a.emb`."""
     return name.replace("/", ".").rstrip("*_-. ")
 
 
 def _named(path: FilePath, arrays: Arrays, key: str, what: str) -> tuple[str, Member]:
-    """The array that the user asked for, and its name; also one column of numbered ones."""
+    """Find the array that the user asked for, and its name; also one column of numbered ones."""
     single = {name: member for group in arrays.values() for name, member in group.columns.items()}
     alike = [key] if key in arrays else [name for name in arrays if _plain(name) == _plain(key)]
     if key in single:
@@ -331,7 +331,7 @@ def _named(path: FilePath, arrays: Arrays, key: str, what: str) -> tuple[str, Me
 
 
 def _usual(path: FilePath, arrays: Arrays, role: Role, plain: Sequence[str], beside: str | None = None) -> str | None:
-    """The array whose name is usual for a role; labels are of the same side and group as the features `beside`."""
+    """Find the array whose name is usual for a role; labels are of the side and group of the features `beside`."""
     names: dict[str, str] = {}
     for name in arrays:
         names.setdefault(_plain(name), name)
@@ -356,7 +356,7 @@ def _usual(path: FilePath, arrays: Arrays, role: Role, plain: Sequence[str], bes
 
 
 def _only_vectors(path: FilePath, arrays: Arrays) -> str:
-    """The one array of vectors, where no name says which it is."""
+    """Find the one array of vectors, where no name says which it is."""
     if len(arrays) == 1:
         return next(iter(arrays))
     vectors = [name for name, member in arrays.items() if len(member.shape) == 2 and member.dtype.kind in "fiu"]
@@ -371,7 +371,7 @@ def _only_vectors(path: FilePath, arrays: Arrays) -> str:
 
 
 def _columns(path: FilePath, arrays: Arrays, names: list[str]) -> RowSource:
-    """Columns that the user named one by one."""
+    """Stack columns that the user named one by one."""
     columns = [np.asarray(read_array(path, _named(path, arrays, name, "features")[1])) for name in names]
     if any(column.ndim != 1 or column.dtype.kind not in "fiu" for column in columns):
         raise DataError(f"{path}: {', '.join(names)} are not all columns of numbers")

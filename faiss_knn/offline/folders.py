@@ -152,7 +152,7 @@ def _natural(file: FilePath) -> list[str | int]:
 
 
 def _words(file: FilePath) -> list[str]:
-    """The words of a name; DINO writes two in one, as `trainfeat`."""
+    """Split a name into its words; DINO writes two in one, as `trainfeat`."""
     words = re.findall(r"[a-z]+", file.stem.lower())
     sides = "|".join(side for names in SIDES.values() for side in names)
     kinds = "|".join(_FEATURE_WORDS | _LABEL_WORDS - {"x", "y"})
@@ -169,7 +169,7 @@ def _kind(file: FilePath) -> str:
 
 
 def _of_side(folder: FilePath, files: list[FilePath], role: Role) -> list[FilePath]:
-    """The files of a side, where names tell sides apart; else those that name none, or all."""
+    """Choose the files of a side, where names tell sides apart; else those that name none, or all."""
     sides = {
         file: next((word for word in _words(file) if any(word in s for s in SIDES.values())), None) for file in files
     }
@@ -197,7 +197,7 @@ def _check_pairs(folder: FilePath, features: Sequence[FilePath], others: Sequenc
 
 
 def _varying(files: Sequence[FilePath]) -> list[tuple[int, ...]]:
-    """The numbers in each name, without those that all names share."""
+    """Find the numbers in each name, without those that all names share."""
     numbers = [[int(number) for number in re.findall(r"[0-9]+", file.stem)] for file in files]
     if len({len(found) for found in numbers}) > 1:
         return []

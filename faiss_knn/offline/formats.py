@@ -168,14 +168,14 @@ def _open_torch(path: Path) -> Arrays:
 
 
 def _numpy_globals() -> list[Any]:
-    """What a pickled array of numbers needs, under the names of numpy 1 and 2; none of it runs code."""
+    """List what a pickled array of numbers needs, under the names of numpy 1 and 2; none of it runs code."""
     makers: list[Any] = [np.empty(0).__reduce__()[0], np.float32(0).__reduce__()[0]]
     named = [(maker, f"numpy.{core}.multiarray.{maker.__name__}") for maker in makers for core in ("core", "_core")]
     return [*named, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"]}]
 
 
 def _paired(held: Any) -> Any:
-    """A (features, labels) pair, or a list of such pairs, as a dict."""
+    """Take a (features, labels) pair, or a list of such pairs, for a dict of them."""
     if not isinstance(held, (tuple, list)):
         return held
     if held and all(isinstance(pair, (tuple, list)) and len(pair) == 2 and _looks_paired(*pair) for pair in held):
@@ -186,14 +186,14 @@ def _paired(held: Any) -> Any:
 
 
 def _looks_paired(first: Any, second: Any) -> bool:
-    """Whether these are features and labels, and not two batches of features."""
+    """Tell whether these are features and labels, and not two batches of features."""
     shapes = [tuple(getattr(part, "shape", ())) for part in (first, second)]
     same = len(shapes[0]) == len(shapes[1]) == 2 and shapes[0][1] == shapes[1][1] > 1
     return not (same and "float" in str(getattr(second, "dtype", "")))
 
 
 def _flattened(name: str, held: Any) -> Iterator[tuple[str, Member]]:
-    """The arrays within dicts, named by their keys with dots between; what is no array is passed over."""
+    """Yield the arrays within dicts, named by their keys with dots between; what is no array is passed over."""
     if isinstance(held, Mapping):
         for key, value in held.items():
             yield from _flattened(f"{name}.{key}" if name else str(key), value)
@@ -207,7 +207,7 @@ def _flattened(name: str, held: Any) -> Iterator[tuple[str, Member]]:
 
 
 def _batches(parts: Sequence[Any]) -> Member:
-    """Arrays in a list: (n, d) batches and (n,) batches of labels one after another, vectors of floats as rows."""
+    """Join arrays in a list: (n, d) batches and (n,) batches of labels one after another, vectors of floats as rows."""
     heads = [_torch_member(part) for part in parts]
     as_rows = all(len(head.shape) == 1 and head.dtype.kind == "f" for head in heads)
     if len({head.shape[0 if as_rows else 1 :] for head in heads}) > 1:
@@ -225,7 +225,7 @@ def _torch_member(value: Any) -> Member:
 
 
 def _numpy_dtype(name: str) -> np.dtype[Any]:
-    """What numpy makes of a dtype of torch: types that it lacks are widened."""
+    """Tell which dtype of numpy holds a dtype of torch: types that it lacks are widened."""
     name = name.removeprefix("torch.")
     if name.startswith(("bfloat", "float8", "float4")):
         return np.dtype(np.float32)

@@ -62,7 +62,7 @@ def _read(values: Any, what: str, length: int) -> Any:
 
 
 def _numbered(parts: list[Any]) -> list[Tensor]:
-    """Numbers of the groups, a new one for each row that has none."""
+    """Number the groups, a new one for each row that has none."""
     if not isinstance(parts[0], Tensor):
         lengths = [len(part) for part in parts]
         numbers = list(torch.split(number_names(np.concatenate(parts))[1], lengths))

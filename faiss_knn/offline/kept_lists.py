@@ -144,7 +144,7 @@ def find_kept(
 
 
 def _result(found: Neighbors | None, queries: int) -> SearchResult:
-    """This rank's lists for merging; empty ones where it had no row."""
+    """Return this rank's lists for merging; empty ones where it had no row."""
     nothing = torch.empty(queries, 0, dtype=torch.float64, device="cpu")
     return SearchResult(nothing, nothing.long(), {}) if found is None else SearchResult(*found, {})
 

@@ -138,7 +138,7 @@ class Subset:
 
 
 def read_rows(rows: RowSource, start: int = 0, stop: int | None = None) -> npt.NDArray[Any] | Tensor:
-    """Rows [start, stop) as a floating-point array or tensor; without a copy where they are one already."""
+    """Read rows [start, stop) as a floating-point array or tensor; without a copy where they are one already."""
     block: npt.NDArray[Any] | Tensor = rows[start : len(rows) if stop is None else stop]
     if isinstance(block, Tensor):
         return block if block.is_floating_point() else block.float()
@@ -148,7 +148,7 @@ def read_rows(rows: RowSource, start: int = 0, stop: int | None = None) -> npt.N
 
 
 def spans(length: int, size: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of consecutive blocks.
+    """Yield [start, stop) of consecutive blocks.
 
     Example:
         >>> list(spans(5, 2))

@@ -61,7 +61,7 @@ class LeftOut:
         return self.count_alike(nothing[: self.size], nothing[: len(self.own)])
 
     def count_alike(self, bank_labels: Tensor, query_labels: Tensor) -> Tensor:
-        """(Q,) how many of these rows have the query's label, from (N,) and (Q,) labels; each row once."""
+        """Count those of these rows (Q,) that have the query's label, from (N,) and (Q,) labels; each row once."""
         numbers = torch.arange(len(self.own), device="cpu")
         own = self.own >= 0
         single = torch.unique(torch.cat([numbers[own] * self.size + self.own[own], self.listed]))
@@ -116,7 +116,7 @@ def nearest_allowed(
 def _allowed(
     distances: Tensor, indices: Tensor, numbers: Tensor, k: int, left_out: LeftOut, first: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lists of k without what is left out, and on the CPU whether they are as long as lists can be."""
+    """Take what is left out off lists, k long, and tell on the CPU whether they are as long as lists can be."""
     gone = left_out.mask(numbers, torch.where(indices < 0, -1, indices + first))
     order = gone.to(torch.int8).argsort(dim=1, stable=True)[:, :k]
     distances = distances.masked_fill(gone, float("inf")).gather(1, order)

@@ -67,7 +67,7 @@ class Manifest:
         return sum(shard.rows for shard in self.shards)
 
     def names(self, number: int) -> list[str]:
-        """File names of a shard: features, and labels unless rows have none."""
+        """Name the files of a shard: features, and labels unless rows have none."""
         kinds = ["features"] if self.labelled is False else ["features", "labels"]
         return [f"{kind}-{number:05d}.npy" for kind in kinds]
 
@@ -127,7 +127,7 @@ class DataDigest:
             stream.update(_sample(rows))
 
     def value(self) -> str:
-        """The digest of all batches so far."""
+        """Return the digest of all batches so far."""
         digests = {name: stream.hexdigest() for name, stream in self._streams.items()}
         return blake2b(json.dumps(digests, sort_keys=True).encode(), digest_size=8).hexdigest()
 
@@ -190,7 +190,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _described(value: Any) -> str:
-    """What a function or setting says, without addresses: the same in each process."""
+    """Describe a function or setting without addresses: the same in each process."""
     if isinstance(value, CodeType):
         return f"code({value.co_code.hex()},{value.co_names},{_all_described(value.co_consts)})"
     if isinstance(value, tuple):
@@ -209,7 +209,7 @@ def _described(value: Any) -> str:
 
 
 def _enclosed(function: FunctionType) -> list[Any]:
-    """Values that a function takes from around it and does not set itself, as a counter of its calls would be."""
+    """List values that a function takes from around it and does not set itself, as a counter of its calls would be."""
     counters = {step.argval for step in dis.get_instructions(function.__code__) if step.opname == "STORE_DEREF"}
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     values = [cell.cell_contents for name, cell in cells if name not in counters and cell != _EMPTY_CELL]

@@ -79,7 +79,7 @@ def _parsed(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(text: str, value: ast.expr) -> Any:
-    """An argument's value; a bare word is text, as nobody likes to quote twice on a command line."""
+    """Read an argument's value; a bare word is text, as nobody likes to quote twice on a command line."""
     if isinstance(value, ast.Name):
         return value.id
     try:

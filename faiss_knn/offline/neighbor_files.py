@@ -220,7 +220,7 @@ def _write_parquet(path: Path, lists: NeighborLists) -> list[Path]:
 
 
 def _compressed_rows(lists: NeighborLists, graph: Graph, symmetric: bool) -> dict[str, Any]:
-    """The arrays of `scipy.sparse.save_npz` for a matrix of compressed rows."""
+    """Make the arrays of `scipy.sparse.save_npz` for a matrix of compressed rows."""
     is_found = lists.indices >= 0
     rows = np.repeat(np.arange(len(lists.indices)), is_found.sum(1))
     columns, values = lists.indices[is_found], lists.distances[is_found]
@@ -240,7 +240,7 @@ def _compressed_rows(lists: NeighborLists, graph: Graph, symmetric: bool) -> dic
 
 
 def _both_ways(rows: Any, columns: Any, values: Any) -> tuple[Any, Any, Any]:
-    """Edges in both directions, each once, those of a row by (distance, column)."""
+    """List edges in both directions, each once, those of a row by (distance, column)."""
     rows, columns = np.concatenate([rows, columns]), np.concatenate([columns, rows])
     values = np.concatenate([values, values])
     order = np.lexsort((columns, rows))
@@ -266,7 +266,7 @@ def _from_compressed_rows(path: Path, arrays: Arrays) -> tuple[npt.NDArray[Any],
 
 
 def _read_pair(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-    """Ids with their distances: after them in the same file, or in a file beside it."""
+    """Read ids with their distances: after them in the same file, or in a file beside it."""
     count, k = (int(x) for x in np.fromfile(path, "<u4", 2)) if path.stat().st_size >= 8 else (0, 0)
     if count * k and path.stat().st_size == 8 + 8 * count * k:
         ids = np.fromfile(path, "<i4", count * k, offset=8).reshape(count, k)

@@ -144,7 +144,7 @@ class EvalOptions:
             self.search.index(variant)  # refuses bad options before any work
 
     def _compressed(self) -> Iterator[Variant]:
-        """Each of `dims` and `storage` alone, and each with each."""
+        """List each of `dims` and `storage` alone, and each with each."""
         self.dims = tuple(dict.fromkeys(as_dims(value) for value in self.dims))
         self.storage = tuple(dict.fromkeys(as_storage(value) for value in self.storage))
         for dims, storage in product((None, *self.dims), (None, *self.storage)):
@@ -206,7 +206,7 @@ def several(given: Any) -> tuple[Any, ...]:
 
 
 def _variants(specs: tuple[str, ...], sweep: Mapping[str, Iterable[int]]) -> Iterator[Variant]:
-    """Each spec, or where the sweep has parameters of it each point of the sweep."""
+    """List each spec, or where the sweep has parameters of it each point of the sweep."""
     if not specs:
         raise ValueError("`index` needs at least one spec, got none")
     if not isinstance(sweep, Mapping):
@@ -227,7 +227,7 @@ def _variants(specs: tuple[str, ...], sweep: Mapping[str, Iterable[int]]) -> Ite
 
 
 def _checked_share(target_recall: Any) -> float | None:
-    """The recall to tune to; "flat" would not look at it."""
+    """Check the recall to tune to; "flat" would not look at it."""
     share = None if target_recall is None else as_number(target_recall, "`target_recall`")
     if share is not None and not 0 < share <= 1:
         raise ValueError(f"`target_recall` must be in (0, 1], got {share!r}")

@@ -25,7 +25,7 @@ class Axes(NamedTuple):
 
 
 def mean_of(rows: RowSource) -> Tensor:
-    """(d,) float64 mean of the rows that are finite, zero if there is none."""
+    """Average the rows that are finite, (d,) float64; zero if there is none."""
     total, count = torch.zeros(rows.shape[1], dtype=torch.float64, device="cpu"), 0
     for block in _finite_blocks(rows):
         total += block.sum(0).cpu()

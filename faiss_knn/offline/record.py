@@ -78,7 +78,7 @@ def setup_fields(task: EvalTask, options: EvalOptions, variant: Variant, vote: V
 
 
 def top1_by_query(hits: Sequence[Hits]) -> Tensor:
-    """(Q,) float64 share of the draws in which each query was right."""
+    """Compute the share (Q,) of the draws in which each query was right, float64."""
     return torch.stack([one.top1 for one in hits]).double().mean(0)
 
 
@@ -117,7 +117,7 @@ def accuracy_fields(
 
 
 def _interval(by_query: Tensor, groups: Tensor | None) -> tuple[float, float]:
-    """The 95 % interval of a share of right queries; of several draws, by the mean over them."""
+    """Compute the 95 % interval of a share of right queries; of several draws, by the mean over them."""
     if groups is None:
         return wilson_interval(min(by_query.sum().item(), len(by_query)), len(by_query))
     return cluster_bootstrap_interval(by_query.cpu().numpy(), groups.numpy())
@@ -169,7 +169,7 @@ def retrieval_means(task: EvalTask, result: SearchResult, ks: Sequence[int]) -> 
 
 
 def _micro_precisions(result: SearchResult, same: Tensor, total: int, ks: Sequence[int]) -> dict[str, float]:
-    """The average precision of all pairs of a query and one of its k neighbours, nearest pairs first."""
+    """Compute the average precision of all pairs of a query and one of its k neighbours, nearest pairs first."""
     found, scores = (result.indices >= 0).cpu().numpy(), -result.distances.cpu().numpy()
     matches = same.cpu().numpy()
     return {

@@ -88,7 +88,7 @@ def read_relevance(path: str | Path) -> list[dict[str, list[int]]]:
 
 
 def _checked(relevance: Relevance, n_bank: int, n_queries: int) -> dict[str, list[npt.NDArray[np.int64]]]:
-    """For each name the lists of all queries."""
+    """Check the lists of all queries, by name."""
     if len(relevance) != n_queries:
         raise ValueError(f"`relevance` must have an entry for each of {n_queries} queries, got {len(relevance)}")
     names = next((kind for kind in _KINDS if n_queries and kind[0] in relevance[0]), _KINDS[1])

@@ -96,7 +96,7 @@ class RemotePath:
         return str(self.system.cat_file(self.key).decode(encoding))
 
     def size(self) -> int:
-        """Bytes of the file."""
+        """Return the file's size in bytes."""
         return int(self.system.size(self.key))
 
     def ranges(self, starts: list[int], stops: list[int]) -> list[bytes]:

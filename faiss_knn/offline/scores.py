@@ -101,7 +101,7 @@ class ClassJudge:
         return Hits(top1, counted & (above < 5), per_class, values, *self._predicted(scores, votes.shares))
 
     def _predicted(self, scores: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """(Q,) the class that each query is taken for, and its share, from (Q, k) of the classes as numbered."""
+        """Find the class (Q,) that each query is taken for, and its share, from (Q, k) of the classes as numbered."""
         k = scores.shape[1]
         local = self._numbering(k)[0]
         classes = torch.zeros_like(local).scatter_(1, local, self.labels[:, :k])
@@ -109,7 +109,7 @@ class ClassJudge:
         return classes.gather(1, place)[:, 0], shares.gather(1, place)[:, 0]
 
     def _numbering(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(Q, k) numbers in [0, k) of the neighbours' classes, (Q,) the true class's, (Q,) whether it is there."""
+        """Number the neighbours' classes in [0, k), (Q, k); find the true class's (Q,), and whether it is there."""
         if k not in self._numbered:
             labels = self.labels[:, :k]
             local = number_rows(labels)
@@ -210,7 +210,7 @@ class SharesJudge:
 
 
 def _first_class(order: Tensor, scores: Tensor) -> Tensor:
-    """(Q,) the class of highest score from (Q, C) classes and scores in descending order, -1 where that is 0."""
+    """Find the class (Q,) of highest score in (Q, C) classes and scores that descend, -1 where that score is 0."""
     return order[:, 0].masked_fill(scores[:, 0] <= 0, -1)
 
 

@@ -201,13 +201,13 @@ def _split_queries(task: EvalTask, k: int, variant: Variant, options: SearchOpti
 
 
 def own_part(length: int) -> Span:
-    """This rank's part of so many rows."""
+    """Return this rank's part of so many rows."""
     rank, size = rank_and_size()
     return length * rank // size, length * (rank + 1) // size
 
 
 def _joint_cost(own: SearchResult | None, n_queries: int, *, sum_bytes: bool) -> dict[str, Any]:
-    """What all ranks together spent: the slowest one's times, and the bytes of all parts of a bank, or of the largest.
+    """Add up what all ranks spent: the slowest one's times, and the bytes of a bank's parts, or of the largest.
 
     A collective; `own` is None on a rank that had no part.
     """
@@ -348,7 +348,7 @@ class _Search:
     name: str
 
     def timed(self, progress: bool | None) -> tuple[Tensor, Tensor, float]:
-        """Distances and indices of all queries, and the seconds that finding them takes."""
+        """Search all queries: distances, indices, and the seconds that finding them takes."""
         blocks = list(self._blocks(progress))
         seconds = sum(seconds for *_, seconds in blocks)
         if seconds < _SHORT:  # other work on the machine shows in a short search: the fastest of three counts
@@ -366,7 +366,7 @@ class _Search:
                 bar.update(b - a)
 
     def block(self, a: int, b: int) -> tuple[Tensor, Tensor, float]:
-        """Distances and indices of the queries [a, b), and seconds."""
+        """Search the queries [a, b): distances, indices, and seconds."""
         queries = read_rows(self.task.queries.rows, a, b)
         start = time.perf_counter()
         if self.task.left_out is None:
@@ -379,7 +379,7 @@ class _Search:
         return distances, indices, time.perf_counter() - start
 
     def latencies(self, count: int) -> dict[str, float]:
-        """The median and the 95th percentile of the milliseconds of single queries; nothing if none is timed."""
+        """Time single queries: the median and 95th percentile in milliseconds; nothing if none is timed."""
         if not count:
             return {}
         seconds = [self.block(i, i + 1)[2] for i in range(min(count, len(self.task.queries.rows)))]
@@ -406,7 +406,7 @@ def _cost(index: KNNIndex, build_s: float, search_s: float, n_queries: int) -> d
 
 
 def _row_bytes(index: KNNIndex) -> float:
-    """What a row takes as it is stored; of FAISS's indexes all that they hold, by row."""
+    """Tell what a row takes as it is stored; of FAISS's indexes all that they hold, by row."""
     stats = index.stats
     if stats.backend == "torch":
         return float(index.dim * getattr(torch, stats.storage_dtype).itemsize)
@@ -421,7 +421,7 @@ def is_plain(rows: RowSource) -> bool:
 
 
 def _bank_rows(bank: RowSource, span: Span) -> Any:
-    """Some of the bank's rows, as `KNNIndex.build` takes them."""
+    """Read some of the bank's rows, as `KNNIndex.build` takes them."""
     if is_plain(bank) and (span == (0, len(bank)) or not is_memmap(bank)):
         return bank[span[0] : span[1]]
     block = read_rows(bank, *span)
@@ -429,7 +429,7 @@ def _bank_rows(bank: RowSource, span: Span) -> Any:
 
 
 def _widest(dtypes: Sequence[str]) -> str:
-    """The widest of the dtypes in which pieces of a bank are stored: each piece decides for itself."""
+    """Choose the widest of the dtypes in which pieces of a bank are stored: each piece decides for itself."""
     if len(set(dtypes)) == 1:  # also what is no float
         return dtypes[0]
     return max(dtypes, key=lambda name: int(name.lstrip("bfloat")))

@@ -163,7 +163,7 @@ class EvalTask:
         )
 
     def name(self, label: int) -> str:
-        """What a class is called."""
+        """Name a class."""
         if self.class_names:
             return self.class_names[label]
         return str(label if self.class_ids is None else self.class_ids[label])
@@ -187,7 +187,7 @@ class EvalTask:
         return counts - self.left_out.count_alike(self.bank.labels, self.queries.labels)
 
     def few_shot(self, per_class: int, random: np.random.SeedSequence) -> "EvalTask":
-        """The same queries before a bank of `per_class` rows drawn from each class, or all of a smaller class."""
+        """Return the same queries before a bank of `per_class` rows of each class, or all of a smaller class."""
         order = np.random.default_rng(random).permutation(len(self.bank.rows))
         labels = self.bank.labels.numpy()[order]
         by_class = np.argsort(labels, kind="stable")
@@ -250,7 +250,7 @@ def make_task(
 
 
 def _limited(task: EvalTask, limits: Limits, n_bank: int, n_queries: int) -> EvalTask:
-    """The task with groups and lists of rows that queries may not find, as they were given for all rows."""
+    """Add groups and lists of rows that queries may not find, as they were given for all rows."""
     bank, queries = task.bank, task.queries
     if limits.groups is not None:
         groups = read_groups(limits.groups, n_bank, n_queries, leave_one_out=task.leave_one_out)
@@ -276,7 +276,7 @@ def _limited(task: EvalTask, limits: Limits, n_bank: int, n_queries: int) -> Eva
 
 
 def _bank_rows(given: Any, argument: str, n_queries: int, n_bank: int, ndim: int) -> Ids:
-    """Row numbers of the bank, -1 for none: (Q,), or (Q, m) from lists of any lengths."""
+    """Read row numbers of the bank, -1 for none: (Q,), or (Q, m) from lists of any lengths."""
     what = "a row of the bank, or -1," if ndim == 1 else "a list of rows of the bank"
     need = f"`{argument}` must be {what} for each of {n_queries} queries, got"
     if np.ma.is_masked(given):
@@ -298,7 +298,7 @@ def _bank_rows(given: Any, argument: str, n_queries: int, n_bank: int, ndim: int
 
 
 def _places_of(rows: Ids, ids: Ids) -> Ids:
-    """Places of row numbers among ascending `ids`, -1 where they are not there."""
+    """Find the places of row numbers among ascending `ids`, -1 where they are not there."""
     places = np.searchsorted(ids, rows).clip(max=len(ids) - 1)
     found: Ids = np.where(ids[places] == rows, places, -1)
     return found
@@ -326,7 +326,7 @@ def _check_order(name: str, features: Any, labels: Any) -> None:
 
 
 def _with_columns_of(bank: Any, queries: Any, what: str) -> Any:
-    """The queries with their columns in the bank's order, where both are frames with names for columns."""
+    """Put the queries' columns in the bank's order, where both are frames with names for columns."""
     wanted, given = _column_names(bank), _column_names(queries)
     if wanted is None or given is None or wanted == given:
         return queries
@@ -345,7 +345,7 @@ def _with_columns_of(bank: Any, queries: Any, what: str) -> Any:
 
 
 def _column_names(features: Any) -> list[Any] | None:
-    """The names of a frame's columns; None for what is no frame, and for columns that are only counted."""
+    """Return the names of a frame's columns; None for what is no frame, and for columns that are only counted."""
     if not hasattr(features, "to_numpy") or not hasattr(features, "columns"):
         return None
     names = list(features.columns)
@@ -357,7 +357,7 @@ def _some(names: list[Any]) -> str:
 
 
 def as_rows(features: Any, name: str) -> RowSource:
-    """Tensors, arrays, lists and DataFrames as rows; what is read in blocks stays as it is."""
+    """Take tensors, arrays, lists and DataFrames as rows; what is read in blocks stays as it is."""
     if hasattr(features, "to_numpy"):  # a DataFrame
         features = features.to_numpy()
     if isinstance(features, (list, tuple)):
@@ -401,7 +401,7 @@ def _check_rows(bank: RowSource, queries: RowSource) -> None:
 def _numbered(
     read: list[Tensor | Names], names: list[str] | None, ignore_index: int | None
 ) -> tuple[list[Tensor], list[str] | None]:
-    """Labels as tensors: those that are names by their place in `names`, or in their sorted order."""
+    """Turn labels into tensors: names into their place in `names`, or in their sorted order."""
     tensors = [labels.cpu() for labels in read if isinstance(labels, Tensor)]
     if len(tensors) == len(read):
         return tensors, names
@@ -439,7 +439,7 @@ def _labelled_rows(rows: RowSource, labels: Tensor, name: str) -> LabelledRows:
 
 
 def _one_kind(both: list[LabelledRows], multi_label: bool) -> tuple[list[LabelledRows], int]:
-    """Both with class ids or both with multi-hot labels, and the columns that labels had, 0 without."""
+    """Let both have class ids or both multi-hot labels; return the columns that labels had, 0 without."""
     widths = {labelled.labels.shape[1] for labelled in both if labelled.labels.ndim == 2}
     if len(widths) == 2:
         bank, queries = (labelled.labels.shape[1] for labelled in both)
@@ -457,7 +457,7 @@ def _one_kind(both: list[LabelledRows], multi_label: bool) -> tuple[list[Labelle
 
 
 def _as_ids(labels: Tensor) -> Tensor | None:
-    """(n,) class ids, by the largest share if rows have several; None for multi-hot labels."""
+    """Return (n,) class ids, by the largest share if rows have several; None for multi-hot labels."""
     if labels.ndim == 1:
         return labels
     return most_likely(labels) if is_soft(labels) else one_hot_ids(labels)
@@ -470,7 +470,7 @@ def _with_ids(labelled: LabelledRows, ids: Tensor) -> LabelledRows:
 def _class_count(
     both: list[LabelledRows], columns: int, num_classes: int | None, names: list[str] | None
 ) -> tuple[int, list[int] | None]:
-    """How many classes there are, and their ids where they are numbered anew."""
+    """Count the classes, and return their ids where they are numbered anew."""
     labels = [labelled.labels for labelled in both]
     seen = max(columns, *(width_of(part) for part in labels))
     count = num_classes if num_classes is not None else max(seen, len(names or []))
@@ -539,7 +539,7 @@ def _bytes_of(block: npt.NDArray[Any] | Tensor) -> Any:
 
 
 def _unfit(block: npt.NDArray[Any] | Tensor, needs_direction: bool) -> Ids:
-    """Places of rows that are not finite, or zero where that matters."""
+    """Find the places of rows that are not finite, or zero where that matters."""
     if isinstance(block, Tensor):
         return (~are_comparable(block, normalized=needs_direction)).nonzero()[:, 0].cpu().numpy()
     squares = np.einsum("ij,ij->i", block, block)  # one fast pass clears all rows but those and the over- or underflown
@@ -579,7 +579,7 @@ def warning_facts(task: EvalTask, ks: Sequence[int]) -> dict[str, Any]:
 
 
 def few_shot_facts(task: EvalTask, per_class: int) -> dict[str, Any]:
-    """What makes few-shot draws from a bank suspect: classes with too few rows.
+    """Collect what makes few-shot draws from a bank suspect: classes with too few rows.
 
     Returns:
         `classes_short` (classes with fewer bank rows than `per_class`), `smallest_class` (the least rows of a class),

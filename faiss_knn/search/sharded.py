@@ -52,7 +52,7 @@ class ShardedRows:
         self.group = group
 
     def take(self, indices: Tensor) -> Tensor:
-        """The rows of global indices, which all ranks ask for together, each its own.
+        """Fetch the rows of global indices, which all ranks ask for together, each its own.
 
         Args:
             indices: (B_r, k) int64; -1 where a neighbour is missing.
@@ -108,7 +108,7 @@ class ShardedIndex:
         self.dim: int | None = None
 
     def __len__(self) -> int:
-        """The number of rows over all ranks."""
+        """Return the number of rows over all ranks."""
         return sum(self.counts)
 
     def build(self, features: Tensor | None, *, expected_k: int | None = None, is_built: bool = False) -> ShardedIndex:
@@ -135,7 +135,7 @@ class ShardedIndex:
         return self
 
     def search(self, queries: Tensor | None, k: int) -> Neighbors:
-        """The k nearest of all ranks' rows for this rank's queries.
+        """Find the k nearest of all ranks' rows for this rank's queries.
 
         Args:
             queries: (B_r, d) of this rank; B_r may differ between ranks. None or no rows from a rank that only
@@ -175,7 +175,7 @@ class ShardedIndex:
     def _answer(
         self, queries: Tensor | None, counts: list[int], kind: RowsHeader | None, k: int, device: torch.device
     ) -> Tensor:
-        """This shard's answers to the queries of all ranks: (Q, 2, k) int64, float64 distances beside indices."""
+        """Answer the queries of all ranks from this shard: (Q, 2, k) int64, float64 distances beside indices."""
         rank, _ = rank_and_size(self.group)
         answers = torch.empty(sum(counts), 2, k, dtype=torch.int64, device=device)
         answers[:, 0] = torch.tensor(torch.inf, dtype=torch.float64, device="cpu").view(torch.int64)
@@ -208,7 +208,7 @@ def _turns(counts: list[int], row_bytes: int, block_bytes: int) -> Iterator[list
 
 
 def _merge(answers: Tensor, k: int) -> Neighbors:
-    """(ranks, B, 2, k) -> the k nearest of each query, by (distance, index)."""
+    """Merge the ranks' lists, (ranks, B, 2, k), to the k nearest of each query, by (distance, index)."""
     distances, indices = (part.transpose(0, 1).flatten(1) for part in answers.unbind(2))
     return Neighbors(*nearest(distances.contiguous().view(torch.float64), indices, k))
 

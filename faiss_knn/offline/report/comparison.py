@@ -34,19 +34,19 @@ def verdict(row: Mapping[str, Any], n_queries: int) -> str:
 
 
 def _named_verdict(row: Mapping[str, Any], n_queries: int) -> str:
-    """A verdict that names both runs."""
+    """Say a verdict with the names of both runs."""
     said = verdict(row, n_queries)
     return said if row["separable"] else f"{row['a']} and {row['b']}: {said}"
 
 
 def comparison_table(rows: Rows, n_queries: int) -> str:
-    """One line per setting and pair of runs, for a terminal."""
+    """Lay out one line per setting and pair of runs, for a terminal."""
     headings, *cells = _cells(rows, n_queries)
     return text_table(headings, cells)
 
 
 def _cells(rows: Rows, n_queries: int) -> list[list[str]]:
-    """The headings, and the cells of each row."""
+    """Make the headings, and the cells of each row."""
     headings = ["setting", "a", "b", "top1 a", "top1 b", "a − b", "interval", "p", "p Holm", "verdict"]
     cells = [
         [
@@ -126,7 +126,7 @@ def _sections(n_queries: int, confidence: float, rows: Rows, accuracies: Rows, b
 
 
 def _class_section(by_class: Rows) -> list[Section]:
-    """The classes in which the runs differ most, those that are separable first."""
+    """Show the classes in which the runs differ most, those that are separable first."""
     if not by_class:
         return []
     ordered = sorted(by_class, key=lambda row: (row["p_holm"], -abs(row["difference"])))
@@ -149,7 +149,7 @@ def _class_section(by_class: Rows) -> list[Section]:
 
 
 def _overlap_sections(overlaps: Rows, changed: Rows, notes: Sequence[str]) -> list[Section]:
-    """Whether the runs see the same neighbours, and where they differ most."""
+    """Say whether the runs see the same neighbours, and where they differ most."""
     title = "Do they see the same neighbours?"
     warnings = tuple(f"{note}." for note in notes)
     if not overlaps:
@@ -182,7 +182,7 @@ def _overlap_sections(overlaps: Rows, changed: Rows, notes: Sequence[str]) -> li
 
 
 def _plot(names: Sequence[str], accuracies: Rows) -> tuple[bytes, tuple[str, str]] | None:
-    """Accuracy along the runs, as PNG and as SVG for light and dark paper."""
+    """Draw accuracy along the runs, as PNG and as SVG for light and dark paper."""
     try:
         from faiss_knn.offline.report.plots import draw_runs, png, svgs
     except ImportError:

@@ -14,7 +14,7 @@ class Finding:
     """Values that are read by attribute, by name, by place, or in order."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The values by name."""
+        """Return the values by name."""
         return {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
 
     def __getitem__(self, key: str | int) -> Any:
@@ -135,13 +135,13 @@ class Findings:
     class_names: Sequence[str] | None = None
 
     def class_name(self, label: Any) -> str:
-        """What a class is called: its name if there are names, else its label."""
+        """Name a class: its name if there are names, else its label."""
         if self.class_names and isinstance(label, int) and 0 <= label < len(self.class_names):
             return str(self.class_names[label])
         return str(label)
 
     def most_novel(self, count: int) -> list[int]:
-        """The queries, or without queries the rows, that are farthest from everything known."""
+        """List the queries, or without queries the rows, that are farthest from everything known."""
         known = np.flatnonzero(np.isfinite(self.novelty))
         order = np.argsort(-self.novelty[known], kind="stable")[:count]
         return [int(i) for i in known[order]]

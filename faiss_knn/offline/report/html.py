@@ -72,7 +72,7 @@ def _row(tag: str, cells: list[str], words: int) -> str:
 
 
 def _kind(cell: str) -> str:
-    """The class of a cell of words; a sentence is wider where there is little room."""
+    """Mark a cell of words; a sentence is wider where there is little room."""
     return ' class="word prose"' if cell.count(" ") >= _SENTENCE else " class=word"
 
 

@@ -29,6 +29,6 @@ def _table(table: Table) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Markdown renders raw HTML, and a bar ends a table's cell."""
+    """Escape what Markdown would render: raw HTML, and a bar, which ends a table's cell."""
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     return " ".join(re.sub(r"([\\|`*_\[\]$])", r"\\\1", text).split())

@@ -40,7 +40,7 @@ Style = dict[str, str]
 
 
 def draw(report: Results) -> dict[str, Callable[[Style], Figure]]:
-    """The plots that a report has something for, by name."""
+    """Draw the plots that a report has something for, by name."""
     plots: dict[str, Callable[[Style], Figure]] = {}
     if len(searches(report.records)) > 1 and _cost_points(report):
         plots["cost"] = lambda style: _cost(report, style)
@@ -52,7 +52,7 @@ def draw(report: Results) -> dict[str, Callable[[Style], Figure]]:
 
 
 def draw_runs(names: Sequence[str], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Callable[[Style], Figure]:
-    """The plot of top-1 accuracy with its interval along several runs, a line for each of up to eight settings.
+    """Draw top-1 accuracy with its interval along several runs, a line for each of up to eight settings.
 
     Args:
         names: Of the runs.
@@ -63,14 +63,14 @@ def draw_runs(names: Sequence[str], lines: Mapping[str, Sequence[Mapping[str, An
 
 
 def png(plot: Callable[[Style], Figure]) -> bytes:
-    """A plot on light paper as PNG."""
+    """Render a plot on light paper as PNG."""
     out = io.BytesIO()
     plot(_LIGHT).savefig(out, format="png", dpi=160)
     return out.getvalue()
 
 
 def svgs(plot: Callable[[Style], Figure]) -> tuple[str, str]:
-    """A plot as SVG for light and for dark paper."""
+    """Render a plot as SVG for light and for dark paper."""
     drawings = []
     for style in (_LIGHT, _DARK):
         out = io.StringIO()
@@ -125,7 +125,7 @@ def _over_k(report: Results, style: Style) -> Figure:
 
 
 def _cost_points(report: Results) -> dict[str, tuple[float, float, float]]:
-    """Recall, queries per second and points of top-1 lost, of each index that can be compared in all three."""
+    """Return recall, queries per second and points of top-1 lost of each index that can be compared in all three."""
     best = headline(report)
     lost = {index_name(r): 100 * r["accuracy_loss"] for r in report.records if vote_of(r) == vote_of(best)}
     compared = at_common_k(report.records)
@@ -216,7 +216,7 @@ def _classes(report: Results, style: Style) -> Figure:
 
 
 def _written(report: Results, number: int) -> str:
-    """A class's name, or its number where no font of this machine has the letters."""
+    """Write a class's name, or its number where no font of this machine has the letters."""
     name = " ".join(report.class_name(number).split())
     if not all(ord(letter) in _fonts()[1] for letter in name):
         return f"{_NUMBERED}{report.class_ids[number] if report.class_ids else number}"
@@ -225,7 +225,7 @@ def _written(report: Results, number: int) -> str:
 
 @cache
 def _fonts() -> tuple[list[str], frozenset[int]]:
-    """The families to write names with, and the code points that one of them has."""
+    """Find the families to write names with, and the code points that one of them has."""
     here = {font.name for font in fontManager.ttflist}
     families = [name for name in _FAMILIES if name in here]
     return families, frozenset(code for name in families for code in get_font(findfont(name)).get_charmap())

@@ -50,7 +50,7 @@ class Album:
         return len(self._paths if self._arrays is None else self._arrays)
 
     def thumbnail(self, number: int) -> str | None:
-        """A row's picture as a data URI; None where it cannot be read, or the page has as many as it can bear."""
+        """Make a row's picture as a data URI; None where it cannot be read, or the page has as many as it can bear."""
         if self._left_pictures <= 0 or self._left_bytes <= 0 or not 0 <= number < len(self):
             return None
         try:
@@ -90,7 +90,7 @@ def _paths_or_arrays(source: Any) -> tuple[Sequence[str], Any]:
 
 
 def _range_of(arrays: Any) -> tuple[float, float]:
-    """The numbers that are black and white."""
+    """Find the numbers that are black and white."""
     if np.dtype(str(arrays.dtype).removeprefix("torch.")) == np.uint8:
         return 0.0, 255.0
     sample = np.asarray(arrays[:: -(-len(arrays) // _SAMPLED)], dtype=np.float64)
@@ -101,7 +101,7 @@ def _range_of(arrays: Any) -> tuple[float, float]:
 
 
 def _as_pixels(picture: np.ndarray, low: float, high: float) -> np.ndarray:
-    """(H, W) or (H, W, C) bytes."""
+    """Return (H, W) or (H, W, C) bytes."""
     if picture.ndim == 3 and picture.shape[2] not in (1, 3, 4):
         picture = np.moveaxis(picture, 0, 2)
     if picture.ndim == 3 and picture.shape[2] == 1:
