@@ -25,6 +25,11 @@ class Protocol:
         top: The n of its top-n accuracies.
         source: Where its rule is written, a file of a repository or a section of a paper.
         quirks: What to know of it, and where it differs from here.
+
+    Example:
+        >>> dino = protocols()["dino"]
+        >>> dino.k, dino.temperature, dino.weighting, dino.distance_metric
+        ((10, 20, 100, 200), 0.07, 'softmax', 'cosine')
     """
 
     k: tuple[int, ...]

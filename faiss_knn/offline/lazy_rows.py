@@ -121,6 +121,11 @@ class Subset:
     Args:
         rows: Where to read.
         ids: (M,) ascending row numbers in `rows`.
+
+    Example:
+        >>> some = Subset(np.arange(10).reshape(5, 2), np.array([1, 4]))
+        >>> some.shape, some[1:].tolist()
+        ((2, 2), [[8, 9]])
     """
 
     def __init__(self, rows: RowSource, ids: npt.NDArray[np.int64]) -> None:

@@ -76,6 +76,11 @@ class ClassJudge:
         labels: (Q, K) class ids, -1 where missing.
         truth: (Q,) class ids.
         num_classes: C.
+
+    Example:
+        >>> judge = ClassJudge(torch.tensor([[0.1, 0.2, 0.3]]), torch.tensor([[4, 2, 2]]), torch.tensor([2]), 5)
+        >>> judge.judge(3, 0.07, "uniform", {}).top1, judge.judge(1, 0.07, "uniform", {}).top1
+        (tensor([True]), tensor([False]))
     """
 
     def __init__(self, distances: Tensor, labels: Tensor, truth: Tensor, num_classes: int) -> None:

@@ -113,6 +113,12 @@ class OnlineKNN(OnlineOptions, Callback):
 
     Raises:
         ValueError: For each bad argument, naming it.
+
+    Example:
+        >>> from torchmetrics.classification import MulticlassAccuracy
+        >>> knn = OnlineKNN("knn", "embedding", "label", 4096, {"top1": MulticlassAccuracy(10)}, k=(1, 20))
+        >>> "knn_k20_top1" in knn.log_keys  # Trainer(callbacks=[knn]) logs eval/knn_k20_top1 at each validation
+        True
     """
 
     def __post_init__(self) -> None:

@@ -54,6 +54,11 @@ class OnlineQueue(Callback):
 
     Raises:
         ValueError: If `queue_length` is not positive.
+
+    Example:
+        >>> queue = OnlineQueue("embedding", queue_length=1000, dim=64)
+        >>> queue.key, queue.queue_length, queue.data is None  # outside of a validation
+        ('embedding', 1000, True)
     """
 
     def __init__(

@@ -203,7 +203,17 @@ class RingBuffer:
 
 
 class QueueStorage:
-    """The rows of one key in one trainer, and what was read of them for the validation run under way."""
+    """The rows of one key in one trainer, and what was read of them for the validation run under way.
+
+    Args:
+        ring: The rows.
+
+    Example:
+        >>> stored = QueueStorage(RingBuffer(2))
+        >>> stored.ring.append(torch.tensor([1, 2, 3]))
+        >>> stored.snapshot(length=2, gathered=True)
+        tensor([2, 3])
+    """
 
     def __init__(self, ring: RingBuffer) -> None:
         self.ring = ring

@@ -106,6 +106,14 @@ class UniqueSamples:
 
     Padding ends a rank's rows, so the last batch is held back until `finish`, where the ranks compare what they
     counted; nothing else travels, and no batch waits for another rank.
+
+    Example:
+        >>> samples, counted = UniqueSamples(), []
+        >>> samples.add(torch.tensor([4, 5]), lambda new: counted.append(new.tolist()))
+        >>> samples.add(torch.tensor([5, 6]), lambda new: counted.append(new.tolist()))
+        >>> samples.finish()
+        >>> counted
+        [[True, True], [False, True]]
     """
 
     def __init__(self) -> None:

@@ -115,6 +115,13 @@ class Findings:
         neighbors: Rows next to some of the findings, by ("row" or "query", number).
         labels: Labels as given by ("row" or "query", number), of what findings and neighbours name.
         class_names: Names by class id, or None.
+
+    Example:
+        >>> from faiss_knn import audit
+        >>> rows = np.random.default_rng(0).standard_normal((60, 8))
+        >>> found = audit(np.concatenate([rows, rows[:1]]), progress=False)
+        >>> found.duplicates, found.facts["rows"]
+        ([[0, 60]], 61)
     """
 
     duplicates: list[list[int]]

@@ -30,6 +30,13 @@ class EvalReport(Results):
             any vote; for multi-hot labels the class of highest score), `correct` (bool, whether that is the query's
             class, or one of them), `score` (float32, the prediction's share of the neighbours' weight), `row` (int64,
             the query's row as it was given) and `label` (int32 class number, not for multi-hot labels).
+
+    Example:
+        >>> from faiss_knn import evaluate
+        >>> import torch
+        >>> report = evaluate(torch.eye(3), [0, 1, 2], torch.eye(3), [0, 1, 1], k=1, progress=False)
+        >>> round(report.best()["top1"], 3), report.warnings[0][:25]
+        (0.667, '3 queries are in the bank')
     """
 
     @classmethod

@@ -99,6 +99,15 @@ class ProductBounds:
         passed_over: Numbers of rows that get the lowest score, so that a scan passes them over.
         basis: (d, m) float32 orthonormal directions to project to; None: all d coordinates as they are.
         room: Bytes that the copy may take; rows beyond it are written anew for every scan. None: all it needs.
+
+    Example:
+        >>> from faiss_knn.search.distance import get_distance
+        >>> rows = StoredRows(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+        >>> bounds = ProductBounds(rows, get_distance("euclidean"), torch.float32)
+        >>> prepared = bounds.prepare(torch.zeros(1, 2))
+        >>> least = bounds.least_score(prepared, torch.tensor([1.0]))  # of all rows within a distance of 1
+        >>> (bounds.scores(prepared, 0, 2) >= least).flatten().tolist()
+        [True, False]
     """
 
     _half_square_of_far = _FAR_HALF_SQUARE
@@ -295,6 +304,15 @@ class InnerProductBounds(ProductBounds):
     """Bounds of minus the inner product: the scores are products, and rows that are too large for them score highest.
 
     Queries are scaled by powers of two of their own, so that none is out of reach for its size.
+
+    Example:
+        >>> from faiss_knn.search.distance import get_distance
+        >>> rows = StoredRows(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> bounds = InnerProductBounds(rows, get_distance("dot"), torch.float32)
+        >>> prepared = bounds.prepare(torch.tensor([[2.0, 0.0]]))
+        >>> least = bounds.least_score(prepared, torch.tensor([-1.0]))  # of all rows whose product is 1 or more
+        >>> (bounds.scores(prepared, 0, 2) >= least).flatten().tolist()
+        [True, False]
     """
 
     _half_square_of_far = -_FAR_HALF_SQUARE
@@ -337,7 +355,14 @@ class InnerProductBounds(ProductBounds):
 
 
 class DifferenceBounds:
-    """Scores for the manhattan distance: the negative distance itself, in float32 (float64 for a float64 bank)."""
+    """Scores for the manhattan distance: the negative distance itself, in float32 (float64 for a float64 bank).
+
+    Example:
+        >>> rows = StoredRows(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+        >>> bounds = DifferenceBounds(rows)
+        >>> bounds.scores(bounds.prepare(torch.zeros(1, 2)), 0, 2).flatten().tolist()
+        [-0.0, -7.0]
+    """
 
     bytes = 0
 

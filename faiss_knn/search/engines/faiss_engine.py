@@ -35,6 +35,12 @@ class FaissEngine:
 
     Raises:
         ValueError: If the spec is not valid, the bank too small for it, or nprobe out of range.
+
+    Example:
+        >>> from faiss_knn.search.distance import get_distance
+        >>> engine = FaissEngine(StoredRows(torch.eye(4)), get_distance("euclidean"), "Flat")
+        >>> engine.search(torch.eye(4)[2:], k=1)[1].flatten().tolist()
+        [2, 3]
     """
 
     exact = False

@@ -52,6 +52,13 @@ class FastEngine:
         previous: What was chosen for an earlier bank: kept if it still meets the target.
         known_queries: (n, d) queries of an earlier bank to measure on; None: rows of the bank.
         stands_for: How many rows to choose for, where the bank is a sample of them.
+
+    Example:
+        >>> from faiss_knn.search.distance import get_distance
+        >>> bank = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
+        >>> engine = FastEngine(StoredRows(bank), get_distance("euclidean"), k=5, target=0.99)
+        >>> engine.recall >= 0.99, engine.search(bank[:2], k=1)[1].flatten().tolist()
+        (True, [0, 1])
     """
 
     exact = False

@@ -30,6 +30,12 @@ class RecallSample(NamedTuple):
         queries: (n, d) rows of the bank, or queries that were asked.
         excluded: (n, t) int64 rows that do not count: the query itself and its near-twins; negative for none.
         neighbors: (n, k) int64 exact neighbours among the other rows, -1 where there are fewer.
+
+    Example:
+        >>> sample = RecallSample(torch.zeros(1, 2), torch.tensor([[7]]), torch.tensor([[3, 5]]))
+        >>> found = sample.counted(torch.tensor([[7, 3, 4]]), k=2)
+        >>> found.tolist(), sample.recall(found)[0]
+        ([[3, 4]], 0.5)
     """
 
     queries: Tensor
