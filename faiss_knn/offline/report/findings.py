@@ -117,6 +117,7 @@ class Findings:
         class_names: Names by class id, or None.
 
     Example:
+        >>> import numpy as np
         >>> from faiss_knn import audit
         >>> rows = np.random.default_rng(0).standard_normal((60, 8))
         >>> found = audit(np.concatenate([rows, rows[:1]]), progress=False)
