@@ -8,11 +8,11 @@ import numpy.typing as npt
 import torch
 
 from faiss_knn.measures.components import groups_of
-from faiss_knn.measures.confusion import confused_pairs
 from faiss_knn.measures.hubness import hubness
 from faiss_knn.measures.label_errors import LabelNoise, NeighborVote, neighbor_vote, one_vote_a_group
 from faiss_knn.offline.audit_inputs import AuditInputs
 from faiss_knn.offline.audit_search import AuditLists
+from faiss_knn.offline.confusions import confusions_between
 from faiss_knn.offline.lazy_rows import Subset, read_rows, spans
 from faiss_knn.offline.report.audit_report import AuditReport
 from faiss_knn.offline.report.findings import Confusion, LabelSuspect, Leak
@@ -26,7 +26,6 @@ _TEMPERATURE, _WEIGHTING = 0.07, "inverse"  # of the queries' vote, as evaluate'
 _DOUBTED = 0.5  # probability from which on a label is a suspect
 _SHOWN = 24  # findings of each kind whose neighbours are kept, for pictures
 _NEXT = 8  # neighbours of these
-_EXAMPLES = 8  # rows of a confused pair
 _COMPARED = 4096  # rows at once
 
 
@@ -182,28 +181,7 @@ def confusions_of(
     labels, answers, ids = inputs.labels_of(found.rows.rows), vote.first, inputs.task.bank.ids[found.rows.rows]
     if predictions is not None and inputs.query_labels is not None:
         labels, answers, ids = inputs.query_labels, predictions, inputs.task.queries.ids
-    pairs = confused_pairs(labels, answers, len(inputs.classes))
-    examples = _examples(labels, answers, ids, len(inputs.classes))
-    return [
-        Confusion(
-            inputs.class_of(label), inputs.class_of(answer), int(count), float(share),
-            examples[int(label) * len(inputs.classes) + int(answer)],
-        )
-        for label, answer, count, share in zip(*pairs, strict=True)
-    ]  # fmt: skip
-
-
-def _examples(labels: Ids, answers: Ids, ids: Ids, classes: int) -> dict[int, tuple[int, ...]]:
-    """The first rows of each confused pair."""
-    wrong = np.flatnonzero((labels != answers) & (labels >= 0) & (answers >= 0))
-    keys = labels[wrong] * classes + answers[wrong]
-    order = np.argsort(keys, kind="stable")
-    unique, starts = np.unique(keys[order], return_index=True)
-    ends = np.append(starts, len(order))[1:]
-    return {
-        int(key): tuple(int(i) for i in ids[wrong[order[a : min(b, a + _EXAMPLES)]]])
-        for key, a, b in zip(unique, starts, ends, strict=True)
-    }
+    return confusions_between(labels, answers, ids, len(inputs.classes), inputs.class_of)
 
 
 def facts_of(inputs: AuditInputs, found: AuditLists, groups: Ids, distance_metric: str) -> dict[str, Any]:

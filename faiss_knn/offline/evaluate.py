@@ -11,6 +11,7 @@ from torch import Tensor
 
 from faiss_knn.offline.copies import Copies, count_copies
 from faiss_knn.offline.metric_names import make_metrics
+from faiss_knn.offline.mistakes import mistakes_of
 from faiss_knn.offline.options import EvalOptions, VoteOptions, several, vote_settings
 from faiss_knn.offline.outcomes import (
     bank_fingerprint,
@@ -30,6 +31,7 @@ from faiss_knn.offline.record import (
     surroundings,
     top1_by_query,
 )
+from faiss_knn.offline.report.findings import Mistakes
 from faiss_knn.offline.report.report import EvalReport
 from faiss_knn.offline.report.results import Outcome, Record, record_key
 from faiss_knn.offline.scores import make_judge
@@ -240,6 +242,8 @@ def evaluate_with(
             report.per_class[key] = class_scores
             if outcome is not None:
                 report.outcomes[key] = outcome
+                if "label" in outcome and _shows_more(record, report.mistakes):
+                    report.mistakes = mistakes_of(first, record, outcome, results[0].indices)
                 if on_outcome is not None and key not in earlier:
                     on_outcome(key, outcome)
             if on_record is not None and key not in earlier:
@@ -247,6 +251,11 @@ def evaluate_with(
         if options.keep_neighbors:
             report.neighbors[variant.name] = _with_given_ids(first, results[0])
     return report
+
+
+def _shows_more(record: Record, mistakes: Mistakes | None) -> bool:
+    """Tell whether a record's mistakes say more: those of exact neighbours do, of more of them (one is always sure)."""
+    return mistakes is None or (record["exact"], record["k"], record["top1"]) > mistakes.rank
 
 
 class _Evaluation:

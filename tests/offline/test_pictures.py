@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from faiss_knn import audit
+from faiss_knn import audit, evaluate
 from faiss_knn.offline.cli import main
 from faiss_knn.offline.report import thumbnails
+from faiss_knn.offline.report.results import record_key
 from faiss_knn.offline.report.thumbnails import Album
 from tests.measures.lists import digits
 
@@ -153,3 +154,134 @@ def test_the_command_takes_an_array_or_paths(tmp_path, capsys):
     ]
     assert main(command) == 1
     assert "2 pictures for the 204 rows of" in capsys.readouterr().err
+
+
+MORE, MORE_LABELS = (part[200:320] for part in digits())
+MORE = MORE.astype(np.float32)
+PIXELS, MORE_PIXELS = FAULTY.reshape(-1, 8, 8), MORE.reshape(-1, 8, 8)
+
+
+def strips(page):
+    """The pictures of each strip, first those of the row that it is of."""
+    return [re.findall(r'<img src="([^"]*)"', strip) for strip in page.split('<div class="strip">')[1:]]
+
+
+def nearest(rows, of, count):
+    cosines = (of / np.linalg.norm(of)) @ (rows / np.linalg.norm(rows, axis=1)[:, None]).T
+    return np.argsort(1 - cosines.astype(np.float64), kind="stable")[:count]
+
+
+def test_an_evaluation_shows_the_surest_wrong_answers_before_their_neighbours(tmp_path):
+    evaluated = evaluate(FAULTY, WRONG, MORE, MORE_LABELS, k=(1, 5), class_names=[f"<script>{i}" for i in range(10)])
+    evaluated.save(tmp_path, images=PIXELS, query_images=MORE_PIXELS, query_names=[f"<i>{i}" for i in range(120)])
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page
+    assert "<i>" not in page
+    outcome = evaluated.outcomes[record_key(evaluated.best("k"))]
+    wrong = [i for i in range(120) if outcome["prediction"][i] != MORE_LABELS[i]]
+    surest = sorted(wrong, key=lambda i: -outcome["score"][i])[:12]
+    assert f"{len(wrong)} queries of 120 taken for another class, with k = 5" in page
+    seen = strips(page)
+    looks, bank = Album(MORE_PIXELS), Album(PIXELS)
+    for query, shown in zip(surest, seen, strict=False):
+        rows = nearest(FAULTY.astype(np.float64), MORE[query].astype(np.float64), 5)
+        assert shown == [looks.thumbnail(query), *map(bank.thumbnail, rows)]
+        assert f"&lt;i&gt;{query} · &lt;script&gt;{MORE_LABELS[query]}" in page
+    pairs = {(MORE_LABELS[i], outcome["prediction"][i]) for i in wrong}
+    assert len(seen) == len(surest) + min(12, len(pairs))
+    for label, taken in pairs:
+        assert f"&lt;script&gt;{label} taken for &lt;script&gt;{taken}" in page
+
+
+def test_pictures_stay_when_the_folder_grows_and_go_when_it_is_overwritten(tmp_path):
+    arguments = FAULTY, WRONG, MORE, MORE_LABELS
+    evaluate(*arguments, k=5).save(tmp_path, images=PIXELS, query_images=MORE_PIXELS)
+    with_pictures = strips((tmp_path / "report.html").read_text())
+    evaluate(*arguments, k=3, index="IVF4,Flat").save(tmp_path)
+    assert strips((tmp_path / "report.html").read_text()) == with_pictures
+    evaluate(*arguments, k=5).save(tmp_path, overwrite=True)
+    page = (tmp_path / "report.html").read_text()
+    assert (strips(page), page.count("<h2>The surest wrong answers")) == ([], 1)
+    (tmp_path / "gallery.jsonl").write_text("no gallery")
+    with pytest.raises(ValueError, match=r"gallery\.jsonl: cannot be read"):
+        evaluate(*arguments, k=5).save(tmp_path)
+
+
+def test_rows_are_shown_by_the_numbers_that_they_were_given_with(tmp_path):
+    labels, rows = np.insert(WRONG, 0, -1), np.insert(FAULTY, 0, np.nan, axis=0)
+    rows[0], rows[1] = 1, 0  # the first has no label, the second cannot be compared
+    labels[1] = 3
+    evaluated = evaluate(rows, labels, k=5, leave_one_out=True, skip_bad_rows=True)
+    with pytest.raises(ValueError, match="`images` must have one entry per row, 205, got 204"):
+        evaluated.save(tmp_path, images=PIXELS)
+    evaluated.save(tmp_path, names=[f"n{i}" for i in range(205)])
+    page = (tmp_path / "report.html").read_text()
+    outcome = next(iter(evaluated.outcomes.values()))
+    wrong = [i for i in range(len(outcome["row"])) if not outcome["correct"][i]]
+    first = int(outcome["row"][sorted(wrong, key=lambda i: -outcome["score"][i])[0]])
+    assert re.search(r"<td class=word>(n\d+)</td>", page).group(1) == f"n{first}"
+    for query, near in zip(evaluated.mistakes.surest, evaluated.mistakes.near, strict=False):
+        assert not {row for row, _ in near} & {0, 1, query.row}
+        assert [label for _, label in near] == labels[[row for row, _ in near]].tolist()
+
+
+def test_where_single_queries_are_not_known_none_is_shown(tmp_path):
+    few = evaluate(ROWS, LABELS, MORE, MORE_LABELS, k=1, per_class=2, tries=2)
+    with pytest.warns(UserWarning, match="no query is shown by its name or picture"):
+        few.save(tmp_path, images=ROWS.reshape(-1, 8, 8))
+    assert "<h2>The surest wrong" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_thousand_confused_classes_stay_a_page_of_an_evaluation(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 1000, 3000)
+    rows, pixels = rng.standard_normal((3000, 8)), rng.integers(0, 256, (3000, 32, 32, 3)).astype(np.uint8)
+    evaluate(rows, labels, leave_one_out=True, k=20).save(tmp_path, images=pixels)
+    page = (tmp_path / "report.html").read_text()
+    assert 100 < page.count("<img") < 250
+    assert len((tmp_path / "report.md").read_text().splitlines()) < 200
+
+
+def test_eval_takes_pictures_of_both_sides(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    for i, row in enumerate(MORE_PIXELS):
+        Image.fromarray((15 * row).astype(np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    (tmp_path / "paths.txt").write_text("".join(f"pictures/{i}.png\n" for i in range(120)))
+    np.savez(tmp_path / "bank.npz", features=FAULTY, labels=WRONG, images=PIXELS)
+    np.savez(tmp_path / "both.npz", features=MORE, labels=MORE_LABELS, images=MORE_PIXELS)
+    np.savez(tmp_path / "plain.npz", features=MORE, labels=MORE_LABELS)
+    start = ["eval", str(tmp_path / "bank.npz"), "--k", "5", "--images=images"]
+    counts = {}
+    for name, more in {
+        "key": ["both.npz"],
+        "bank": ["plain.npz"],
+        "file": ["plain.npz", "--query-images", "paths.txt"],
+        "own": ["--leave-one-out"],
+    }.items():
+        files = [str(tmp_path / word) if "." in word else word for word in more]
+        command = [*start[:2], *files, *start[2:], "--out", str(tmp_path / name)]
+        assert main(command) == 0
+        counts[name] = [len(strip) for strip in strips((tmp_path / name / "report.html").read_text())]
+    assert counts["key"] == counts["file"]
+    assert counts["key"][0] == counts["own"][0] == 6
+    assert counts["bank"][0] == 5
+    assert (tmp_path / "key" / "gallery.jsonl").exists()
+    files = [str(tmp_path / name) for name in ("bank.npz", "plain.npz", "few")]
+    assert main(["eval", *files[:2], "--per-class", "2", "--images", "images", "--out", files[2]]) == 0
+    assert "no query is shown by its name or picture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "images", "--out", "x"], "--images are of the rows of BANK"),
+        (["a.npz", "b.npz", "--images", "images"], "--images needs --out, where they are shown"),
+        (["a.npz", "--leave-one-out", "--query-images", "images", "--out", "x"], "--query-images needs QUERIES"),
+        (["a.npz", "b.npz", "--explain", "0.5", "--names", "n", "--out", "x"], "--names does not go with --explain"),
+        (["a.npz", "b.npz", "--relevance", "r", "--images", "n"], "--images does not go with --relevance"),
+    ],
+)
+def test_looks_go_with_what_shows_them(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        main(["eval", *arguments])
+    assert message in capsys.readouterr().err

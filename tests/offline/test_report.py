@@ -118,7 +118,7 @@ def test_names_are_escaped(folder):
 
 def test_markdown_tables_are_whole(folder):
     blocks = re.findall(r"(?:^\|.*\|\n)+", (folder / "report.md").read_text(), re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     for block in blocks:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from faiss_knn.offline.commands.arguments import count, device_named, distance, positive, whole
+from faiss_knn.offline.commands.arguments import count, device_named, distance, location, positive, whole
+from faiss_knn.offline.commands.looks import add_looks, check_looks, read_looks
 
 if TYPE_CHECKING:
     from faiss_knn.offline.features import Features
@@ -32,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(group: Any) -> None:
-    group.add_argument("bank", type=Path, metavar="FEATURES", help="features that are audited")
-    group.add_argument("queries", nargs="?", type=Path, metavar="QUERIES", help="features that are sought in them")
-    group.add_argument("--labels", type=Path, metavar="FILE", help="the labels of FEATURES, if not in it")
-    group.add_argument("--query-labels", type=Path, metavar="FILE", help="the queries' labels, if not in QUERIES")
+    group.add_argument("bank", type=location, metavar="FEATURES", help="features that are audited")
+    group.add_argument("queries", nargs="?", type=location, metavar="QUERIES", help="features that are sought in them")
+    group.add_argument("--labels", type=location, metavar="FILE", help="the labels of FEATURES, if not in it")
+    group.add_argument("--query-labels", type=location, metavar="FILE", help="the queries' labels, if not in QUERIES")
     group.add_argument("--features-key", metavar="NAME", help="array or column of the features")
     group.add_argument("--labels-key", metavar="NAME", help="array or column that holds the labels")
     group.add_argument("--class-names", type=Path, metavar="FILE", help="class names, one a line or JSON")
@@ -44,12 +45,7 @@ def _add_data(group: Any) -> None:
         "--outlier-labels", metavar="KEY",
         help="array or column of QUERIES, or a file, that is 1 for known outliers and else 0",
     )  # fmt: skip
-    group.add_argument("--names", type=Path, metavar="FILE", help="what to call the rows of FEATURES, one a line")
-    for option, whose in (("--images", "of FEATURES"), ("--query-images", "of the queries")):
-        group.add_argument(
-            option, metavar="FILE", help=f"pictures {whose}: a file or column of paths, or an array (N, H, W[, C])"
-        )
-    group.add_argument("--query-names", type=Path, metavar="FILE", help="what to call the queries, one a line")
+    add_looks(group, "FEATURES")
 
 
 def _add_search(group: Any) -> None:
@@ -77,14 +73,9 @@ def _add_output(group: Any) -> None:
 
 def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """End the program where the arguments do not go together."""
-    if given.queries is None:
-        for name in ("query_labels", "query_names", "query_images"):
-            if getattr(given, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} needs QUERIES")
-    if given.out is None:
-        for name in ("names", "query_names", "images", "query_images"):
-            if getattr(given, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} needs --out, where they are shown")
+    if given.queries is None and given.query_labels is not None:
+        parser.error("--query-labels needs QUERIES")
+    check_looks(parser, given)
 
 
 def run(given: argparse.Namespace, *, first: bool) -> int:
@@ -96,8 +87,7 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
     with all_or_none():
         bank, queries = _read(given)
         outliers = _outliers(given)
-        names, query_names = _names(given, "names", bank), _names(given, "query_names", queries)
-        albums = _album(given.images, given.bank, bank), _album(given.query_images, given.queries, queries)
+        looks = read_looks(given, len(bank.rows), None if queries is None else len(queries.rows))
         class_names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
     report = audit(
         bank.rows,
@@ -122,7 +112,7 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
         print(f"faiss-knn: warning: {note}", file=sys.stderr)
     print(report.summary())
     if given.out is not None:
-        report.save(given.out, names=names, query_names=query_names, images=albums[0], query_images=albums[1])
+        report.save(given.out, **looks)
         print(f"\nwritten to {given.out}: audit.html")
     return 0
 
@@ -147,26 +137,3 @@ def _outliers(given: argparse.Namespace) -> Any:
     if own.is_file():
         return read_labels(own)
     return read_labels(given.bank if given.queries is None else given.queries, key=given.outlier_labels)
-
-
-def _names(given: argparse.Namespace, option: str, features: "Features | None") -> list[str] | None:
-    """Names of rows, one a line or a JSON list."""
-    from faiss_knn.offline.features import read_class_names
-    from faiss_knn.offline.formats import DataError
-
-    path = getattr(given, option)
-    if path is None or features is None:
-        return None
-    names = read_class_names(path)
-    if len(names) != len(features.rows):
-        raise DataError(f"{path}: {len(names)} names for the {len(features.rows)} rows of {features.source}")
-    return names
-
-
-def _album(source: str | None, path: Path | None, features: "Features | None") -> Any:
-    """The pictures of one side, if they are asked for."""
-    from faiss_knn.offline.images import read_album
-
-    if source is None or path is None or features is None:
-        return None
-    return read_album(source, path, len(features.rows))

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faiss_knn.offline.commands.arguments import device_named
+from faiss_knn.offline.commands.looks import read_looks
 
 if TYPE_CHECKING:
     from faiss_knn.offline.features import Features
     from faiss_knn.offline.folders import Role
     from faiss_knn.offline.options import EvalOptions
-    from faiss_knn.offline.report.report import EvalReport, Record
+    from faiss_knn.offline.report.report import EvalReport, Ledger, Record
     from faiss_knn.offline.task import Limits
 
 # torch and the readers are imported when there is something to evaluate, so that --help and bad usage answer at once.
@@ -36,6 +37,7 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
         bank, queries = _read(given)
         limits = _limits(given)
         names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
+        looks = read_looks(given, len(bank.rows), None if queries is None else len(queries.rows))
         if given.out is not None and not given.dry_run and first:
             ledger = Ledger(given.out, given.resume, overwrite=given.overwrite)
     if given.dry_run:
@@ -59,9 +61,9 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
         on_outcome=None if ledger is None else ledger.add_outcome,
     )
     if ledger is not None:
-        report.save(given.out)
+        report.save(given.out, **({} if report.mistakes is None else looks))
     if first:
-        _show(report, given.out, [] if ledger is None or ledger.warning is None else [ledger.warning])
+        _show(report, given.out, _notes(report, ledger, looks))
     return 0
 
 
@@ -251,6 +253,14 @@ def _dry_run(given: argparse.Namespace, bank: "Features", queries: "Features | N
         ignore_index=given.ignore_index,
     )
     return estimate(task, max(*_vote_settings(given)["k"], given.depth or 1), given.index)
+
+
+def _notes(report: "EvalReport", ledger: "Ledger | None", looks: dict[str, Any]) -> list[str]:
+    """What --out lacks, in words."""
+    from faiss_knn.offline.report.mistakes_page import NOTHING_SHOWN
+
+    notes = [] if ledger is None or ledger.warning is None else [ledger.warning]
+    return notes if not looks or report.mistakes is not None else [*notes, NOTHING_SHOWN]
 
 
 def _sizes(record: "Record") -> str:

@@ -17,6 +17,7 @@ from faiss_knn.offline.commands.arguments import (
     temperature,
     whole,
 )
+from faiss_knn.offline.commands.looks import LOOKS, add_looks, check_looks
 from faiss_knn.protocol import protocols
 
 EPILOG = """\
@@ -59,6 +60,7 @@ def _add_data(group: Any) -> None:
         help="leave out and count rows that are not finite, or zero under cosine, instead of refusing them",
     )  # fmt: skip
     group.add_argument("--num-classes", type=positive, metavar="C", help="default: what the labels need")
+    add_looks(group, "BANK")
     group.add_argument(
         "--leave-one-out", action=argparse.BooleanOptionalAction, default=False,
         help="BANK alone: its rows are the queries, none is its own neighbour",
@@ -224,6 +226,9 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
         for name in ("sweep", "nprobe"):
             if getattr(given, name):
                 parser.error(f"--{name} is for other indexes than flat: name one with --index, such as ivf")
+    check_looks(parser, given)
+    if given.bank is None and given.images is not None:
+        parser.error("--images are of the rows of BANK: name the file")
     if given.resume and given.overwrite:
         parser.error("--resume goes on with what --out has, --overwrite forgets it: leave out one of them")
     for name in ("resume", "overwrite", "save_neighbors"):
@@ -238,7 +243,7 @@ def _check_relevance(parser: argparse.ArgumentParser, given: argparse.Namespace)
     names = ("temperature", "weighting", "protocol", "center", "pca", "whiten", "dims", "storage", "metric", "sweep",
              "nprobe", "target_recall", "groups", "own_rows", "ignored_rows", "per_class", "latency", "storage_dtype",
              "labels", "query_labels", "labels_key", "class_names", "ignore_index", "num_classes", "skip_bad_rows",
-             "resume", "overwrite", "save_neighbors", "dry_run")  # fmt: skip
+             "resume", "overwrite", "save_neighbors", "dry_run", *LOOKS)  # fmt: skip
     for name in names:
         if getattr(given, name):
             parser.error(f"--{name.replace('_', '-')} does not go with --relevance, which ranks without a vote")
@@ -250,7 +255,7 @@ def _check_explain(parser: argparse.ArgumentParser, given: argparse.Namespace) -
     """Settings of a vote are what is looked for; nothing else is tried."""
     names = ("metric", "depth", "storage_dtype", "pca", "whiten", "dims", "storage", "groups", "own_rows",
              "ignored_rows", "relevance", "per_class", "nprobe", "target_recall", "sweep", "latency", "resume",
-             "overwrite", "save_neighbors", "dry_run")  # fmt: skip
+             "overwrite", "save_neighbors", "dry_run", *LOOKS)  # fmt: skip
     for name in names:
         if getattr(given, name):
             parser.error(

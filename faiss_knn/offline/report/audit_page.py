@@ -1,61 +1,14 @@
 """An audit as sections of a page: what was found of each kind, with the rows themselves beside it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
-from faiss_knn.offline.report.audit_text import counted, summary_of, warnings_of
-from faiss_knn.offline.report.content import Section, Strip, Table, Tile
-from faiss_knn.offline.report.findings import Confusion, Findings
-from faiss_knn.offline.report.tables import percent
-from faiss_knn.offline.report.thumbnails import Album
+from faiss_knn.offline.report.audit_text import summary_of, warnings_of
+from faiss_knn.offline.report.content import Section, Strip, Table
+from faiss_knn.offline.report.findings import Findings
+from faiss_knn.offline.report.shown_rows import MEMBERS, STRIPS, Rows, confused_section
+from faiss_knn.offline.report.tables import counted, percent
 
-_STRIPS = 12  # of a section
-_MEMBERS = 9  # rows of a strip
 _ROWS = 200  # of a table; the files have all
-
-Names = Sequence[str] | None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How rows of the bank and queries are shown.
-
-    Attributes:
-        report: What knows their labels and neighbours.
-        names: By ("row" or "query"), or None.
-        albums: Their pictures, or None.
-    """
-
-    report: Findings
-    names: dict[str, Names]
-    albums: dict[str, Album | None]
-
-    @property
-    def has_pictures(self) -> bool:
-        """Whether there are any."""
-        return any(album is not None for album in self.albums.values())
-
-    def name(self, side: str, number: int) -> str:
-        """What a row is called: by its name, or else its number."""
-        names = self.names[side]
-        return f"{side} {number}" if names is None else str(names[number])
-
-    def tile(self, side: str, number: int, *, is_first: bool = False) -> Tile:
-        """A row with its label and picture."""
-        label = self.report.labels.get((side, number))
-        caption = self.name(side, number) + ("" if label is None else f" · {self.report.class_name(label)}")
-        album = self.albums[side]
-        return Tile(caption, None if album is None else album.thumbnail(number), is_first)
-
-    def beside(self, title: str, side: str, number: int) -> Strip:
-        """A row before its neighbours."""
-        near = self.report.neighbors.get((side, number), [])
-        tiles = (self.tile("row", row) for row in near[: _MEMBERS - 1])
-        return Strip(title, (self.tile(side, number, is_first=True), *tiles))
-
-    def strips(self, findings: Iterable[Strip]) -> tuple[Strip, ...]:
-        """Strips where there are pictures; without, the table says the same."""
-        return tuple(findings) if self.has_pictures else ()
 
 
 def audit_title(report: Findings) -> str:
@@ -69,11 +22,7 @@ def audit_sections(report: Findings, rows: Rows) -> list[Section]:
         _duplicates, _leaks, _suspects, _confusions, _novelty, _hubs, _sets,
     ]  # fmt: skip
     sections = [_summary(report), *(section for make in makers if (section := make(report, rows)) is not None)]
-    broken = sum(len(album.broken) for album in rows.albums.values() if album is not None)
-    if broken:
-        note = f"{counted(broken, 'picture')} could not be read."
-        sections[0] = Section(sections[0].title, (*sections[0].text, note), sections[0].warnings)
-    return sections
+    return rows.with_broken(sections)
 
 
 def _summary(report: Findings) -> Section:
@@ -94,8 +43,8 @@ def _duplicates(report: Findings, rows: Rows) -> Section | None:
         for group in report.duplicates[:_ROWS]
     ]
     strips = rows.strips(
-        Strip(f"{counted(len(group), 'row')}", tuple(rows.tile("row", row) for row in group[:_MEMBERS]))
-        for group in report.duplicates[:_STRIPS]
+        Strip(f"{counted(len(group), 'row')}", tuple(rows.tile("row", row) for row in group[:MEMBERS]))
+        for group in report.duplicates[:STRIPS]
     )
     return Section("Near-duplicates", text, (), Table(["rows", "how many", "labels"], cells), None, strips)
 
@@ -131,7 +80,7 @@ def _leaks(report: Findings, rows: Rows) -> Section | None:
             "equal" if leak.exact else f"{leak.distance:.3g} apart",
             (rows.tile("query", leak.query, is_first=True), rows.tile("row", leak.row)),
         )
-        for leak in report.leaks[-_STRIPS:][::-1]
+        for leak in report.leaks[-STRIPS:][::-1]
     )
     table = Table(["query", "row", "distance", "equal"], cells, 2)
     return Section("Queries that are in the bank", tuple(text), (), table, None, strips)
@@ -159,33 +108,16 @@ def _suspects(report: Findings, rows: Rows) -> Section | None:
             f"{percent(one.confidence)} %",
             "row", one.row,
         )
-        for one in report.label_suspects[:_STRIPS]
+        for one in report.label_suspects[:STRIPS]
     )  # fmt: skip
     table = Table(["row", "label", "suggested", "wrong with %", "of the votes %"], cells, 3)
     return Section("Labels that may be wrong", text, (), table, None, strips)
 
 
 def _confusions(report: Findings, rows: Rows) -> Section | None:
-    if not report.confusions:
-        return None
     side = report.facts["confused_side"]
-    whose = "queries" if side == "query" else "rows, each by its own neighbours"
-    pairs = len(report.confusions)
-    shown = f"the {_ROWS} most frequent of {pairs:,} pairs" if pairs > _ROWS else counted(pairs, "pair")
-    text = (f"Classes that are taken for another, of the {whose}: {shown}.",)
-    cells = [
-        [report.class_name(pair.label), report.class_name(pair.predicted), f"{pair.count:,}", percent(pair.share)]
-        for pair in report.confusions[:_ROWS]
-    ]
-    strips = rows.strips(_confused(rows, side, pair) for pair in report.confusions[:_STRIPS])
-    table = Table(["class", "taken for", "how often", "of the class %"], cells, 2)
-    return Section("Classes that are confused", text, (), table, None, strips)
-
-
-def _confused(rows: Rows, side: str, pair: Confusion) -> Strip:
-    names = rows.report.class_name
-    title = f"{names(pair.label)} taken for {names(pair.predicted)}: {pair.count:,} times"
-    return Strip(title, tuple(rows.tile(side, row, is_first=True) for row in pair.rows[:_MEMBERS]))
+    whose = "of the queries" if side == "query" else "of the rows, each by its own neighbours"
+    return confused_section(report.confusions[:_ROWS], len(report.confusions), rows, side, whose)
 
 
 def _novelty(report: Findings, rows: Rows) -> Section | None:
@@ -200,7 +132,7 @@ def _novelty(report: Findings, rows: Rows) -> Section | None:
             f"Known outliers are told by it with AUROC {auroc:.4f}; where 95 % of the others pass, {passed} % do."
         )
     cells = [[rows.name(side, one), f"{report.novelty[one]:.4g}"] for one in novel]
-    strips = rows.strips(rows.beside(f"{report.novelty[one]:.4g}", side, one) for one in novel[:_STRIPS])
+    strips = rows.strips(rows.beside(f"{report.novelty[one]:.4g}", side, one) for one in novel[:STRIPS])
     return Section("Farthest from everything known", tuple(text), (), Table([side, "novelty"], cells), None, strips)
 
 
@@ -215,7 +147,7 @@ def _hubs(report: Findings, rows: Rows) -> Section | None:
     counts = list(zip(hubs["hubs"], hubs["hub_counts"], strict=True))
     cells = [[rows.name("row", row), f"{count:,}"] for row, count in counts]
     strips = rows.strips(
-        [Strip("the rows that are in the most lists", tuple(rows.tile("row", row) for row, _ in counts[:_MEMBERS]))]
+        [Strip("the rows that are in the most lists", tuple(rows.tile("row", row) for row, _ in counts[:MEMBERS]))]
     )
     return Section("Hubs", text, (), Table(["row", "lists"], cells), None, strips)
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faiss_knn.offline.report.audit_page import Rows, audit_sections, audit_title
+from faiss_knn.offline.report.audit_page import audit_sections, audit_title
 from faiss_knn.offline.report.audit_text import lines_of, summary_of, warnings_of
 from faiss_knn.offline.report.findings import Findings
 from faiss_knn.offline.report.html import page
 from faiss_knn.offline.report.ledger import write
 from faiss_knn.offline.report.markdown import markdown
+from faiss_knn.offline.report.shown_rows import Rows, looks_of
 from faiss_knn.offline.report.tables import csv_lines
-from faiss_knn.offline.report.thumbnails import Album
 
 __all__ = ["AuditReport"]
 
@@ -62,17 +62,9 @@ class AuditReport(Findings):
             ValueError: If the folder cannot be written, or there are not as many names or pictures as rows.
         """
         counts = {"row": self.facts["rows"], "query": self.facts["queries"] or 0}
-        albums = {"row": _album(images), "query": _album(query_images)}
-        for argument, given, side in (
-            ("names", names, "row"),
-            ("query_names", query_names, "query"),
-            ("images", albums["row"], "row"),
-            ("query_images", albums["query"], "query"),
-        ):
-            if given is not None and len(given) != counts[side]:
-                raise ValueError(f"`{argument}` must have one entry per {side}, {counts[side]}, got {len(given)}")
+        looks = looks_of(counts, names=names, query_names=query_names, images=images, query_images=query_images)
         folder = Path(folder)
-        shown = audit_sections(self, Rows(self, {"row": names, "query": query_names}, albums))
+        shown = audit_sections(self, Rows(self, looks))
         lines = list(lines_of(self, names, query_names))
         files = {
             "audit.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
@@ -88,10 +80,6 @@ class AuditReport(Findings):
         except OSError as error:
             raise ValueError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
         return folder
-
-
-def _album(images: Any) -> Album | None:
-    return images if images is None or isinstance(images, Album) else Album(images)
 
 
 def _csv(lines: list[dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from faiss_knn.offline.report.findings import Findings
-from faiss_knn.offline.report.tables import percent
+from faiss_knn.offline.report.tables import counted, percent
 
 _NOVEL = 100  # rows that are listed as findings; all of them are in audit_novelty.csv
 
@@ -45,18 +45,6 @@ def _duplicates(report: Findings) -> str:
     differ = f", {report.facts['conflicts']:,} with labels that differ" if report.facts["conflicts"] else ""
     groups = f"{counted(len(report.duplicates), 'group')} of {rows:,} rows{differ}" if rows else "none"
     return f"{groups}; at most {report.duplicate_distance:.3g} apart ({rule})"
-
-
-def counted(count: int, word: str) -> str:
-    """A number with its word in the singular or plural.
-
-    Example:
-        >>> counted(1, "group"), counted(1200, "group"), counted(2, "query")
-        ('1 group', '1,200 groups', '2 queries')
-    """
-    if count == 1:
-        return f"1 {word}"
-    return f"{count:,} {word[:-1]}ies" if word.endswith("ry") else f"{count:,} {word}s"
 
 
 def _leaks(report: Findings) -> str:

@@ -78,12 +78,12 @@ def setting(record: Record) -> str:
     return f"k = {record['k']}, T = {record['temperature']:g}, {record['weighting']} weights"
 
 
-def sections(report: Results) -> list[Section]:
-    """Write the report's sections, the most important first."""
+def sections(report: Results, mistakes: Sequence[Section] = ()) -> list[Section]:
+    """Write the report's sections, the most important first; `mistakes` show what was wrong."""
     parts = [_summary(report), _trust(report)]
     if len(searches(report.records)) > 1 or not report.records[0]["exact"]:
         parts.append(_costs(report))
-    parts += [_all(report), *_over_k(report), *_retrieval(report), *_by_class(report), _measured(report)]
+    parts += [_all(report), *_over_k(report), *_retrieval(report), *_by_class(report), *mistakes, _measured(report)]
     return parts
 
 

@@ -86,6 +86,61 @@ class Confusion(Finding):
 
 
 @dataclass(frozen=True)
+class Wrong(Finding):
+    """A query that was taken for another class.
+
+    Attributes:
+        row: Its number.
+        label: Its class number.
+        answer: That of what it was taken for, -1 for nothing.
+        share: Of the votes that this had.
+    """
+
+    row: int
+    label: int
+    answer: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """What an evaluation got wrong under one setting.
+
+    Attributes:
+        setting: Which, in words.
+        rank: Whether its neighbours are exact, how many vote, and top-1: of two settings the larger is shown.
+        side: Whether the queries are the bank's own rows ("row") or not ("query").
+        queries: How many there were.
+        wrong: How many of them were wrong.
+        surest: The first of these, those that were wrong by the largest shares of the votes.
+        near: Of some of these, in the same order, the bank's nearest rows, each with its class number.
+        pairs: The classes that are confused most often, by number.
+        pair_count: How many pairs there are.
+    """
+
+    setting: str
+    rank: tuple[bool, int, float]
+    side: Side
+    queries: int
+    wrong: int
+    surest: list[Wrong]
+    near: list[list[tuple[int, int]]]
+    pairs: list[Confusion]
+    pair_count: int
+
+    @classmethod
+    def read(cls, held: dict[str, Any]) -> "Mistakes":
+        """Make it anew of what `dataclasses.asdict` gave, after JSON."""
+        held = held | {
+            "rank": tuple(held["rank"]),
+            "surest": [Wrong(**one) for one in held["surest"]],
+            "near": [[(row, label) for row, label in near] for near in held["near"]],
+            "pairs": [Confusion(**one | {"rows": tuple(one["rows"])}) for one in held["pairs"]],
+        }
+        return cls(**held)
+
+
+@dataclass(frozen=True)
 class Findings:
     """What `audit` found. Row numbers are those of the features as they were given.
 

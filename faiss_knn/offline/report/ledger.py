@@ -7,9 +7,13 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from faiss_knn.offline.report.content import Section
+from faiss_knn.offline.report.findings import Mistakes
+from faiss_knn.offline.report.gallery_file import GALLERY, gallery_text, read_galleries
 from faiss_knn.offline.report.outcomes_file import (
     OUTCOMES,
     check_outcomes,
@@ -85,14 +89,22 @@ class Ledger:
             held |= {record_key(record): record for record in results.records}
             scores, tasks = _by_class(self.folder / BY_CLASS)
             scores |= {key: list(values) for key, values in results.per_class.items()}
-            about = {"checks": results.checks, "class_names": results.class_names, "class_ids": results.class_ids}
-            tasks |= dict.fromkeys(described, about)
+            tasks |= {task: _told(results, tasks.get(task, {})) for task in described}
             lines = [_line({"task": task} | told) for task, told in tasks.items()]
             lines += [_line({"record": key, "scores": values}) for key, values in scores.items() if key in held]
             write(self.folder / BY_CLASS, "".join(lines))
             self._merge_outcomes(results, held)
             write(self.folder / RECORDS, "".join(_line(record) for record in held.values()))
         return _by_task(held, scores, tasks)
+
+    def keep_gallery(self, task: str, shown: Sequence[Section]) -> dict[str, list[Section]]:
+        """Keep sections with pictures of an evaluation, if there are any; return those of the folder by `task_key`."""
+        with self._locked():
+            galleries = read_galleries(self.folder)
+            if shown:
+                galleries[task] = list(shown)
+                write(self.folder / GALLERY, gallery_text(galleries))
+        return galleries
 
     def _merge_outcomes(self, results: Results, held: dict[str, Record]) -> None:
         """Add what became of the queries; a record made anew without it has none."""
@@ -118,7 +130,7 @@ class Ledger:
 
     def _forget(self) -> None:
         if self._overwrite:
-            for name in (RECORDS, BY_CLASS, _ODD, OUTCOMES):
+            for name in (RECORDS, BY_CLASS, _ODD, OUTCOMES, GALLERY):
                 (self.folder / name).unlink(missing_ok=True)
             for path in (*self.folder.glob("neighbors*.npz"), *part_paths(self.folder)):
                 path.unlink()
@@ -149,8 +161,33 @@ def read_folder(folder: Path) -> Results:
     last = list(tasks.values())[-1] if tasks else {}
     records = list(held.values())
     outcomes = {key: outcome for key, outcome in read_outcomes(folder).items() if key in held}
-    names, ids = last.get("class_names"), last.get("class_ids")
-    return Results(names, last.get("checks") or {}, records, scores, class_ids=ids, outcomes=outcomes)
+    return _as_told(last, records, scores, outcomes)
+
+
+def _told(results: Results, earlier: dict[str, Any]) -> dict[str, Any]:
+    """What the records of an evaluation do not say; of mistakes, those that say more of these and of earlier ones."""
+    about = {"checks": results.checks, "class_names": results.class_names, "class_ids": results.class_ids}
+    held = earlier.get("mistakes")
+    is_new = results.mistakes is not None and (held is None or list(results.mistakes.rank) >= held["rank"])
+    return about | {"mistakes": asdict(results.mistakes) if is_new and results.mistakes else held}
+
+
+def _as_told(
+    told: dict[str, Any],
+    records: list[Record],
+    scores: dict[str, list[float]],
+    outcomes: dict[str, Outcome] | None = None,
+) -> Results:
+    mistakes = told.get("mistakes")
+    return Results(
+        told.get("class_names"),
+        told.get("checks") or {},
+        records,
+        scores,
+        class_ids=told.get("class_ids"),
+        outcomes=outcomes or {},
+        mistakes=None if mistakes is None else Mistakes.read(mistakes),
+    )
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -182,8 +219,7 @@ def _by_task(
     results = []
     for task, records in groups.items():
         told = tasks.get(task, {})
-        names, ids = told.get("class_names"), told.get("class_ids")
-        results.append(Results(names, told.get("checks") or {}, records, scores, class_ids=ids))
+        results.append(_as_told(told, records, scores))
     return results
 
 

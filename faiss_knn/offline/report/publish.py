@@ -8,7 +8,7 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -22,6 +22,7 @@ from faiss_knn.offline.report.content import Section, overview, sections, title_
 from faiss_knn.offline.report.html import page
 from faiss_knn.offline.report.ledger import write
 from faiss_knn.offline.report.markdown import markdown
+from faiss_knn.offline.report.mistakes_page import mistake_sections
 from faiss_knn.offline.report.results import (
     Record,
     Results,
@@ -37,20 +38,23 @@ _FILES = {"cost": "cost", "k": "accuracy_over_k", "classes": "per_class"}
 _PLOT = re.compile(rf"({'|'.join(_FILES.values())})(-\d+)?\.png")
 
 
-def publish(parts: Sequence[Results], added: Results, folder: Path) -> None:
+def publish(
+    parts: Sequence[Results], added: Results, folder: Path, galleries: Mapping[str, Sequence[Section]] | None = None
+) -> None:
     """Write all files that are made from the records, with plots if matplotlib is installed, and the kept neighbours.
 
     Args:
         parts: All that the folder holds, by what was evaluated.
         added: What the neighbours are taken from.
         folder: Where results.jsonl is.
+        galleries: Sections with pictures of what was wrong, by `task_key`; evaluations without have tables alone.
     """
     files: dict[str, str | bytes] = {"results.csv": csv_text([record for part in parts for record in part.records])}
     parts = [replace(part, records=newest_of_each(part.records)) for part in parts]
     names = name_tasks([part.records[-1] for part in parts]) if len(parts) > 1 else [""]
     files["per_class.csv"] = csv_lines(_class_rows(names, parts))
     if parts:
-        files |= _report(names, parts)
+        files |= _report(names, parts, galleries or {})
     if added.neighbors:
         name, content = _kept_neighbors(added, folder)
         files[name] = content
@@ -72,7 +76,9 @@ def _replace_together(files: dict[str, str | bytes], folder: Path) -> None:
             path.unlink()
 
 
-def _report(names: Sequence[str], parts: Sequence[Results]) -> dict[str, str | bytes]:
+def _report(
+    names: Sequence[str], parts: Sequence[Results], galleries: Mapping[str, Sequence[Section]]
+) -> dict[str, str | bytes]:
     """Render the page, the Markdown and the pictures, as contents by file name."""
     shown: list[Section] = []
     pictures: dict[str, str] = {}
@@ -80,7 +86,8 @@ def _report(names: Sequence[str], parts: Sequence[Results]) -> dict[str, str | b
     files: dict[str, str | bytes] = {}
     for number, (name, part) in enumerate(zip(names, parts, strict=True), 1):
         mark = "" if number == 1 else f"-{number}"
-        for section in sections(part):
+        mistakes = galleries.get(task_key(part.records[-1])) or mistake_sections(part)
+        for section in sections(part, mistakes):
             title = f"{name}: {section.title}" if name else section.title
             shown.append(replace(section, title=title, plot=section.plot and section.plot + mark))
         for plot, (png, svgs) in _plots(part).items():

@@ -1,6 +1,7 @@
 """The result of an evaluation, and the folder of files that it is kept in."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 from faiss_knn.offline.report.content import Table, warnings_of
 from faiss_knn.offline.report.html import html_table
 from faiss_knn.offline.report.ledger import Ledger, read_folder
+from faiss_knn.offline.report.mistakes_page import NOTHING_SHOWN, mistake_sections
 from faiss_knn.offline.report.publish import publish
-from faiss_knn.offline.report.results import Record, Results, best_of, index_name
+from faiss_knn.offline.report.results import Record, Results, best_of, index_name, task_key
+from faiss_knn.offline.report.shown_rows import PLAIN, Looks, looks_of
 from faiss_knn.offline.report.tables import rows_of, text_table
 
 __all__ = ["EvalReport", "Ledger", "Record", "index_name", "text_table"]
@@ -30,6 +33,8 @@ class EvalReport(Results):
             any vote; for multi-hot labels the class of highest score), `correct` (bool, whether that is the query's
             class, or one of them), `score` (float32, the prediction's share of the neighbours' weight), `row` (int64,
             the query's row as it was given) and `label` (int32 class number, not for multi-hot labels).
+        mistakes: What was wrong under the exact setting with the most voters, of single labels; see
+            `faiss_knn.offline.report.findings.Mistakes`.
 
     Example:
         >>> from faiss_knn import evaluate
@@ -85,7 +90,16 @@ class EvalReport(Results):
     def _repr_html_(self) -> str:
         return html_table(Table(*rows_of(self.records)))
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        names: Sequence[str] | None = None,
+        query_names: Sequence[str] | None = None,
+        images: Any = None,
+        query_images: Any = None,
+    ) -> Path:
         """Add to a folder: results.jsonl, outcomes.npz, results.csv, per_class.csv, report.md, report.html and plots.
 
         A folder only grows: its records stay, one of the same data and settings gives way to the new one, and tables,
@@ -95,15 +109,39 @@ class EvalReport(Results):
         Args:
             folder: Made if it is not there.
             overwrite: Forget the records that are there.
+            names: (N,) what to call the bank's rows beside their numbers, where the page shows what was wrong.
+            query_names: (Q,) what to call the queries.
+            images: Pictures of the bank's rows, which stand there beside the queries: an array (N, H, W), (N, H, W, C)
+                or (N, C, H, W), or (N,) paths, or an `Album` of them. They need Pillow. The page keeps them, in
+                gallery.jsonl, when the folder grows.
+            query_images: The queries' pictures; with leave-one-out there are none but the bank's.
 
         Returns:
             The folder.
 
         Raises:
-            ValueError: If the folder cannot be written, or its results.jsonl is of something else.
+            ValueError: If the folder cannot be written, its results.jsonl is of something else, or there are not as
+                many names or pictures as rows.
         """
+        looks = self._looks(names=names, query_names=query_names, images=images, query_images=query_images)
         ledger = Ledger(folder, overwrite=overwrite)
         if ledger.warning:
             warnings.warn(ledger.warning, stacklevel=2)
-        publish(ledger.merge(self), self, ledger.folder)
+        parts = ledger.merge(self)
+        pictured = [] if looks is PLAIN else mistake_sections(self, looks)
+        publish(parts, self, ledger.folder, ledger.keep_gallery(task_key(self.records[0]), pictured))
         return ledger.folder
+
+    def _looks(self, **given: Any) -> Looks:
+        """Check names and pictures, which are as many as rows were given."""
+        record = self.records[0]
+        if all(entries is None for entries in given.values()):
+            return PLAIN
+        if self.mistakes is None:
+            warnings.warn(NOTHING_SHOWN, stacklevel=3)
+            return PLAIN
+        counts = {
+            "row": record["n_bank"] + record["skipped_bank"] + self.checks.get("unlabelled_bank", 0),
+            "query": record["n_queries"] + record["skipped_queries"] + self.checks.get("unlabelled_queries", 0),
+        }
+        return looks_of(counts | ({"query": 0} if record["leave_one_out"] else {}), **given)

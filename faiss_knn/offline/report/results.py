@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 
 import numpy.typing as npt
 
+from faiss_knn.offline.report.findings import Mistakes
+
 Outcome = dict[str, npt.NDArray[Any]]  # arrays by name, an entry per query
 
 
@@ -129,6 +131,7 @@ class Results:
         neighbors: (Q, K) distances and indices by index name, if they were kept.
         class_ids: Class ids by class number, where these are not the same.
         outcomes: What became of each query by `record_key`, if that was kept.
+        mistakes: What was wrong under the exact setting with the most voters, of single labels.
     """
 
     class_names: list[str] | None
@@ -138,6 +141,7 @@ class Results:
     neighbors: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = field(default_factory=dict)
     class_ids: list[int] | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    mistakes: Mistakes | None = None
 
     def class_name(self, number: int) -> str:
         """Name a class: its name, or else its id."""

@@ -155,3 +155,15 @@ def _harmless(cell: Any) -> Any:
     except ValueError:
         return f"'{cell}"
     return cell
+
+
+def counted(count: int, word: str) -> str:
+    """A number with its word in the singular or plural.
+
+    Example:
+        >>> counted(1, "group"), counted(1200, "group"), counted(2, "query")
+        ('1 group', '1,200 groups', '2 queries')
+    """
+    if count == 1:
+        return f"1 {word}"
+    return f"{count:,} {word[:-1]}ies" if word.endswith("ry") else f"{count:,} {word}s"
