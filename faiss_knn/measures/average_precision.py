@@ -34,8 +34,8 @@ def micro_average_precision(scores: npt.ArrayLike, matches: npt.ArrayLike, total
 
     Pairs are ordered by their scores over all queries, so that scores must mean the same for each; queries without any
     true pair count, by their false ones. It is Σ_i p(i) · Δr(i), with precision p(i) among the first i pairs and recall
-    of all `total` true ones (Kordopatis-Zilos et al. 2022, DVSC; Douze et al. 2021, DISC21, arXiv 2106.09672,
-    section 4.2). Pairs of equal score are one threshold.
+    of all `total` true ones (Douze et al. 2021, "The 2021 Image Similarity Dataset and Challenge", arXiv 2106.09672).
+    Pairs of equal score are one threshold, as in scikit-learn; that challenge's code puts the false ones of them first.
 
     Args:
         scores: (P,) of the pairs that were found, the higher the surer.

@@ -17,7 +17,7 @@ def set_scores(in_real_balls: Counts, real_balls_around: Counts, fake_balls_arou
       Generative Models", arXiv 1904.06991, equations 1 and 2).
     - density: how many real balls a generated row lies in on average, divided by k, which may exceed 1; coverage: share
       of the real balls that hold a generated row (Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for
-      Generative Models", arXiv 2002.09797, equations 4 and 6).
+      Generative Models", arXiv 2002.09797; in their code a row on an edge is outside).
 
     Args:
         in_real_balls: (N,) how many generated rows the ball of each real row holds.

@@ -84,7 +84,7 @@ def judged_metrics(
 def revisited_metrics(
     neighbors: npt.ArrayLike, easy: Lists, hard: Lists, junk: Lists, ks: Iterable[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Judge ranked lists by the three setups of revisited Oxford and Paris (Radenović et al. 2018, section 3.3).
+    """Judge ranked lists by the three setups of revisited Oxford and Paris (Radenović et al. 2018, arXiv 1803.11285).
 
     | setup | positives | taken out |
     |---|---|---|
