@@ -17,9 +17,10 @@ from faiss_knn.classify.labels import (
     read_labels,
     width_of,
 )
-from faiss_knn.classify.vote import Votes, check_vote_options, count_votes
+from faiss_knn.classify.regression import TASKS, check_targets, columns_of, is_finite, read_targets, votes_or_means
+from faiss_knn.classify.vote import Votes, check_vote_options
 from faiss_knn.search.index import KNNIndex, Neighbors
-from faiss_knn.search.inputs import as_matrix, as_switch
+from faiss_knn.search.inputs import as_choice, as_matrix, as_switch
 
 _MULTI_HOT_BLOCK = 1 << 24  # labels gathered at once for a multi-hot vote
 _SCORES_BLOCK = 1 << 24  # scores made at once
@@ -58,11 +59,14 @@ class FeatureBank:
         ignore_index: A label that means "unlabelled", beside -1.
         renumber: Whether the scores have one column per class that occurs, in the order of `classes`, instead of one
             per class id. Names are always renumbered; needed where ids are few and large.
+        task: "classification", or "regression": labels are numbers then, (N,) or (N, D) of a float dtype, NaN where a
+            row has none; neighbours do not vote for classes, their labels are averaged by their weights.
         **index_options: Those of `KNNIndex`, where `index` is a spec.
 
     Attributes:
-        classes: (C,) what each column of the scores stands for: class ids, or names in sorted order.
-        num_classes: C.
+        classes: (C,) what each column of the scores stands for: class ids, or names in sorted order; under
+            task="regression" the columns' numbers.
+        num_classes: C, or D.
 
     Raises:
         ValueError: If labels and features do not fit, no row is labelled, a label is out of range, or `KNNIndex`
@@ -77,6 +81,9 @@ class FeatureBank:
         >>> named = FeatureBank(torch.tensor([[0.0], [1.0], [5.0]]), ["cat", "cat", "dog"])
         >>> str(named.classes[named.predict(torch.tensor([[4.5]]), k=1).argmax(1)[0]])
         'dog'
+        >>> heights = FeatureBank(torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([1.5, 2.5, 9.0]), task="regression")
+        >>> heights.predict(torch.tensor([[0.5]]), k=2)
+        tensor([2.])
     """
 
     def __init__(
@@ -90,6 +97,7 @@ class FeatureBank:
         expected_queries: int | None = None,
         ignore_index: int | None = None,
         renumber: bool = False,
+        task: str = "classification",
         **index_options: Any,
     ) -> None:
         if not isinstance(index, (str, KNNIndex)):
@@ -99,10 +107,15 @@ class FeatureBank:
         renumber = as_switch(renumber, "`renumber`")
         matrix = as_matrix(features, "features")
         features = features if isinstance(features, (Tensor, np.ndarray)) else matrix  # a memmap stays one
-        read = read_labels(labels, "`labels`", ignore_index=ignore_index)
-        self.classes, self.labels = _numbered(read, len(matrix), num_classes, renumber)
+        self._averages = as_choice(task, TASKS, "`task`") == "regression"
+        if self._averages:
+            self.labels = read_targets(labels, "`labels`", ignore_index=ignore_index)
+            self.classes = _columns(self.labels, len(matrix), num_classes, renumber)
+        else:
+            read = read_labels(labels, "`labels`", ignore_index=ignore_index)
+            self.classes, self.labels = _numbered(read, len(matrix), num_classes, renumber)
         self.num_classes = len(self.classes)
-        labelled = is_labelled(self.labels)
+        labelled = is_finite(self.labels) if self._averages else is_labelled(self.labels)
         self._rows = None if labelled.all() else labelled.nonzero()[:, 0]
         if self._rows is not None:
             features = _take(features, self._rows)
@@ -150,7 +163,8 @@ class FeatureBank:
             weighting: "inverse", "softmax" or "uniform".
 
         Returns:
-            (B, C) float32, raw sums of weights. `.argmax(1)` is the predicted class, the lowest id among equals.
+            (B, C) float32, raw sums of weights. `.argmax(1)` is the predicted class, the lowest id among equals. Under
+            task="regression" (B,) or (B, D) means, in the labels' dtype.
 
         Raises:
             ValueError: As `KNNIndex.search` and `vote`.
@@ -167,9 +181,10 @@ class FeatureBank:
             weighting: "inverse", "softmax" or "uniform".
 
         Returns:
-            (B, C) float32 on the neighbours' device, raw sums of weights.
+            (B, C) float32 on the neighbours' device, raw sums of weights; or means, as from `predict`.
         """
-        return self.votes(neighbors, temperature=temperature, weighting=weighting).scores
+        scores = self.votes(neighbors, temperature=temperature, weighting=weighting).scores
+        return scores[:, 0] if self._averages and self.labels.ndim == 1 else scores
 
     def labels_of(self, found: Neighbors) -> Tensor:
         """Return the labels of neighbours: see `VotingBank`."""
@@ -194,7 +209,15 @@ class FeatureBank:
         ):
             labels, found = self.labels[indices.clamp(min=0)], indices >= 0
             blocks.append(
-                count_votes(distances, found, labels, self.num_classes, temperature=temperature, weighting=weighting)
+                votes_or_means(
+                    distances,
+                    found,
+                    labels,
+                    self.num_classes,
+                    averages=self._averages,
+                    temperature=temperature,
+                    weighting=weighting,
+                )
             )
         return Votes(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
@@ -202,6 +225,19 @@ class FeatureBank:
         if self.labels.ndim == 2:
             return max(1, _MULTI_HOT_BLOCK // (max(1, k) * self.num_classes))
         return max(1, _SCORES_BLOCK // max(k, self.num_classes))
+
+
+def _columns(targets: Tensor, rows: int, num_classes: int | None, renumber: bool) -> npt.NDArray[Any]:
+    """The numbers of the columns that targets have."""
+    if num_classes not in (None, columns_of(targets)) or renumber:
+        raise ValueError("`num_classes` and `renumber` are of classes, task='regression' has none: leave them out")
+    if len(targets) != rows:
+        raise ValueError(
+            f"`labels` must be ({rows},) or ({rows}, D) numbers, one row per feature row, got shape "
+            f"{tuple(targets.shape)}"
+        )
+    check_targets(targets, "`labels`")
+    return np.arange(columns_of(targets))
 
 
 def _numbered(

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from faiss_knn.classify.labels import as_class_count, as_labels, check_labels, is_labelled, width_of
-from faiss_knn.classify.vote import Votes, check_vote_options, count_votes
+from faiss_knn.classify.regression import columns_of, is_finite, votes_or_means
+from faiss_knn.classify.vote import Votes, check_vote_options
 from faiss_knn.distributed import all_or_none
 from faiss_knn.search.index import KNNIndex
 from faiss_knn.search.sharded import ShardedIndex, ShardedRows
@@ -37,11 +38,12 @@ class ShardedBank:
 
     Args:
         features: (n_r, d) of this rank, all labelled; may be empty, and unlike the others in shape then.
-        labels: (n_r,) class ids, or (n_r, C) multi-hot.
-        num_classes: Width of the scores.
+        labels: (n_r,) class ids, or (n_r, C) multi-hot; under task="regression" (n_r,) or (n_r, D) floats.
+        num_classes: Width of the scores, or D.
         index: This rank's index, to be built unless `is_built`.
         expected_k: See `KNNIndex.build`.
         is_built: Whether the index holds the features already.
+        task: As of `FeatureBank`.
 
     Raises:
         ValueError: On every rank, if no rank has rows, they do not fit together, or a rank cannot build its index.
@@ -62,10 +64,12 @@ class ShardedBank:
         index: KNNIndex,
         expected_k: int | None = None,
         is_built: bool = False,
+        task: str = "classification",
     ) -> None:
+        self._averages = task == "regression"
         with all_or_none():
             self.num_classes = as_class_count(num_classes)
-            labels = _checked(features, labels, self.num_classes)
+            labels = _checked(features, labels, self.num_classes, self._averages)
             self._index = ShardedIndex(index).build(features, expected_k=expected_k, is_built=is_built)
             self._labels = ShardedRows(labels)
 
@@ -98,13 +102,18 @@ class ShardedBank:
     def votes(self, found: LabelledNeighbors, *, temperature: float = 0.07, weighting: str = "inverse") -> Votes:
         """Let what `find` found, or its first columns, vote on this rank alone: see `FeatureBank.votes`."""
         check_vote_options(temperature, weighting, self._index.index.distance_metric)
-        there = found.indices >= 0
-        return count_votes(
-            found.distances, there, found.labels, self.num_classes, temperature=temperature, weighting=weighting
+        return votes_or_means(
+            found.distances,
+            found.indices >= 0,
+            found.labels,
+            self.num_classes,
+            averages=self._averages,
+            temperature=temperature,
+            weighting=weighting,
         )
 
 
-def _checked(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def _checked(features: Tensor, labels: Tensor, num_classes: int, averages: bool) -> Tensor:
     """This rank's labels; without them a wrong one would be found in the middle of a search, or never."""
     if len(labels) != len(features):
         raise ValueError(
@@ -112,6 +121,10 @@ def _checked(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         )
     if len(labels) == 0:
         return labels  # of whatever shape and dtype: other ranks have rows
+    if averages:
+        if columns_of(labels) != num_classes or not is_finite(labels).all():
+            raise ValueError(f"`labels` must be {num_classes} finite numbers a row, got shape {tuple(labels.shape)}")
+        return labels
     labels = as_labels(labels, "`labels`")
     check_labels(labels, "`labels`")
     if not is_labelled(labels).all():

@@ -8,7 +8,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from faiss_knn.classify.labels import is_labelled, is_soft, most_likely
+from faiss_knn.classify.labels import is_soft, most_likely
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.unique_samples import sample_ids, unpadded_rows
 from faiss_knn.search.inputs import are_comparable
@@ -93,7 +93,7 @@ class BatchSelection(NamedTuple):
     A slice where it says all: to pick rows by a mask, a GPU is waited for.
 
     Attributes:
-        highest: The highest label; -1 in an empty batch.
+        highest: The highest label, or of (B, C) the last column; -1 in an empty batch.
         skipped: How many of the sampler's own rows are not counted.
         searched: The rows that have a distance to others, (B,) bool or all.
         counted: Those that the metrics count, (B,) bool or the first ones.
@@ -105,20 +105,22 @@ class BatchSelection(NamedTuple):
     counted: Tensor | slice
 
 
-def select(queries: Tensor, labels: Tensor, own: int, *, normalized: bool) -> BatchSelection:
+def select(options: OnlineOptions, queries: Tensor, labels: Tensor, own: int) -> BatchSelection:
     """Look through a batch, and wait for a GPU once.
 
     Args:
+        options: How rows are compared, and what their labels are.
         queries: (B, d).
         labels: (B,) or (B, C).
         own: How many leading rows are samples of their own, not a sampler's padding.
-        normalized: Whether rows are compared by direction.
     """
     if len(labels) == 0:
         return BatchSelection(-1, 0, slice(None), slice(0))
-    searched = searchable(queries, normalized)
-    counted = searched & is_labelled(labels)
-    highest = labels.amax() if labels.ndim == 1 else torch.full((), labels.shape[1] - 1, device=labels.device)
+    searched = searchable(queries, options.is_normalized)
+    counted = searched & options.is_labelled(labels)
+    of_ids = labels.ndim == 1 and not options.is_regression
+    last = 0 if labels.ndim == 1 else labels.shape[1] - 1
+    highest = labels.amax() if of_ids else torch.full((), last, device=labels.device)
     most, searched_rows, kept = torch.stack([highest, searched.sum(), counted[:own].sum()]).tolist()
     if searched_rows < len(queries) or kept < own:
         counted[own:] = False
@@ -183,11 +185,11 @@ def read_batch(options: OnlineOptions, outputs: Any, batch: Any, dataloader: Any
     rows = find_rows(options, outputs, batch)
     queries = options.prepared(flat_rows(rows[options.feature_key]))
     labels = options.read_labels(rows[options.label_key])
-    if is_soft(labels):
+    if is_soft(labels) and not options.is_regression:
         labels = most_likely(labels)  # what a metric can judge; neighbours vote by their shares
     # Where ids tell the samples apart, padding is known by them.
     own = len(labels) if options.id is not None else unpadded_rows(dataloader, batch_idx, len(labels))
-    selection = select(queries, labels, own, normalized=options.is_normalized)
+    selection = select(options, queries, labels, own)
     options.check_label(selection.highest)
     ids = None if options.id is None else sample_ids(rows[options.id], f"'{options.id}'")
     return BatchQueries(queries[selection.searched], labels, ids, place, own, selection)

@@ -58,11 +58,13 @@ class OnlineKNN(OnlineOptions, Callback):
         name: Names the logged keys and the predictions.
         input: Key of the features in the step's outputs, or else in the batch. Several, such as ("student", "teacher"):
             each is scored by itself, as `eval/{name}_{input}_{metric}` and `batch["{name}_{input}_preds"]`.
-        target: Key of the labels, found likewise: class ids, -1 where unlabelled, or (B, C) multi-hot. Several: a
-            mapping from each to metrics of its own, in place of `metrics`; logged as `eval/{name}_{target}_{metric}`
-            (after the input, where both are several).
+        target: Key of the labels, found likewise: class ids, -1 where unlabelled, or (B, C) multi-hot; or numbers, (B,)
+            or (B, D) of a float dtype, NaN where there is none. Several: a mapping from each to metrics of its own, in
+            place of `metrics`; logged as `eval/{name}_{target}_{metric}` (after the input, where both are several).
         queue_length: Rows in the bank, per rank.
-        metrics: A torchmetric, a list or dict of them, {"train": …, "val": …} of which "val" counts, or None.
+        metrics: A torchmetric, a list or dict of them, {"train": …, "val": …} of which "val" counts, or None. They
+            decide what the labels are: numbers, of which neighbours' weighted means are judged and handed out, if one
+            is of `torchmetrics.regression`, none of classes, and num_classes is None.
         input_dim: Width of the features; a list or tuple stands for its product, to which features are flattened.
             The queue is float32 then, unless `bank_dtype` says otherwise; None: as the first batch.
         target_dim: Width of the labels; None: as the first batch.
@@ -105,8 +107,8 @@ class OnlineKNN(OnlineOptions, Callback):
             `eval/{name}_build_seconds`, `…_search_seconds` and `…_vote_seconds` (with the metrics), of the slowest
             rank. A GPU is waited for between these parts.
         standard_errors: Whether to log `eval/{name}_{metric}_se` beside each metric that is a mean over queries:
-            MulticlassAccuracy, MulticlassRecall and BinaryAccuracy, by the binomial formula. The others are named in
-            one warning.
+            MulticlassAccuracy, MulticlassRecall and BinaryAccuracy, by the binomial formula; of numbers
+            MeanAbsoluteError and MeanSquaredError, by the deviation. The others are named in one warning.
 
     Attributes:
         results: What metrics computed in the last run that is no number (matrices, curves), by log key.

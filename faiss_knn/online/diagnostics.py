@@ -130,9 +130,9 @@ def _effective_rank(sample: LabelledRows, _: OnlineOptions) -> float:
     return effective_rank(sample.features)
 
 
-def _alignment(sample: LabelledRows, _: OnlineOptions) -> float:
+def _alignment(sample: LabelledRows, options: OnlineOptions) -> float:
     directed = sample.features.any(1)
-    if sample.labels.ndim > 1 or not directed.any():
+    if sample.labels.ndim > 1 or options.is_regression or not directed.any():
         return float("nan")
     return label_alignment(sample.features[directed], sample.labels[directed])
 

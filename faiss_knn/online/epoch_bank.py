@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from faiss_knn.classify.bank import FeatureBank, VotingBank
-from faiss_knn.classify.labels import is_labelled, width_of
 from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.distributed import all_gather_object, all_or_none, broadcast_object, gather_rows, rank_and_size
 from faiss_knn.online.batch import check_aligned, flat_rows, searchable
@@ -64,7 +63,7 @@ class BankRows:
         check_aligned(options.title, rows)
         features = options.prepared(flat_rows(rows[options.feature_key]))
         labels = options.read_labels(rows[options.label_key])
-        return features, labels, searchable(features, options.is_normalized) & is_labelled(labels)
+        return features, labels, searchable(features, options.is_normalized) & options.is_labelled(labels)
 
     def _newest(self) -> tuple[Tensor, Tensor]:
         """Tell which of this rank's rows are the newest usable ones of their sample over all ranks, and their ids."""
@@ -140,8 +139,9 @@ class EpochBank:
     ) -> None:
         self._options, self._memory = options, memory
         self.index, self.features, self._labels = memory.index, features, labels
-        seen = max(all_gather_object(width_of(labels)) if options.shards else [width_of(labels)])
-        if options.known_width is None:
+        of_rank = options.width_of(labels)
+        seen = max(all_gather_object(of_rank)) if options.shards else of_rank
+        if options.known_width is None and not options.is_regression:
             memory.warn_once(
                 "width",
                 f"{options.title}: inferring num_classes={seen} from the labels in the bank. "
@@ -150,6 +150,7 @@ class EpochBank:
         self._hints: dict[str, Any] = {
             "num_classes": options.score_width(seen, memory.width),
             "expected_k": max(options.ks),
+            "task": "regression" if options.is_regression else "classification",
         }
         self.bank: VotingBank = self._sharded() if options.shards else self._replicated(expected_queries)
 

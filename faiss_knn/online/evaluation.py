@@ -19,10 +19,11 @@ from faiss_knn.online.epoch_bank import BankRows, EpochBank, warn_of_skipped
 from faiss_knn.online.gallery import Gallery, check_images
 from faiss_knn.online.memory import Memory
 from faiss_knn.online.metrics import MetricTable
+from faiss_knn.online.number_metrics import NumberTable
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.recall import RecallSample, warn_of_recall
 from faiss_knn.online.ring import QueueStorage
-from faiss_knn.online.standard_errors import WITH_ERRORS, has_standard_error
+from faiss_knn.online.standard_errors import WITH_ERRORS
 from faiss_knn.online.unique_samples import UniqueSamples, unpadded_rows
 
 
@@ -78,7 +79,8 @@ class Evaluation:
         self._options, self._memory, self._plan, self._device = options, memory, plan, device
         self._clock = Clock(device, options.seconds or bool(options.verbose))
         scored = [i for i in range(len(plan.batches)) if i != options.bank_dataloader_idx]
-        self._table = MetricTable(options.metrics, options.ks, scored, device)
+        kind = NumberTable if options.is_regression else MetricTable
+        self._table = kind(options.metrics, options.ks, scored, device)
         self._unique = {i: UniqueSamples() for i in scored} if options.id is not None else {}
         self._most_searches = self._count_searches({i: plan.batches[i] for i in scored})
         self._searches = 0
@@ -159,8 +161,8 @@ class Evaluation:
             dataloader_idx: Number of the dataloader.
 
         Returns:
-            The predictions, (B, C) raw scores; None for a batch of the bank's, without a bank, under search="epoch", or
-            after an error that the ranks have yet to raise.
+            The predictions, (B, C) raw scores, or means like the labels; None for a batch of the bank's, without a
+            bank, under search="epoch", or after an error that the ranks have yet to raise.
         """
         if dataloader_idx == self._options.bank_dataloader_idx:
             with self.defer_error():
@@ -210,7 +212,7 @@ class Evaluation:
 
     def _read(self, bank: EpochBank, outputs: Any, batch: Any, batch_idx: int, number: int) -> BatchQueries:
         asked = read_batch(self._options, outputs, batch, self._plan.dataloaders[number], batch_idx)
-        self._check_width(asked.queries, bank.features)
+        self._check_width(asked, bank)
         self._width = max(self._width, bank.bank.num_classes, asked.selection.highest + 1)
         self._sample.draw(asked.queries)
         if asked.selection.skipped:
@@ -218,9 +220,14 @@ class Evaluation:
             warn_of_skipped(self._options, self._memory, asked.selection.skipped, asked.own, "query")
         return asked
 
-    def _check_width(self, queries: Tensor, features: Tensor) -> None:
+    def _check_width(self, asked: BatchQueries, bank: EpochBank) -> None:
+        options, queries, features = self._options, asked.queries, bank.features
+        if options.is_regression and options.width_of(asked.labels) not in (0, bank.bank.num_classes):
+            raise ValueError(
+                f"{options.title}: '{options.label_key}' has {options.width_of(asked.labels)} numbers a row in "
+                f"validation, and {bank.bank.num_classes} in the bank: give the targets that training gives"
+            )
         if len(features) and queries.shape[1] != features.shape[1]:
-            options = self._options
             raise ValueError(
                 f"{options.title}: '{options.feature_key}' has {queries.shape[1]} values a row in validation, and "
                 f"{features.shape[1]} in the bank: score the features that training queues, or begin with an empty "
@@ -262,14 +269,20 @@ class Evaluation:
                         self._score(bank, batch.asked, own, batch.number, batch.width)
 
     def _score(self, bank: EpochBank, asked: BatchQueries, neighbors: Any, number: int, width: int) -> Tensor:
-        """Update the dataloader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance."""
+        """Update the dataloader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance.
+
+        Of numbers, means like the labels in shape, NaN for such rows.
+        """
         options = self._options
-        predictions = asked.queries.new_zeros(len(asked.labels), bank.bank.num_classes, dtype=torch.float32)
-        shares = {}
+        predictions, shares = asked.queries, {}
         for k in sorted(options.ks):
             votes = bank.bank.votes(neighbors.first(k), temperature=options.temperature, weighting=options.weighting)
             shares[k] = _widened(votes.shares, width)
+            blank = torch.nan if options.is_regression else 0.0
+            predictions = votes.scores.new_full((len(asked.labels), bank.bank.num_classes), blank)
             predictions[asked.selection.searched] = votes.scores
+        if options.is_regression:
+            predictions = predictions.reshape(asked.labels.shape)
 
         def count(rows: Tensor | slice) -> None:
             for k, of_classes in shares.items():
@@ -285,8 +298,10 @@ class Evaluation:
     def _show(self, bank: EpochBank, asked: BatchQueries, neighbors: Any, predictions: Tensor, images: Tensor) -> None:
         """Let the gallery look through a batch."""
         assert self._gallery is not None
-        if asked.labels.ndim > 1:
-            self._memory.warn_once("gallery", f"{self._options.title}: no gallery is shown of labels (B, C)")
+        if asked.labels.ndim > 1 or self._options.is_regression:
+            self._memory.warn_once(
+                "gallery", f"{self._options.title}: no gallery is shown of labels (B, C) nor of numbers"
+            )
             return
         searched, labels = asked.selection.searched, torch.full_like(asked.labels, -1)
         labels[asked.selection.counted] = asked.labels[asked.selection.counted]
@@ -329,7 +344,7 @@ class Evaluation:
         options = self._options
         for samples in self._unique.values():
             samples.finish()
-        without = [name for name, metric in options.metrics.items() if not has_standard_error(metric)]
+        without = [name for name, metric in options.metrics.items() if not self._table.has_standard_error(metric)]
         if options.standard_errors and without:
             self._memory.warn_once(
                 "standard_errors",

@@ -130,7 +130,8 @@ class OnlineEvaluator(OnlineOptions):
         Returns:
             (B, C) float32 raw scores, zeros where nothing voted: rows without a distance, and every row as long as the
             bank is empty (C is 0 then, if neither num_classes nor the metrics say it). None under search="epoch".
-            Of several inputs or targets a dict, by "{input}", "{target}" or "{input}_{target}".
+            Of several inputs or targets a dict, by "{input}", "{target}" or "{input}_{target}". Under metrics of
+            regression the neighbours' means, like the targets in shape, NaN where there are none.
 
         Raises:
             ValueError: For tensors that are missing or do not fit together or to the bank. Of several ranks, one that
@@ -288,7 +289,9 @@ class OnlineEvaluator(OnlineOptions):
     def _without_votes(self, tensors: Mapping[str, Any], place: int) -> Tensor:
         """Return zeros for the part at a place."""
         part = self.parts[place]
-        features = tensors.get(part.feature_key)
+        features, target = tensors.get(part.feature_key), tensors.get(part.label_key)
+        if part.is_regression and isinstance(target, Tensor):
+            return torch.full_like(target, torch.nan, dtype=torch.float32)
         rows = len(features) if isinstance(features, Tensor) and features.ndim else 0
         width = max(part.known_width or 0, self._scorer.memories[place].width)
         return torch.zeros(rows, width, dtype=torch.float32, device=getattr(features, "device", "cpu"))

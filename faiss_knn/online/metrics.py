@@ -71,11 +71,11 @@ def class_count(metrics: Mapping[str, Metric]) -> int | None:
     """
     widths = {}
     for name, metric in metrics.items():
-        for part in _parts(metric):
+        for part in parts_of(metric):
             width = getattr(part, "num_classes", None) or getattr(part, "num_labels", None)
             if isinstance(width, int):
                 widths[name] = width
-            elif _is_made_for(part, "Binary"):
+            elif is_made_for(part, "Binary"):
                 widths[name] = 2
     if len(set(widths.values())) > 1:
         raise ValueError(f"`metrics` must agree on num_classes, got {widths}: use one callback per width")
@@ -84,15 +84,15 @@ def class_count(metrics: Mapping[str, Metric]) -> int | None:
 
 def is_multiclass(metrics: Mapping[str, Metric]) -> bool:
     """Tell whether any of the metrics is made for one class a row."""
-    return any(_is_made_for(part, "Multiclass", "Binary") for metric in metrics.values() for part in _parts(metric))
+    return any(is_made_for(part, "Multiclass", "Binary") for metric in metrics.values() for part in parts_of(metric))
 
 
-def _is_made_for(metric: Metric, *tasks: str) -> bool:
+def is_made_for(metric: Metric, *tasks: str) -> bool:
     """Tell whether a metric is one of torchmetrics' for a task, such as "Binary", or made of one."""
     return any(base.__name__.startswith(tasks) for base in type(metric).__mro__)
 
 
-def _parts(metric: Metric) -> list[Metric]:
+def parts_of(metric: Metric) -> list[Metric]:
     """Return a metric and those that it wraps."""
     return [part for part in metric.modules() if isinstance(part, Metric)]
 
@@ -118,11 +118,28 @@ def rehearse(
     Raises:
         ValueError: Naming the metric that can judge no such labels, with its own reason; or one name of two values.
     """
+    values = {
+        name: _rehearsed(name, metric, num_classes or class_count({name: metric}), multi_hot)
+        for name, metric in metrics.items()
+    }
+    return names_of(values, [name for name in metrics if standard_errors and has_standard_error(metrics[name])])
+
+
+def names_of(values: Mapping[str, Any], with_errors: Sequence[str]) -> set[str]:
+    """Return the names that metrics' values are logged under, as `scalars` spreads them.
+
+    Args:
+        values: What each metric computed, by name.
+        with_errors: Names of the metrics whose standard errors are logged too.
+
+    Raises:
+        ValueError: If two values have one name.
+    """
     names = list(RESERVED)
-    for name, metric in metrics.items():
-        numbers, others = scalars(name, _rehearsed(name, metric, num_classes or class_count({name: metric}), multi_hot))
+    for name, value in values.items():
+        numbers, others = scalars(name, value)
         names += [*numbers, *others]
-        if standard_errors and has_standard_error(metric):
+        if name in with_errors:
             names += [f"{key}_se" for key in numbers]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"`metrics` must have names of their own, got {', '.join(sorted(twice))} twice: rename one")
@@ -147,17 +164,28 @@ def _rehearsed(name: str, metric: Metric, width: int | None, multi_hot: bool | N
 
 
 def _trial(metric: Metric, width: int, columns: bool) -> Any:
+    shares = one_hot(torch.arange(2 * width, device="cpu") % width, width).float()
+    labels = torch.arange(2 * width, device="cpu") % min(width, class_count({"": metric}) or width)
+    return tried(metric, *_judged(metric, shares, one_hot(labels, width) if columns else labels))
+
+
+def tried(metric: Metric, predictions: Tensor, targets: Tensor) -> Any:
+    """Return what a metric computes of one update, with nothing left of it."""
+    with torch.no_grad(), _same_random_state(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clone = alone(metric)
+        clone.update(predictions, targets)
+        return clone.compute()
+
+
+def alone(metric: Metric) -> Metric:
+    """Return a fresh clone on the CPU that asks no other rank."""
     clone = metric.clone().to("cpu")
     clone.reset()
     for part in clone.modules():
         if isinstance(part, Metric):
             part.distributed_available_fn = _on_this_rank_alone
-    shares = one_hot(torch.arange(2 * width, device="cpu") % width, width).float()
-    labels = torch.arange(2 * width, device="cpu") % min(width, class_count({"": metric}) or width)
-    with warnings.catch_warnings(), torch.no_grad(), _same_random_state():
-        warnings.simplefilter("ignore")
-        clone.update(*_judged(clone, shares, one_hot(labels, width) if columns else labels))
-        return clone.compute()
+    return clone
 
 
 def _on_this_rank_alone() -> bool:
@@ -181,10 +209,10 @@ def _judged(metric: Metric, shares: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
     One that knows two classes by one score gets that of class 1; one of several labels a row, 0/1 labels.
     """
-    parts = _parts(metric)
-    if labels.ndim == 1 and shares.shape[1] >= 2 and any(_is_made_for(part, "Binary") for part in parts):
+    parts = parts_of(metric)
+    if labels.ndim == 1 and shares.shape[1] >= 2 and any(is_made_for(part, "Binary") for part in parts):
         return shares[:, 1], labels
-    if labels.ndim == 1 and any(_is_made_for(part, "Multilabel") for part in parts):
+    if labels.ndim == 1 and any(is_made_for(part, "Multilabel") for part in parts):
         return shares, one_hot(labels, shares.shape[1])
     return scores_for(metric, shares, labels), labels
 
@@ -226,6 +254,8 @@ class MetricTable:
         device: Where the clones keep their states.
     """
 
+    has_standard_error = staticmethod(has_standard_error)
+
     def __init__(self, metrics: Mapping[str, Metric], ks: Sequence[int], loaders: Sequence[int], device: Any) -> None:
         self._clones = {
             loader: {k: {name: _own_clone(metric, device) for name, metric in metrics.items()} for k in ks}
@@ -266,13 +296,13 @@ class MetricTable:
                 for name, metric in named.items():
                     numbers, rest = scalars(f"{stem}_{name}", _compute(metric))
                     if standard_errors and has_standard_error(metric):
-                        numbers |= _errors_of(numbers, standard_error(metric))
+                        numbers |= errors_of(numbers, standard_error(metric))
                     values.update({key + suffix: value for key, value in numbers.items()})
                     others.update({key + suffix: value for key, value in rest.items()})
         return values, others
 
 
-def _errors_of(numbers: Mapping[str, Tensor], errors: Tensor) -> dict[str, Tensor]:
+def errors_of(numbers: Mapping[str, Tensor], errors: Tensor) -> dict[str, Tensor]:
     """Return the standard errors by the keys of their numbers; of what no query told, none."""
     return {f"{key}_se": error for key, error in zip(numbers, errors.reshape(-1), strict=True) if not error.isnan()}
 

@@ -8,13 +8,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from loguru import logger
 from torch import Tensor
 
-from faiss_knn.classify.labels import as_class_count, as_labels, is_soft, one_hot_ids, width_of
+from faiss_knn.classify.labels import as_class_count, as_labels, is_labelled, is_soft, one_hot_ids, width_of
+from faiss_knn.classify.regression import columns_of, is_finite, read_targets
 from faiss_knn.classify.vote import check_vote_options
 from faiss_knn.distributed import rank_and_size
 from faiss_knn.online.gallery import gallery_options
 from faiss_knn.online.metrics import RESERVED, class_count, is_multiclass, named_metrics, rehearse
+from faiss_knn.online.number_metrics import are_of_numbers, rehearse_numbers
 from faiss_knn.online.ring import RingBuffer, as_device_or_none
 from faiss_knn.protocol import get_protocol, settle
 from faiss_knn.search.distance import directions, get_distance
@@ -38,6 +41,8 @@ class OnlineOptions:
         feature_key: Key of the features; of several, the first.
         label_key: Key of the labels; of several, the first.
         label: What tells this part from the others of several; else empty.
+        is_regression: Whether targets are numbers, of which neighbours' means are scored: the metrics are of
+            regression, none is of classes, and no num_classes was given.
 
     Raises:
         ValueError: For each bad argument, naming it.
@@ -82,6 +87,7 @@ class OnlineOptions:
     feature_key: str = field(init=False)
     label_key: str = field(init=False)
     label: str = field(init=False, default="")
+    is_regression: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self._settle_protocol()
@@ -100,7 +106,12 @@ class OnlineOptions:
     def _read_metrics(self) -> None:
         self._metrics_class_count = class_count(self.metrics)
         self._is_multiclass = is_multiclass(self.metrics)
-        self._value_names = rehearse(self.metrics, self.num_classes, standard_errors=self.standard_errors)
+        self.is_regression = self.num_classes is None and are_of_numbers(self.metrics)
+        self._value_names = (
+            rehearse_numbers(self.metrics, standard_errors=self.standard_errors)
+            if self.is_regression
+            else rehearse(self.metrics, self.num_classes, standard_errors=self.standard_errors)
+        )
         if not self.has_several_k and (twice := self._value_names & set(self.diagnostics)):
             raise ValueError(f"`metrics` must have other names than `diagnostics`, got {', '.join(sorted(twice))}")
 
@@ -236,11 +247,43 @@ class OnlineOptions:
         Raises:
             ValueError: For labels beyond the scores' width, or metrics that cannot judge such labels.
         """
+        if self.is_regression:
+            self._check_first_targets(labels)
+            return
         labels = self.read_labels(labels)
         self.check_label(width_of(labels) - 1)
         # Those made for one class a row were tried with such labels already.
         undecided = {name: metric for name, metric in self.metrics.items() if not is_multiclass({name: metric})}
         rehearse(undecided, self.num_classes, multi_hot=labels.ndim == 2 and not is_soft(labels))
+
+    def _check_first_targets(self, values: Tensor) -> None:
+        """Find out whether the metrics judge as many numbers a row; and say what numbers are taken for."""
+        key = self.label_key
+        if values.ndim == 1 and not values.is_floating_point():
+            try:
+                rehearse(self.metrics, 2, multi_hot=False)
+            except ValueError as error:
+                hint = f"'{key}' is {values.dtype}, as class ids are; cast it with .float() to score numbers"
+                raise ValueError(f"{error}: {hint}") from error
+        targets = self.read_labels(values)
+        rehearse_numbers(self.metrics, targets.shape[1] if targets.ndim == 2 else 0)
+        looks_labelled = (values == 0) | (values == 1) | (values == -1)
+        if values.is_floating_point() and len(values) and looks_labelled.all() and rank_and_size()[0] == 0:
+            logger.warning(
+                f"{self.title}: '{key}' holds floats of 0 and 1 (or -1), and is taken as numbers, since the metrics "
+                f"({', '.join(self.metrics)}) are of regression: neighbours' means are scored. Give num_classes to "
+                "score classes"
+            )
+
+    def is_labelled(self, labels: Tensor) -> Tensor:
+        """Tell which rows of labels, as they were read, count."""
+        return is_finite(labels) if self.is_regression else is_labelled(labels)
+
+    def width_of(self, labels: Tensor) -> int:
+        """How many columns the scores of labels need, as they were read; 0 without labels."""
+        if not self.is_regression:
+            return width_of(labels)
+        return columns_of(labels) if len(labels) else 0
 
     @property
     def has_several_k(self) -> bool:
@@ -285,11 +328,14 @@ class OnlineOptions:
         """Read labels; one-hot ones as the class ids they are, where the metrics are made for one class a row.
 
         Returns:
-            (n,) int64 class ids, -1 where unlabelled; or (n, C), 0/1 or shares of the classes.
+            (n,) int64 class ids, -1 where unlabelled; or (n, C), 0/1 or shares of the classes. Numbers: (n,) or (n, D)
+            float, NaN where unlabelled.
 
         Raises:
             ValueError: For what is no label, or several labels a row under metrics that know one.
         """
+        if self.is_regression:
+            return read_targets(values, f"{self.title}: '{self.label_key}'", ignore_index=self.ignore_index)
         labels = as_labels(values, f"'{self.label_key}'", float_ids=True, ignore_index=self.ignore_index)
         if labels.ndim == 1 or not self._is_multiclass:
             return labels
@@ -308,6 +354,8 @@ class OnlineOptions:
             seen: The bank's largest label + 1.
             earlier: Width of earlier validations, below which it does not fall.
         """
+        if self.is_regression:
+            return seen
         if self.known_width is not None:
             self.check_label(seen - 1)
             return self.known_width

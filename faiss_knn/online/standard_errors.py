@@ -10,7 +10,7 @@ from faiss_knn.distributed import all_gather_object
 
 _COUNTS = ("tp", "fp", "tn", "fn")
 _PER_CLASS = ("MulticlassAccuracy", "MulticlassRecall")
-WITH_ERRORS = "MulticlassAccuracy, MulticlassRecall and BinaryAccuracy"
+WITH_ERRORS = "MulticlassAccuracy, MulticlassRecall, BinaryAccuracy, MeanAbsoluteError and MeanSquaredError"
 
 
 def has_standard_error(metric: Metric) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics import MeanAbsoluteError, PearsonCorrCoef, R2Score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from faiss_knn import OnlineEvaluator
@@ -123,6 +124,43 @@ def test_several_inputs_and_targets_stay_in_step(ranks: Ranks, options: dict[str
     assert len(set(expected.values())) == 2
     for values in ranks.run(of_two_inputs, options):
         assert values == pytest.approx(expected, abs=1e-6)
+
+
+def of_numbers(options: dict[str, Any]) -> dict[str, float]:
+    """Rank 0 alone trains: the others do not know the numbers' shape or dtype."""
+    one, two = {"r2": R2Score(), "r": PearsonCorrCoef()}, MeanAbsoluteError()
+    knn = OnlineEvaluator(
+        "knn", "x", {"first": one, "rest": two}, **{"queue_length": 400, "standard_errors": True} | options
+    )
+    rank, size = rank_and_size()
+    if rank == 0:
+        knn.observe(**_with_numbers(TRAIN))
+    batches = [range(97)] if size == 1 else [[range(20)], [range(20, 60), range(60, 97)], []][rank]
+    knn.start([[None] * len(batches)])
+    for rows in batches:
+        knn.score(**{key: values[list(rows)] for key, values in _with_numbers(VAL).items()})
+    return knn.finish()
+
+
+def _with_numbers(columns: dict[str, Any]) -> dict[str, Any]:
+    x = columns["x"]
+    first = x[:, 0].double().masked_fill(columns["id"] % 10 == 0, torch.nan)
+    return {**columns, "first": first, "rest": x[:, 1:4]}
+
+
+OPTIONS = [{}, {"gather": "shard"}, {"gather": "shard", "search": "epoch", "id": "id"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_numbers_are_the_same_on_any_number_of_ranks_to_the_bit(ranks: Ranks, options: dict[str, Any]) -> None:
+    (expected,) = ranks.run(of_numbers, {}, ranks=1)
+    assert expected.pop("eval/knn_first_skipped") == 22
+    assert 0.5 < expected["eval/knn_first_r2"] < expected["eval/knn_first_r"]
+    assert "eval/knn_rest_MeanAbsoluteError_se" in expected
+    for size in (2, 3):
+        for values in ranks.run(of_numbers, options, ranks=size):
+            assert values.pop("eval/knn_first_skipped") == 22
+            assert values == expected
 
 
 def without_length() -> None:

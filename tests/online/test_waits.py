@@ -4,6 +4,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from torchmetrics import MeanAbsoluteError
 
 from faiss_knn import FeatureBank, OnlineKNN, OnlineQueue
 from faiss_knn.search.engines import products, scan
@@ -65,6 +66,13 @@ def test_a_clean_validation_batch_waits_for_what_it_must_know_of_the_batch_and_f
     batches = waits_of(monkeypatch, rows(2000, 0), rows(128, 1), **options)["on_validation_batch_end"]
     assert len(batches) == 4
     assert all(1 <= len(lines) <= most for lines in batches), batches
+
+
+def test_numbers_are_waited_for_no_more_than_class_ids(monkeypatch):
+    train, val = ({**part, "label": part["x"][:, 0]} for part in (rows(2000, 0), rows(128, 1)))
+    waits = waits_of(monkeypatch, train, val, metrics=MeanAbsoluteError())
+    assert not any(waits["on_train_batch_end"][1:])
+    assert all(1 <= len(lines) <= 2 for lines in waits["on_validation_batch_end"]), waits
 
 
 def test_bad_rows_are_found_by_the_same_look(monkeypatch):
