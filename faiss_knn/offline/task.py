@@ -27,6 +27,7 @@ from faiss_knn.classify.labels import (
 from faiss_knn.offline.groups import read_groups
 from faiss_knn.offline.lazy_rows import RowSource, Subset, read_rows, spans
 from faiss_knn.offline.left_out import LeftOut
+from faiss_knn.offline.report.results import Checks
 from faiss_knn.search.inputs import are_comparable, check_dense, shown
 
 Ids = npt.NDArray[np.int64]
@@ -548,20 +549,12 @@ def _unfit(block: npt.NDArray[Any] | Tensor, needs_direction: bool) -> Ids:
     return bad
 
 
-def warning_facts(task: EvalTask, ks: Sequence[int]) -> dict[str, Any]:
-    """Collect what makes a number suspect, as far as the labels show it.
-
-    Returns:
-        `rows_per_class` (least, median, most, over classes in the bank), `classes_in_bank`, `classes_unseen` (query
-        classes without bank rows), `queries_unseen` (queries of those), `majority_baseline` (top-1 of always
-        answering with the bank's commonest class), `unlabelled_bank`, `unlabelled_queries`, `skipped_bank` and
-        `skipped_queries` (rows that are not finite, or zero under cosine), `k_above_bank`; with leave-one-out,
-        `lone_queries` (whose class has no other row).
-    """
+def warning_facts(task: EvalTask, ks: Sequence[int]) -> Checks:
+    """Collect what makes a number suspect, as far as the labels show it."""
     bank, queries = task.bank_counts, task.query_counts
     present = bank[bank > 0]
     unseen = (bank == 0) & (queries > 0)
-    facts: dict[str, Any] = {
+    facts: Checks = {
         "rows_per_class": [int(present.min()), float(present.float().quantile(0.5)), int(present.max())],
         "classes_in_bank": len(present),
         "classes_unseen": [task.name(int(i)) for i in unseen.nonzero()[:, 0]],
@@ -578,13 +571,8 @@ def warning_facts(task: EvalTask, ks: Sequence[int]) -> dict[str, Any]:
     return facts
 
 
-def few_shot_facts(task: EvalTask, per_class: int) -> dict[str, Any]:
-    """Collect what makes few-shot draws from a bank suspect: classes with too few rows.
-
-    Returns:
-        `classes_short` (classes with fewer bank rows than `per_class`), `smallest_class` (the least rows of a class),
-        `draws_alike` (whether no class has more rows, so that each draw is the whole bank).
-    """
+def few_shot_facts(task: EvalTask, per_class: int) -> Checks:
+    """Collect what makes few-shot draws from a bank suspect: classes with too few rows."""
     present = task.bank_counts[task.bank_counts > 0]
     return {
         "classes_short": int((present < per_class).sum()),

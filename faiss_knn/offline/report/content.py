@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from faiss_knn.offline.report.results import (
+    Checks,
     Record,
     Results,
     at_common_k,
@@ -201,7 +201,7 @@ def _of_classes(report: Results, first: Record) -> list[str]:
     return sentences
 
 
-def _of_draws(per_class: int | None, checks: dict[str, Any]) -> list[str]:
+def _of_draws(per_class: int | None, checks: Checks) -> list[str]:
     """What few-shot draws are not, where classes have no more rows than a draw takes."""
     sentences = []
     if checks.get("classes_short"):
@@ -217,7 +217,7 @@ def _of_draws(per_class: int | None, checks: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _of_rows(first: Record, checks: dict[str, Any]) -> list[str]:
+def _of_rows(first: Record, checks: Checks) -> list[str]:
     sentences = []
     if checks.get("unlabelled_bank") or checks.get("unlabelled_queries"):
         sentences.append(
@@ -231,51 +231,53 @@ def _of_rows(first: Record, checks: dict[str, Any]) -> list[str]:
 
 
 def _costs(report: Results) -> Section:
-    best = headline(report)
-    on_front = pareto_front(report.records)
-    compared = at_common_k(report.records)
-    by_index = searches(report.records)
+    best, on_front = headline(report), pareto_front(report.records)
+    compared, by_index = at_common_k(report.records), searches(report.records)
     shared = set.intersection(*({vote_of(r) for r in by_index[name]} for name in compared))
     rows, left_out = [], False
     for name, records in by_index.items():
-        r = next((record for record in records if vote_of(record) == vote_of(best)), None)
-        if r is None:
+        under_best = next((record for record in records if vote_of(record) == vote_of(best)), None)
+        if under_best is None:
             continue  # of a command that asked for other settings
-        same = compared.get(name)
-        left_out |= same is None
-        losses = [record for record in records if same and vote_of(record) in shared]
+        at_common = compared.get(name)
+        left_out |= at_common is None
+        losses = [record for record in records if at_common and vote_of(record) in shared]
         worst = max(losses, key=lambda record: float(record["accuracy_loss"]), default=None)
-        rows.append(
-            [
-                name + (" ★" if name in on_front else ""),
-                points_lost(r), percent(r["accuracy_loss_se"]), points_lost(worst) if worst else "–",
-                percent(r["top1"]), percent(same["recall"] if same else None),
-                percent(same["recall_ids"] if same else None),
-                f"{same['qps']:,.0f}" if same else "–", f"{r['build_s']:.3g}",
-                f"{same['search_s']:.3g}" if same else "–", format_bytes(r["bytes"]), _row_bytes(r), built_as(r),
-            ]
-        )  # fmt: skip
+        rows.append([name + (" ★" if name in on_front else ""), *_cost_cells(under_best, worst, at_common)])
     common = next(iter(compared.values()))
     headings = ["index", "top-1 lost", "±", "lost at worst", "top-1", f"recall@{common['k']}", "by id",
                 "queries/s", "build s", "search s", "size", "bytes a row", "built as"]  # fmt: skip
-    text: tuple[str, ...] = (
+    text = _about_costs(report, best, common if left_out else None)
+    return Section("What each index costs", text, (), Table(headings, rows), "cost")
+
+
+def _cost_cells(record: Record, worst: Record | None, at_common: Record | None) -> list[str]:
+    """Write an index's cells from its record under the best vote, the one that lost most, and the one compared."""
+    return [
+        points_lost(record), percent(record["accuracy_loss_se"]), points_lost(worst) if worst else "–",
+        percent(record["top1"]), percent(at_common["recall"] if at_common else None),
+        percent(at_common["recall_ids"] if at_common else None), f"{at_common['qps']:,.0f}" if at_common else "–",
+        f"{record['build_s']:.3g}", f"{at_common['search_s']:.3g}" if at_common else "–",
+        format_bytes(record["bytes"]), _row_bytes(record), built_as(record),
+    ]  # fmt: skip
+
+
+def _about_costs(report: Results, best: Record, common: Record | None) -> tuple[str, ...]:
+    """Say what the cells are; `common` is a record of the compared ones, where some index is not among them."""
+    text = [
         f"Accuracy lost is top-1 of the exact neighbours less top-1 of this index, in points, on the same queries with "
         f"{setting(best)}; at worst, over all settings here. Recall is the share of the exact neighbours found, where "
-        "another row of the same distance is no miss. ★: no other index has more recall at more queries per second.",
-    )
+        "another row of the same distance is no miss. ★: no other index has more recall at more queries per second."
+    ]
     if any("dims" in r["settings"] or "storage" in r["settings"] for r in report.records):
-        text = (
-            *text,
+        text.append(
             "Rows of fewer dimensions or bits have other distances: their recall is counted by id. Bytes a row are "
-            "those of the rows as stored; the size of an index has what it holds beside them.",
+            "those of the rows as stored; the size of an index has what it holds beside them."
         )
-    if left_out:
+    if common is not None:
         depth = depth_of(common)
-        text = (
-            *text,
-            f"–: not searched for {depth} neighbours at k = {common['k']}, as the others: not to be compared.",
-        )
-    return Section("What each index costs", text, (), Table(headings, rows), "cost")
+        text.append(f"–: not searched for {depth} neighbours at k = {common['k']}, as the others: not to be compared.")
+    return tuple(text)
 
 
 def _row_bytes(record: Record) -> str:

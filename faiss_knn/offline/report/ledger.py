@@ -22,7 +22,7 @@ from faiss_knn.offline.report.outcomes_file import (
     part_paths,
     read_outcomes,
 )
-from faiss_knn.offline.report.results import Outcome, Record, Results, record_key, task_key
+from faiss_knn.offline.report.results import Checks, Outcome, Record, Results, record_key, task_key
 
 RECORDS = "results.jsonl"
 BY_CLASS = "per_class.jsonl"
@@ -181,7 +181,7 @@ def _as_told(
     mistakes = told.get("mistakes")
     return Results(
         told.get("class_names"),
-        told.get("checks") or {},
+        told.get("checks") or Checks(),
         records,
         scores,
         class_ids=told.get("class_ids"),

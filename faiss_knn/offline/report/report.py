@@ -24,7 +24,7 @@ class EvalReport(Results):
 
     Attributes:
         class_names: Names by class number, or None.
-        checks: What makes the numbers suspect; see `faiss_knn.offline.task.warning_facts`.
+        checks: What makes the numbers suspect; see `faiss_knn.offline.report.results.Checks`.
         records: One per index × k × temperature × weighting.
         per_class: The scores of each class by `record_key`: top-1, or average precision for multi-hot labels.
         neighbors: (Q, K) distances and indices by index name, if they were kept.

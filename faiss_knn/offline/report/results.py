@@ -99,6 +99,25 @@ class Record(TypedDict, total=False):
     created: str  # when, UTC
 
 
+class Checks(TypedDict, total=False):
+    """What makes a number suspect, as far as the labels show it; empty for a run that was cut off."""
+
+    rows_per_class: list[float]  # the least, the median and the most, over the classes in the bank
+    classes_in_bank: int
+    classes_unseen: list[str]  # classes of queries that the bank has no row of
+    queries_unseen: int  # queries of those
+    majority_baseline: float  # top-1 of always answering with the bank's commonest class
+    unlabelled_bank: int  # rows left out for want of a label
+    unlabelled_queries: int
+    skipped_bank: int  # rows left out as not finite or, under cosine, zero
+    skipped_queries: int
+    k_above_bank: list[int]  # each k that is more than the rows a query can find
+    lone_queries: int  # with leave-one-out, queries whose class has no other row
+    classes_short: int  # of few-shot banks, classes with fewer rows than a draw takes
+    smallest_class: int  # of few-shot banks, the least rows of a class
+    draws_alike: bool  # of few-shot banks, whether each draw is the whole bank
+
+
 def value_of(record: Record, name: str) -> Any:
     """Read a field by name, None where it is not there."""
     return record.get(name)
@@ -125,7 +144,7 @@ class Results:
 
     Attributes:
         class_names: Names by class number, or None.
-        checks: What makes the numbers suspect; see `faiss_knn.offline.task.warning_facts`.
+        checks: What makes the numbers suspect.
         records: One per index × k × temperature × weighting.
         per_class: The scores of each class by `record_key`: top-1, or average precision for multi-hot labels.
         neighbors: (Q, K) distances and indices by index name, if they were kept.
@@ -135,7 +154,7 @@ class Results:
     """
 
     class_names: list[str] | None
-    checks: dict[str, Any]
+    checks: Checks
     records: list[Record] = field(default_factory=list)
     per_class: dict[str, list[float]] = field(default_factory=dict)
     neighbors: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = field(default_factory=dict)
