@@ -68,17 +68,17 @@ class ShardedRows:
 
     def _take(self, indices: Tensor) -> Tensor:
         ends = torch.tensor(self.counts, device=indices.device).cumsum(0)
-        wanted = indices.flatten()
-        places = (wanted >= 0).nonzero()[:, 0]
-        owners, order = torch.bucketize(wanted[places], ends, right=True).sort(stable=True)
+        flat = indices.flatten()
+        places = (flat >= 0).nonzero()[:, 0]
+        owners, order = torch.bucketize(flat[places], ends, right=True).sort(stable=True)
         places = places[order]
-        local = wanted[places] - (ends - torch.tensor(self.counts, device=ends.device))[owners]
+        local_rows = flat[places] - (ends - torch.tensor(self.counts, device=ends.device))[owners]
         sent = owners.bincount(minlength=len(ends)).tolist()
-        asked, came = send_rows(local, sent, group=self.group)
-        answers = swap_rows(self.rows[asked.to(self.rows.device)], came, sent, self.group)
-        taken = answers.new_zeros(len(wanted), *answers.shape[1:], device=indices.device)
-        taken[places] = answers.to(indices.device)
-        return taken.view(*indices.shape, *answers.shape[1:])
+        requested, received = send_rows(local_rows, sent, group=self.group)
+        rows = swap_rows(self.rows[requested.to(self.rows.device)], received, sent, self.group)
+        in_place = rows.new_zeros(len(flat), *rows.shape[1:], device=indices.device)
+        in_place[places] = rows.to(indices.device)
+        return in_place.view(*indices.shape, *rows.shape[1:])
 
 
 class ShardedIndex:
@@ -154,15 +154,15 @@ class ShardedIndex:
             return self._search(queries, k)
 
     def _search(self, queries: Tensor | None, k: int) -> Neighbors:
-        offers = all_gather_object((RowsHeader.of(queries), k), self.group)
-        kind, counts = common_header([header for header, _ in offers])
-        self._check(kind, [asked for _, asked in offers])
+        headers, ks = zip(*all_gather_object((RowsHeader.of(queries), k), self.group), strict=True)
+        kind, counts = common_header(headers)
+        self._check(kind, ks)
         device = comm_device(self.group) if queries is None else queries.device
-        found = min(k, len(self))
-        answers = self._answer(queries, counts, kind, found, device)
+        k = min(k, len(self))
+        answers = self._answer(queries, counts, kind, k, device)
         rank, size = rank_and_size(self.group)
         answers = swap_rows(answers, counts, [counts[rank]] * size, self.group)
-        return self.index._reported(_merge(answers.view(size, counts[rank], 2, found), found)).single()
+        return self.index._reported(_merge(answers.view(size, counts[rank], 2, k), k)).single()
 
     def _check(self, kind: RowsHeader | None, ks: Sequence[int]) -> None:
         if self.dim is None:
@@ -182,13 +182,14 @@ class ShardedIndex:
         answers[:, 1] = -1
         start = 0
         for turn in _turns(counts, kind.row_bytes if kind else 0, self.block_bytes):
-            asked = gather_known(queries, turn, kind, device, self.group, self.block_bytes)
-            if self.counts[rank] and len(asked):
-                self._local(asked, k, answers[start : start + len(asked)])
-            start += len(asked)
+            block = gather_known(queries, turn, kind, device, self.group, self.block_bytes)
+            if self.counts[rank] and len(block):
+                self._search_own(block, k, answers[start : start + len(block)])
+            start += len(block)
         return answers
 
-    def _local(self, queries: Tensor, k: int, out: Tensor) -> None:
+    def _search_own(self, queries: Tensor, k: int, out: Tensor) -> None:
+        """Search this rank's shard, and write what it finds under global indices."""
         rank, _ = rank_and_size(self.group)
         distances, indices = self.index._nearest(queries, k)
         width = indices.shape[1]  # the shard may have fewer than k rows
