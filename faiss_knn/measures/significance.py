@@ -40,6 +40,18 @@ class Pairs(NamedTuple):
         """Accuracy of the first less accuracy of the second."""
         return (self.only_a - self.only_b) / self.total
 
+    def p(self) -> float:
+        """As `mcnemar_p`."""
+        return mcnemar_p(self.only_a, self.only_b)
+
+    def interval(self, confidence: float = 0.95, *, seed: int = 0) -> tuple[float, float]:
+        """As `bootstrap_interval`."""
+        return bootstrap_interval(self, confidence, seed=seed)
+
+    def needed(self, confidence: float = 0.95, *, comparisons: int = 1) -> int | None:
+        """As `queries_needed`."""
+        return queries_needed(self, confidence, comparisons=comparisons)
+
 
 def count_pairs(correct_a: npt.ArrayLike, correct_b: npt.ArrayLike) -> Pairs:
     """Count on which queries one of two classifiers alone was right.
@@ -296,19 +308,38 @@ def queries_needed(pairs: Pairs, confidence: float = 0.95, *, power: float = 0.8
         23545
     """
     _check_pairs(pairs)
+    differing = (pairs.only_a + pairs.only_b) / pairs.total
+    needed = units_needed(pairs.difference, differing, confidence, power=power, comparisons=comparisons)
+    return None if needed is None else math.ceil(needed)
+
+
+def units_needed(
+    mean: float, square: float, confidence: float = 0.95, *, power: float = 0.8, comparisons: int = 1
+) -> float | None:
+    """Estimate how many units, such as groups of queries, would tell their mean difference from 0.
+
+    The formula of `queries_needed`, with ψ the mean of the squared differences.
+
+    Args:
+        mean: δ, of the units' differences.
+        square: ψ, mean of their squares.
+        confidence: As in `queries_needed`, and so are the rest.
+        power: See there.
+        comparisons: See there.
+
+    Example:
+        >>> round(units_needed(mean=0.004, square=0.048))
+        23544
+    """
     if not 0 < power < 1:
         raise ValueError(f"`power` must be in (0, 1), got {shown(power)}")
     if comparisons < 1:
         raise ValueError(f"`comparisons` must be 1 or more, got {shown(comparisons)}")
     z_alpha = _z_two_sided(confidence, comparisons)
-    difference = abs(pairs.difference)
-    if difference == 0:
+    if mean == 0:
         return None
-    differing = (pairs.only_a + pairs.only_b) / pairs.total
-    spread = z_alpha * math.sqrt(differing) + NormalDist().inv_cdf(power) * math.sqrt(
-        max(0.0, differing - difference**2)
-    )
-    return math.ceil((spread / difference) ** 2)
+    spread = z_alpha * math.sqrt(square) + NormalDist().inv_cdf(power) * math.sqrt(max(0.0, square - mean**2))
+    return (spread / mean) ** 2
 
 
 def _z_two_sided(confidence: Any, comparisons: int = 1) -> float:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from faiss_knn.measures.overlap import neighbor_overlap, overlap_by_query
-from faiss_knn.measures.significance import Pairs, bootstrap_interval, count_pairs, holm, mcnemar_p, queries_needed
+from faiss_knn.measures.paired import GroupedPairs, pair_outcomes
+from faiss_knn.measures.significance import Pairs, holm
 from faiss_knn.offline.report.comparison import comparison_files, comparison_table
 from faiss_knn.offline.report.content import setting
 from faiss_knn.offline.report.ledger import write
@@ -31,6 +32,7 @@ _SETTING = (
     "spec", "settings", "k", "temperature", "weighting", "distance_metric", "leave_one_out", "per_class", "center",
     "normalize", "pca", "whiten", "exclude_same_group",
 )  # fmt: skip
+_DRAWN = ("tries", "seed")  # of few-shot banks: draws are compared one by one
 _WORDS = {"distance_metric": "{} distance", "leave_one_out": "leave-one-out {}", "center": "centred {}",
           "normalize": "normalised {}"}  # fmt: skip
 _NO_MATTER = ("depth", "metrics", "latency")  # options that change no prediction
@@ -153,7 +155,8 @@ def compare(
 
     Runs are of the same queries with the same labels; features, bank and model may differ. A difference is separable if
     McNemar's exact p, Holm-corrected over the whole table, is at most 1 − confidence; see
-    `faiss_knn.measures.significance`.
+    `faiss_knn.measures.significance`. Few-shot runs are of the same draws; where all runs have the same groups of
+    queries, whole groups are drawn and swapped: see `faiss_knn.measures.paired`, whose test McNemar's is a case of.
 
     Args:
         runs: Two or more: reports of `evaluate`, or folders that `save` or `faiss-knn eval --out` have written.
@@ -179,11 +182,13 @@ def compare(
             _check_same_queries(read[0], other, key)
     words = _in_words(read[0], keys)
     keys.sort(key=lambda key: -_mean_top1(read, key))
-    rows = list(_differences(read, keys, words, confidence, seed))
-    n_queries = len(read[0].outcome(keys[0])["correct"])
+    groups, notes = _groups(read, keys[0])
+    rows = list(_differences(read, keys, words, groups, confidence, seed))
+    n_queries = len(read[0].outcome(keys[0])["row"])
     accuracies = [_accuracy(run, key, words[key]) for key in keys for run in read]
-    by_class = list(_by_class(read, keys[0], words[keys[0]], confidence))
-    overlaps, changed, notes = _overlaps(read, keys, seed)
+    by_class = list(_by_class(read, keys[0], words[keys[0]], groups, confidence))
+    overlaps, changed, more = _overlaps(read, keys, seed)
+    notes += _other_draws(read, keys) + more
     return Comparison(
         [run.name for run in read], n_queries, float(confidence), rows, accuracies, by_class, overlaps, changed, notes
     )
@@ -234,7 +239,7 @@ def _read(given: Any, number: int, name: str) -> _Run:
     if not kept:
         raise ValueError(
             f"run {name!r} has kept no outcomes: evaluate it again, with keep_outcomes=True if they take more than 1 "
-            "GiB, and without few-shot draws"
+            "GiB"
         )
     records: dict[str, Record] = {}
     for record in kept:
@@ -250,7 +255,8 @@ def _read(given: Any, number: int, name: str) -> _Run:
 
 def _setting_key(record: Record) -> str:
     options = {name: value for name, value in (record.get("options") or {}).items() if name not in _NO_MATTER}
-    return json.dumps([*(value_of(record, name) or None for name in _SETTING), options], sort_keys=True)
+    names = _SETTING + (_DRAWN if record["per_class"] else ())
+    return json.dumps([*(value_of(record, name) or None for name in names), options], sort_keys=True)
 
 
 def _common_settings(runs: Sequence[_Run]) -> list[str]:
@@ -273,8 +279,8 @@ def _check_same_queries(one: _Run, other: _Run, key: str) -> None:
         return
     first, second = one.outcome(key), other.outcome(key)
     where = f"runs {one.name!r} and {other.name!r} are not of the same queries: "
-    if len(first["correct"]) != len(second["correct"]):
-        raise ValueError(f"{where}{len(first['correct']):,} and {len(second['correct']):,} of them")
+    if len(first["row"]) != len(second["row"]):
+        raise ValueError(f"{where}{len(first['row']):,} and {len(second['row']):,} of them")
     moved = np.flatnonzero(first["row"] != second["row"])
     if len(moved):
         rows = f"{first['row'][moved[0]]} and {second['row'][moved[0]]}"
@@ -288,6 +294,32 @@ def _check_same_queries(one: _Run, other: _Run, key: str) -> None:
             hint = ": only one has class names, give both the same" if named[0] != named[1] else ""
             raise ValueError(f"{where}row {row} has the label {names[0]!r} in one, {names[1]!r} in the other{hint}")
     raise ValueError(f"{where}their labels differ")
+
+
+def _groups(runs: Sequence[_Run], key: str) -> tuple[npt.NDArray[Any] | None, list[str]]:
+    """The groups of the queries, if all runs know the same ones; and a note if only some do, or others."""
+    given = [run.outcome(key).get("group") for run in runs]
+    known = [groups for groups in given if groups is not None]
+    if not known:
+        return None, []
+    if len(known) == len(given) and all(_as_partition(groups) == _as_partition(known[0]) for groups in known):
+        return known[0], []
+    return None, ["not all runs have the same groups of queries: differences are taken as of single queries"]
+
+
+def _as_partition(groups: npt.NDArray[Any]) -> list[int]:
+    """For each query the first one of its group."""
+    _, firsts, numbers = np.unique(groups, return_index=True, return_inverse=True)
+    found: list[int] = firsts[numbers].tolist()
+    return found
+
+
+def _other_draws(runs: Sequence[_Run], keys: Sequence[str]) -> list[str]:
+    """A note where few-shot banks are not of the same rows, so that their draws are a part of the difference."""
+    drawn = [[run.records[key] for run in runs] for key in keys if runs[0].records[key]["per_class"]]
+    if all(len({record.get("bank_fingerprint") for record in records}) == 1 for records in drawn):
+        return []
+    return ["the few-shot banks of the runs hold other rows: what their draws do by chance is a part of the difference"]
 
 
 def _in_words(run: _Run, keys: Sequence[str]) -> dict[str, str]:
@@ -308,14 +340,19 @@ def _mean_top1(runs: Sequence[_Run], key: str) -> float:
 
 
 def _differences(
-    runs: Sequence[_Run], keys: Sequence[str], words: dict[str, str], confidence: float, seed: int
+    runs: Sequence[_Run],
+    keys: Sequence[str],
+    words: dict[str, str],
+    groups: npt.NDArray[Any] | None,
+    confidence: float,
+    seed: int,
 ) -> Iterator[Row]:
     """The rows of the table, corrected for how many they are."""
     asked = [(key, a, b) for key in keys for a, b in combinations(runs, 2)]
-    pairs = [count_pairs(a.outcome(key)["correct"], b.outcome(key)["correct"]) for key, a, b in asked]
-    p_values = [mcnemar_p(pair.only_a, pair.only_b) for pair in pairs]
+    pairs = [pair_outcomes(a.outcome(key)["correct"], b.outcome(key)["correct"], groups) for key, a, b in asked]
+    p_values = [pair.p() for pair in pairs]
     for (key, a, b), pair, p, p_holm in zip(asked, pairs, p_values, holm(p_values), strict=True):
-        low, high = bootstrap_interval(pair, confidence, seed=seed)
+        low, high = pair.interval(confidence, seed=seed)
         separable = p_holm <= 1 - confidence
         yield {
             "setting": words[key], "a": a.name, "b": b.name,
@@ -325,33 +362,29 @@ def _differences(
         }  # fmt: skip
 
 
-def _needed(pair: Pairs, confidence: float, comparisons: int) -> int | None:
+def _needed(pair: Pairs | GroupedPairs, confidence: float, comparisons: int) -> int | None:
     """More queries than there are: the estimate is one for many, and those there are did not do."""
-    needed = queries_needed(pair, confidence, comparisons=comparisons)
+    needed = pair.needed(confidence, comparisons=comparisons)
     return None if needed is None else max(needed, pair.total + 1)
 
 
-def _by_class(runs: Sequence[_Run], key: str, words: str, confidence: float) -> Iterator[Row]:
+def _by_class(
+    runs: Sequence[_Run], key: str, words: str, groups: npt.NDArray[Any] | None, confidence: float
+) -> Iterator[Row]:
     """Where one run is better than another, class by class."""
     outcomes = [run.outcome(key) for run in runs]
     if "label" not in outcomes[0]:
         return
-    labels, report = outcomes[0]["label"], runs[0].report
-    counts = np.bincount(labels)
-    right = [np.bincount(labels[outcome["correct"]], minlength=len(counts)) for outcome in outcomes]
+    order = np.argsort(outcomes[0]["label"], kind="stable")
+    classes, firsts = np.unique(outcomes[0]["label"][order], return_index=True)
     found: list[Row] = []
     for i, j in combinations(range(len(runs)), 2):
-        one, other = outcomes[i]["correct"], outcomes[j]["correct"]
-        alone = [np.bincount(labels[x & ~y], minlength=len(counts)) for x, y in ((one, other), (other, one))]
-        found += [
-            {
-                "setting": words, "a": runs[i].name, "b": runs[j].name, "class": report.class_name(int(c)),
-                "n_queries": int(counts[c]), "top1_a": float(right[i][c] / counts[c]),
-                "top1_b": float(right[j][c] / counts[c]), "difference": float((right[i][c] - right[j][c]) / counts[c]),
-                "p": mcnemar_p(int(alone[0][c]), int(alone[1][c])),
-            }
-            for c in np.flatnonzero(counts)
-        ]  # fmt: skip
+        for number, rows in zip(classes.tolist(), np.split(order, firsts[1:]), strict=True):
+            one, other = (outcomes[run]["correct"][..., rows] for run in (i, j))
+            pair = pair_outcomes(one, other, None if groups is None else groups[rows])
+            about = {"setting": words, "a": runs[i].name, "b": runs[j].name, "class": runs[0].report.class_name(number)}
+            tops = {"top1_a": float(one.mean()), "top1_b": float(other.mean()), "difference": pair.difference}
+            found.append(about | {"n_queries": len(rows)} | tops | {"p": pair.p()})
     for row, p_holm in zip(found, holm([row["p"] for row in found]), strict=True):
         yield row | {"p_holm": p_holm, "separable": p_holm <= 1 - confidence}
 

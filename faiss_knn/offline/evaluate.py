@@ -125,8 +125,8 @@ def evaluate(
         skip_bad_rows: Leave out rows that are not finite or, under cosine, zero, and count them in the records, instead
             of refusing them.
         keep_neighbors: Keep the neighbours in the report.
-        keep_outcomes: Keep what became of each query in the report, 9 bytes of a query and record; None: where all of
-            them take 1 GiB at most. Of several few-shot draws nothing is kept.
+        keep_outcomes: Keep what became of each query in the report, 9 bytes of a query, record and few-shot draw; None:
+            where all of them take 1 GiB at most.
         progress: Show a bar; None: if stderr is a terminal.
         protocol: Name of one of `protocols`, which settles k, temperature, weighting, distance and whether features are
             normalised or centred. What is given beside it counts, and is named in the records' `protocol`.
@@ -242,7 +242,7 @@ def evaluate_with(
             report.per_class[key] = class_scores
             if outcome is not None:
                 report.outcomes[key] = outcome
-                if "label" in outcome and _shows_more(record, report.mistakes):
+                if "label" in outcome and len(evaluation.draws) == 1 and _shows_more(record, report.mistakes):
                     report.mistakes = mistakes_of(first, record, outcome, results[0].indices)
                 if on_outcome is not None and key not in earlier:
                     on_outcome(key, outcome)
@@ -332,7 +332,7 @@ class _Evaluation:
                 **self._fingerprints,
                 **surroundings(),
             }
-            outcome = outcome_of(hits[0], self._queries) if self._queries is not None else None
+            outcome = outcome_of(hits, self._queries) if self._queries is not None else None
             yield cast("Record", fields), class_scores.tolist(), outcome
 
     @property

@@ -123,11 +123,6 @@ class EvalOptions:
             raise ValueError("per_class draws a bank for other queries: it does not go with leave_one_out")
         self.per_class = _positive(self.per_class, "`per_class` must be positive, an integer")
         self.tries = 5 if self.tries is None else _positive(self.tries, "`tries` must be positive, an integer")
-        if self.keep_outcomes and self.tries > 1:
-            raise ValueError(
-                f"keep_outcomes keeps one outcome of each query, but {self.tries} few-shot draws give it as many: "
-                "give tries=1, and another seed for another draw"
-            )
 
     def _check_search(self) -> None:
         self.latency = _count_from_zero(self.latency, "latency")

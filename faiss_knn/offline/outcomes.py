@@ -12,40 +12,42 @@ from faiss_knn.offline.report.results import Outcome
 from faiss_knn.offline.scores import Hits
 from faiss_knn.offline.task import EvalTask, LabelledRows
 
-_BYTES = 9  # of a query under one vote: an int32, a bool and a float32
+_BYTES = 9  # of a query under one vote of one bank: an int32, a bool and a float32
 _KEPT_UNASKED = 1 << 30  # bytes
 
 
 def keeps_outcomes(options: EvalOptions, draws: Sequence[EvalTask]) -> bool:
-    """Tell whether outcomes are kept: if that was asked for, or else where all of them take 1 GiB at most.
-
-    Of several few-shot draws none are: a query has one there under each bank.
-    """
-    if len(draws) > 1 or options.keep_outcomes is False:
-        return False
+    """Tell whether outcomes are kept: if that was asked for, or else where all of them take 1 GiB at most."""
+    if options.keep_outcomes is not None:
+        return options.keep_outcomes
     votes = len(options.variants) * len(list(options.votes))
-    return bool(options.keep_outcomes) or _BYTES * votes * len(draws[0].queries.rows) <= _KEPT_UNASKED
+    return _BYTES * votes * len(draws) * len(draws[0].queries.rows) <= _KEPT_UNASKED
 
 
 def describe_queries(task: EvalTask) -> Outcome:
-    """Say which queries there are: the arrays `row` and `label` that all outcomes of a task share.
+    """Say which queries there are: the arrays that all outcomes of a task share.
 
     Returns:
-        `row` (Q,) int64, the queries' row numbers as they were given, and `label` (Q,) int32 class numbers, which
-        multi-hot labels have none of.
+        `row` (Q,) int64, the queries' row numbers as they were given, `label` (Q,) int32 class numbers, which multi-hot
+        labels have none of, and `group` (Q,) int64, if groups were given.
     """
     labels = {} if task.multi_hot else {"label": _as_int32(task.queries.labels)}
-    return {"row": np.asarray(task.queries.ids, dtype=np.int64), **labels}
+    groups = {} if task.queries.groups is None else {"group": task.queries.groups.cpu().numpy()}
+    return {"row": np.asarray(task.queries.ids, dtype=np.int64), **labels, **groups}
 
 
-def outcome_of(hits: Hits, queries: Outcome) -> Outcome:
-    """Say what became of each query under one vote; see `EvalReport.outcomes`."""
-    return {
-        "prediction": _as_int32(hits.prediction),
-        "correct": hits.top1.cpu().numpy(),
-        "score": hits.share.float().cpu().numpy(),
-        **queries,
-    }
+def outcome_of(hits: Sequence[Hits], queries: Outcome) -> Outcome:
+    """Say what became of each query under one vote, in each draw if there are several; see `EvalReport.outcomes`."""
+    draws = [
+        {
+            "prediction": _as_int32(one.prediction),
+            "correct": one.top1.cpu().numpy(),
+            "score": one.share.float().cpu().numpy(),
+        }
+        for one in hits
+    ]
+    answers = draws[0] if len(draws) == 1 else {name: np.stack([one[name] for one in draws]) for name in draws[0]}
+    return answers | queries
 
 
 def query_fingerprint(task: EvalTask) -> str:

@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -174,6 +175,48 @@ def test_multi_hot_runs_are_compared_without_classes():
     assert comparison.by_class == []
 
 
+def enumerated_p(sums):
+    """The share of all signs under which the sum is as far from 0 as it is."""
+    signs = np.array(list(product((-1, 1), repeat=len(sums))))
+    return float((np.abs(signs @ sums) >= abs(sums.sum())).mean())
+
+
+def test_few_shot_runs_are_compared_over_all_their_draws(tmp_path):
+    truth = TRUTH[:14]
+    runs = [run_of(noise, k=1, truth=truth, per_class=4, tries=3) for noise in (0.5, 0.9)]
+    folders = [run.save(tmp_path / name) for run, name in zip(runs, "ab", strict=True)]
+    comparison = compare(*folders)
+    (row,) = comparison.table()
+    first, second = (next(iter(run.outcomes.values()))["correct"] for run in runs)
+    more = first.sum(0).astype(int) - second.sum(0)
+    assert comparison.n_queries == 14
+    assert len(set(abs(more))) > 2
+    assert row["difference"] == pytest.approx(runs[0].records[0]["top1"] - runs[1].records[0]["top1"])
+    assert row["p"] == pytest.approx(enumerated_p(more))
+    drawn = np.random.default_rng(0).integers(0, 14, (20_000, 14))
+    assert (row["low"], row["high"]) == pytest.approx(np.quantile(more[drawn].mean(1) / 3, [0.025, 0.975]), abs=0.01)
+    assert sum(row["difference"] * row["n_queries"] for row in comparison.by_class) / 14 == pytest.approx(
+        row["difference"]
+    )
+    assert comparison.notes == []
+    other = run_of(0.5, k=1, truth=truth, per_class=4, tries=3, labels=np.where(np.arange(300) < 9, -1, LABELS))
+    assert compare(runs[0], other).notes[0].startswith("the few-shot banks of the runs hold other rows")
+
+
+def test_groups_of_queries_are_compared_as_wholes():
+    groups = np.repeat(np.arange(12), 10)
+    runs = [run_of(noise, k=5, groups=groups) for noise in (0.4, 0.9)]
+    (row,) = compare(*runs).table()
+    first, second = (next(iter(run.outcomes.values()))["correct"].astype(int) for run in runs)
+    assert row["p"] == pytest.approx(enumerated_p((first - second).reshape(12, 10).sum(1)))
+    assert compare(*runs).notes == []
+    for other in (None, np.roll(groups, 3)):
+        comparison = compare(runs[0], run_of(0.9, k=5, groups=other))
+        assert comparison.table()[0]["p"] == compare(run_of(0.4, k=5), run_of(0.9, k=5)).table()[0]["p"]
+        assert comparison.notes == ["not all runs have the same groups of queries: differences are taken as of single "
+                                    "queries"]  # fmt: skip
+
+
 def changed(truth, place, label):
     truth = truth.copy()
     truth[place] = label
@@ -186,7 +229,8 @@ REFUSED = {
     "no report": (lambda a: [a, 3], r"`runs\[1\]` must be an EvalReport or a folder of results, got 3"),
     "no folder": (lambda a: [a, "nowhere"], "nowhere: is no folder of results"),
     "no outcomes": (lambda a: [a, run_of(0.4, keep_outcomes=False)], "run 'run 2' has kept no outcomes"),
-    "few-shot": (lambda a: [a, run_of(0.4, per_class=5)], "run 'run 2' has kept no outcomes.*few-shot"),
+    "few-shot": (lambda a: [a, run_of(0.4, per_class=5)], "no setting in common"),
+    "other draws": (lambda a: [run_of(0.4, per_class=5), run_of(0.4, per_class=5, tries=4)], "no setting in common"),
     "other settings": (
         lambda a: [a, run_of(0.4, k=3, distance_metric="euclidean")],
         "no setting in common, such as 'run 1' has flat, cosine distance, k = 1.*'run 2' has flat, euclidean",

@@ -238,7 +238,6 @@ def test_records_name_what_was_done_beside_a_protocol():
         ({"pca": 0}, "`pca` must be a positive integer, got 0"),
         ({"dims": "pca64"}, "`dims` must be at most 58, the axes along which the bank varies"),
         ({"nprobe": 4}, "`nprobe` is for indexes with inverted lists, got index='flat'"),
-        ({"per_class": 3, "tries": 2, "keep_outcomes": True}, "give tries=1, and another seed"),
     ],
 )
 def test_bad_options_are_named(options, message):

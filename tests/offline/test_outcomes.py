@@ -26,6 +26,15 @@ def only(report):
     return record, report.outcomes[record_key(record)]
 
 
+def same(left, right):
+    assert left.keys() == right.keys()
+    for key, outcome in left.items():
+        assert outcome.keys() == right[key].keys()
+        for name, array in outcome.items():
+            assert array.dtype == right[key][name].dtype
+            assert array.tolist() == right[key][name].tolist()
+
+
 def test_outcomes_are_those_of_a_vote_over_all_classes():
     report = evaluate(
         BANK, LABELS, QUERIES, TRUTH, k=(1, 2, 20), weighting=("inverse", "softmax", "uniform"), keep_neighbors=True
@@ -92,22 +101,38 @@ def test_of_equal_votes_the_lowest_class_is_predicted():
         assert not outcome["correct"][0]
 
 
-def test_nothing_is_kept_of_several_draws_on_refusal_or_beyond_the_bound(monkeypatch):
-    assert not evaluate(BANK, LABELS, QUERIES, TRUTH, k=1, per_class=5, tries=2).outcomes
+def test_each_few_shot_draw_has_outcomes_of_its_own(tmp_path):
+    report = evaluate(BANK, LABELS, QUERIES, TRUTH, k=(1, 5), per_class=5, tries=3, seed=4)
+    report.save(tmp_path)
+    same(EvalReport.load(tmp_path).outcomes, report.outcomes)
+    for record in report.records:
+        outcome = report.outcomes[record_key(record)]
+        assert outcome["row"].tolist() == list(range(60))
+        assert [outcome[name].shape for name in ("prediction", "correct", "score")] == [(3, 60)] * 3
+        assert (outcome["correct"] == (outcome["prediction"] == TRUTH)).all()
+        assert outcome["correct"].mean() == pytest.approx(record["top1"])
+        assert outcome["correct"].mean(1).std(ddof=1) == pytest.approx(record["top1_std"])
+    first = evaluate(BANK, LABELS, QUERIES, TRUTH, k=(1, 5), per_class=5, tries=1, seed=4)
+    for several, alone in zip(report.outcomes.values(), first.outcomes.values(), strict=True):
+        assert several["prediction"][0].tolist() == alone["prediction"].tolist()
+
+
+def test_groups_of_queries_are_kept(tmp_path):
+    groups = np.array([f"scene {i // 7}" for i in range(60)])
+    report = evaluate(BANK, LABELS, QUERIES, TRUTH, k=1, groups=groups)
+    report.save(tmp_path)
+    (outcome,) = EvalReport.load(tmp_path).outcomes.values()
+    assert (outcome["group"][:, None] == outcome["group"]).tolist() == (groups[:, None] == groups).tolist()
+
+
+def test_nothing_is_kept_on_refusal_or_beyond_the_bound(monkeypatch):
     assert not evaluate(BANK, LABELS, QUERIES, TRUTH, k=1, keep_outcomes=False).outcomes
     monkeypatch.setattr(outcomes_step, "_KEPT_UNASKED", 2 * 9 * 60 - 1)
     assert len(evaluate(BANK, LABELS, QUERIES, TRUTH, k=1).outcomes) == 1
     assert not evaluate(BANK, LABELS, QUERIES, TRUTH, k=(1, 2)).outcomes
+    assert len(evaluate(BANK, LABELS, QUERIES, TRUTH, k=1, per_class=5, tries=1).outcomes) == 1
+    assert not evaluate(BANK, LABELS, QUERIES, TRUTH, k=1, per_class=5, tries=2).outcomes
     assert len(evaluate(BANK, LABELS, QUERIES, TRUTH, k=(1, 2), keep_outcomes=True).outcomes) == 2
-
-
-def same(left, right):
-    assert left.keys() == right.keys()
-    for key, outcome in left.items():
-        assert outcome.keys() == right[key].keys()
-        for name, array in outcome.items():
-            assert array.dtype == right[key][name].dtype
-            assert array.tolist() == right[key][name].tolist()
 
 
 def test_a_saved_report_is_read_back_and_its_folder_grows(tmp_path):

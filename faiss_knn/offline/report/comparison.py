@@ -106,9 +106,10 @@ def _sections(n_queries: int, confidence: float, rows: Rows, accuracies: Rows, b
     )
     how = (
         f"A difference is separable if McNemar's exact p, corrected by Holm's method over the {len(rows)} rows, is at "
-        f"most {1 - confidence:.3g}. The interval is the paired bootstrap's at {100 * confidence:g} %, in points, of "
-        "this row alone. The queries needed would find the difference, if it is as large as it seems here, in four of "
-        "five samples.",
+        f"most {1 - confidence:.3g}; over few-shot draws or groups of queries p is the sign-flip test's, of which "
+        f"McNemar's is a case. The interval is the paired bootstrap's at {100 * confidence:g} %, in points, of this "
+        "row alone. The queries needed would find the difference, if it is as large as it seems here, in four of five "
+        "samples.",
     )
     headings, *cells = ([*row[:3], row[-1], *row[3:-1]] for row in _cells(rows, n_queries))  # the verdict in sight
     bounds = [f"{percent(row['top1_low'])}–{percent(row['top1_high'])}" for row in accuracies]

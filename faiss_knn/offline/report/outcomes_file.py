@@ -9,6 +9,9 @@
 | `{i}/queries` | number j of the queries that record i is of |
 | `queries/{j}/row` | (Q,) int64 row numbers of the queries as they were given |
 | `queries/{j}/label` | (Q,) int32 class numbers of the queries; none for multi-hot labels |
+| `queries/{j}/group` | (Q,) int64 groups of the queries, where they were given |
+
+The first three of record i are (T, Q) where T few-shot banks were drawn.
 
 Compressed, without pickles: `numpy.load` reads it.
 """
@@ -25,7 +28,7 @@ from faiss_knn.offline.report.results import Outcome
 
 OUTCOMES = "outcomes.npz"
 
-_OF_QUERIES = ("row", "label")  # the same arrays for all records of the same queries
+_OF_QUERIES = ("row", "label", "group")  # the same arrays for all records of the same queries
 
 
 def check_outcomes(folder: Path) -> None:

@@ -32,7 +32,8 @@ class EvalReport(Results):
         outcomes: What became of each query by `record_key`: arrays (Q,) `prediction` (int32 class number, -1 without
             any vote; for multi-hot labels the class of highest score), `correct` (bool, whether that is the query's
             class, or one of them), `score` (float32, the prediction's share of the neighbours' weight), `row` (int64,
-            the query's row as it was given) and `label` (int32 class number, not for multi-hot labels).
+            the query's row as it was given), `label` (int32 class number, not for multi-hot labels) and `group` (int64,
+            where groups were given). Of T few-shot draws the first three are (T, Q).
         mistakes: What was wrong under the exact setting with the most voters, of single labels; see
             `faiss_knn.offline.report.findings.Mistakes`.
 
