@@ -13,6 +13,7 @@ import numpy.typing as npt
 from faiss_knn.offline.column_files import Member
 from faiss_knn.offline.formats import Arrays, DataError, open_arrays, open_bin, open_vecs, read_array, readable
 from faiss_knn.offline.lazy_rows import RowSource, read_rows, spans
+from faiss_knn.search.distance import DISTANCES
 
 Graph = Literal["distances", "connectivities"]
 
@@ -20,6 +21,8 @@ INDEX_NAMES = ("indices", "neighbors", "neighbours", "ids", "knn_indices", "I")
 DISTANCE_NAMES = ("distances", "dists", "knn_dists", "D")
 _ROWS = 1 << 14  # lists or rows that are written at once
 _ANN_BENCHMARKS = {"cosine": "angular"}  # what it calls a distance, where not as here
+_OF_ANN_BENCHMARKS = {name: own for own, name in _ANN_BENCHMARKS.items()}
+_METRIC = "distance_metric"
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,35 @@ def read_neighbors(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | Non
     return _array(path, ids), None if distances is None else _array(path, distances)
 
 
+def stored_metric(path: Path) -> str | None:
+    """Tell which distance a file of lists says that it holds; None where it says nothing that is known here.
+
+    The distances must have been read already, as `read_neighbors` does.
+    """
+    reader = _METRIC_READERS.get(path.suffix.lower())
+    said = None if reader is None else reader(path)
+    metric = _OF_ANN_BENCHMARKS.get(str(said), str(said))
+    return metric if metric in DISTANCES else None
+
+
+def _metric_of_npz(path: Path) -> Any:
+    arrays = open_arrays(path)
+    return np.asarray(read_array(path, arrays[_METRIC])) if _METRIC in arrays else None
+
+
+def _metric_of_hdf5(path: Path) -> Any:
+    import h5py  # an extra
+
+    with h5py.File(path, "r") as file:
+        return file.attrs.get("distance")
+
+
+def _metric_of_parquet(path: Path) -> Any:
+    from pyarrow import parquet  # an extra
+
+    return (parquet.read_schema(path).metadata or {}).get(_METRIC.encode(), b"").decode("utf-8", "replace")
+
+
 def _array(path: Path, member: Member) -> npt.NDArray[Any]:
     return np.asarray(read_array(path, member))
 
@@ -205,7 +237,7 @@ def _write_parquet(path: Path, lists: NeighborLists) -> list[Path]:
 
     k = lists.indices.shape[1]
     kinds = {"query": pa.int64(), "neighbors": pa.list_(pa.int64(), k), "distances": pa.list_(pa.float32(), k)}
-    notes = {"distance_metric": lists.distance_metric, "bank_rows": str(len(lists.bank))}
+    notes = {_METRIC: lists.distance_metric, "bank_rows": str(len(lists.bank))}
     schema = pa.schema(kinds | {"tied": pa.bool_()}, metadata=notes)
     with _replacing(path) as partial, parquet.ParquetWriter(partial, schema) as writer:
         for start, stop in spans(len(lists.indices), _ROWS):
@@ -236,6 +268,7 @@ def _compressed_rows(lists: NeighborLists, graph: Graph, symmetric: bool) -> dic
         "shape": np.array(shape),
         "data": values if graph == "distances" else np.ones_like(values),
         "tied": lists.tied,
+        **({_METRIC: np.array(lists.distance_metric)} if graph == "distances" else {}),
     }
 
 
@@ -295,4 +328,10 @@ _OWN_READERS: dict[str, Callable[[Path], tuple[npt.NDArray[Any], npt.NDArray[Any
     ".ibin": _read_pair,
     ".bin": _read_pair,
     ".ivecs": _read_ivecs,
+}
+_METRIC_READERS: dict[str, Callable[[Path], Any]] = {
+    ".npz": _metric_of_npz,
+    ".h5": _metric_of_hdf5,
+    ".hdf5": _metric_of_hdf5,
+    ".parquet": _metric_of_parquet,
 }

@@ -80,6 +80,16 @@ def test_a_stopped_run_says_what_goes_on(files, capsys, monkeypatch):
     assert not (files / "gt.npz.parts").exists()
 
 
+@pytest.mark.parametrize("name", ["gt.npz", "gt.h5", "gt.parquet", "graph.npz", "cosine.h5", "gt.ibin"])
+def test_the_distance_that_a_file_says_is_taken(files, capsys, name):
+    metric = "cosine" if name in ("cosine.h5", "gt.ibin") else "manhattan"
+    graph = ["--graph", "distances"] if name == "graph.npz" else []
+    assert main(["neighbors", "bank.npy", "queries.npz", "--distance", metric, "--out", name, *graph]) == 0
+    assert main(["verify", name, "bank.npy", "queries.npz", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["distance_metric"], report["recall_ids"], report["wrong_distances"]) == (metric, 1.0, 0)
+
+
 def test_another_distance_than_that_of_the_lists_is_suspected(files, capsys):
     assert main(["neighbors", "bank.npy", "queries.npz", "--k", "3", "--distance", "euclidean", "--out", "gt.h5"]) == 0
     for distance, err in (("euclidean", ""), ("cosine", "most distances are not those of --distance cosine")):

@@ -63,6 +63,29 @@ def test_files_are_shrunk_and_those_that_cannot_be_read_are_counted(tmp_path):
     assert album.broken == [1, 2, 3]
 
 
+def test_damaged_files_of_each_kind_are_left_out_and_mistakes_of_the_program_are_not(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (20, 30, 3)).astype(np.uint8))
+    names = []
+    for kind in ("png", "jpeg", "gif", "tiff", "bmp", "webp", "ppm"):
+        picture.save(tmp_path / f"whole.{kind}")
+        whole = np.frombuffer((tmp_path / f"whole.{kind}").read_bytes(), np.uint8)
+        for i in range(40):
+            part = whole[: rng.integers(len(whole))].copy()
+            part[rng.integers(0, len(part), 3) if len(part) else []] = 255
+            names.append(f"{i}.{kind}")
+            part.tofile(tmp_path / names[-1])
+        names.append(f"whole.{kind}")
+    album = Album([*names, "a\0b.png", ""], tmp_path)
+    shown = {name for i, name in enumerate(names) if album.thumbnail(i) is not None}
+    assert {name for name in names if name.startswith("whole")} <= shown
+    assert album.thumbnail(len(names)) is album.thumbnail(len(names) + 1) is None
+    assert len(album.broken) == len(names) + 2 - len(shown) > 200
+    monkeypatch.setattr(thumbnails, "_as_uri", lambda picture: picture.no_such_method())
+    with pytest.raises(AttributeError):
+        album.thumbnail(names.index("whole.png"))
+
+
 def test_there_are_no_more_than_a_page_can_bear(monkeypatch):
     monkeypatch.setattr(thumbnails, "_MOST_PICTURES", 3)
     album = Album(np.zeros((9, 8, 8), np.uint8))

@@ -34,7 +34,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all arguments."""
-    add_data(parser)
+    add_data(parser, default="cosine")
     parser.add_argument("--k", type=positive, default=10, help="neighbours of each query (default 10)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where they are written; replaced")
     parser.add_argument(
@@ -47,15 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto (default): cuda if there is one")
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add what `verify` has too: the features, how they are read, and the distance."""
+def add_data(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Add what `verify` has too: the features, how they are read, and the distance, `default` if none is given."""
     parser.add_argument(
         "features", metavar="FEATURES", help="file, folder of files, or URL of the rows that are searched"
     )
     parser.add_argument("queries", nargs="?", metavar="QUERIES", help="likewise, of the queries; none: FEATURES itself")
     parser.add_argument(
-        "--distance", choices=DISTANCES, default="cosine", help="default cosine; dot: minus the product"
-    )
+        "--distance", choices=DISTANCES, default=default,
+        help=f"default {default or 'what NEIGHBORS says, or else cosine'}; dot: minus the product",
+    )  # fmt: skip
     parser.add_argument(
         "--features-key", metavar="NAME", help="array or column of the features, in FEATURES and QUERIES"
     )

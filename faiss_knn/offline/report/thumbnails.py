@@ -1,6 +1,7 @@
 """Small pictures that stand inside a page, as many as a page can bear."""
 
 import io
+import struct
 import warnings
 from base64 import b64encode
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ _SIDE = 96  # pixels of the longer side
 _SMALL = 32  # pixels up to which an array's picture is enlarged without smoothing
 _MOST_PICTURES = 800
 _MOST_BYTES = 8 << 20  # of all pictures in a page
+# What Pillow's readers raise on files that are damaged or no pictures.
+_OF_BAD_FILES = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, LookupError, struct.error)
 _SAMPLED = 64  # pictures of an array that tell which numbers are white and black
 
 
@@ -53,11 +56,14 @@ class Album:
         """Make a row's picture as a data URI; None where it cannot be read, or the page has as many as it can bear."""
         if self._left_pictures <= 0 or self._left_bytes <= 0 or not 0 <= number < len(self):
             return None
+        from PIL import Image
+
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # of pictures so large that they may be an attack
+                warnings.simplefilter("ignore")  # of odd notes in a file
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
                 uri = _as_uri(self._picture(number))
-        except Exception:
+        except (*_OF_BAD_FILES, Image.DecompressionBombError):
             self.broken.append(number)
             return None
         self._left_pictures -= 1
