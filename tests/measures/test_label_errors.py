@@ -46,9 +46,18 @@ def noisy(share, seed):
     return labels, wrong
 
 
-@pytest.mark.parametrize(("share", "precision", "recall"), [(0.05, 0.85, 0.85), (0.1, 0.9, 0.88), (0.3, 0.92, 0.92)])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_planted_noise_is_found_and_its_share_told(share, precision, recall, seed):
+@pytest.mark.parametrize(
+    ("share", "seed", "precision", "recall"),
+    [
+        (0.05, 0, 0.94, 0.91),
+        (0.05, 1, 0.87, 0.94),
+        (0.1, 0, 0.93, 0.955),
+        (0.1, 1, 0.95, 0.89),
+        (0.3, 0, 0.97, 0.95),
+        (0.3, 1, 0.96, 0.94),
+    ],
+)
+def test_planted_noise_is_found_and_its_share_told(share, seed, precision, recall):
     labels, wrong = noisy(share, seed)
     vote = neighbor_vote(labels[INDICES], labels)
     found = label_noise(vote, labels, 10)
@@ -56,8 +65,8 @@ def test_planted_noise_is_found_and_its_share_told(share, precision, recall, see
     assert wrong[suspects].mean() >= precision
     assert suspects[wrong].mean() >= recall
     assert found.noise == pytest.approx(wrong.mean(), abs=0.05)
-    assert found.wrong[suspects].mean() == pytest.approx(wrong[suspects].mean(), abs=0.12)  # is told as it is
-    assert (vote.first[suspects & wrong] == LABELS[suspects & wrong]).mean() > 0.95
+    assert found.wrong[suspects].mean() == pytest.approx(wrong[suspects].mean(), abs=0.1)  # is told as it is
+    assert (vote.first[suspects & wrong] == LABELS[suspects & wrong]).mean() > 0.985
     assert np.array_equal(found.contradicted, vote.first != labels)
 
 

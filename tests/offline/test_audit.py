@@ -23,10 +23,11 @@ def noise(shape, size, seed=0):
     return (size * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
 
 
-def noisy_labels(share, seed=0):
+def noisy_labels(share, seed=0, labels=LABELS):
     rng = np.random.default_rng(seed)
-    wrong = rng.random(len(LABELS)) < share
-    return np.where(wrong, (LABELS + rng.integers(1, 10, len(LABELS))) % 10, LABELS), wrong
+    wrong, noisy = rng.random(len(labels)) < share, labels.copy()
+    noisy[wrong] = (labels[wrong] + rng.integers(1, 10, wrong.sum())) % 10
+    return noisy, wrong
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,16 @@ def test_near_duplicates_with_small_noise_are_grouped(metric, size):
     found = {tuple(group) for group in report.duplicates}
     assert report.duplicate_rule == "gap"
     assert planted <= found
-    assert len(found) <= 41  # two of the digits are nearly alike themselves
+    assert len(found) == 41  # two of the digits are nearly alike themselves
+
+
+@pytest.mark.parametrize(("size", "planted", "others"), [(0.1, 100, 1), (0.5, 100, 1), (1.0, 0, 0)])
+def test_as_many_copies_are_found_as_the_documentation_says(size, planted, others):
+    copied = np.random.default_rng(0).choice(len(DATA.data), 100, replace=False)
+    rows = np.concatenate([DATA.data, DATA.data[copied] + noise((100, 64), size)])
+    found = {tuple(group) for group in audit(rows).duplicates}
+    expected = {(row, len(DATA.data) + i) for i, row in enumerate(copied.tolist())}
+    assert (len(found & expected), len(found - expected)) == (planted, others)
 
 
 def test_a_row_with_more_copies_than_neighbours_is_in_one_group():
@@ -74,18 +84,30 @@ def test_leaks_are_listed_and_accuracy_is_told_without_them():
     assert "20 number by number, 30 nearly" in report.summary()
 
 
-@pytest.mark.parametrize(("share", "precision", "recall"), [(0.05, 0.82, 0.85), (0.15, 0.88, 0.88), (0.3, 0.9, 0.9)])
-def test_wrong_labels_are_suspects_in_order_of_their_certainty(share, precision, recall):
-    labels, wrong = noisy_labels(share)
+def test_wrong_labels_are_suspects_in_order_of_their_certainty():
+    labels, wrong = noisy_labels(0.15)
     report = audit(BANK, labels)
     rows = [suspect.row for suspect in report.label_suspects]
     confidences = [suspect.confidence for suspect in report.label_suspects]
-    assert wrong[rows].mean() >= precision
-    assert wrong[rows].sum() / wrong.sum() >= recall
-    assert wrong[rows[: len(rows) // 2]].mean() >= wrong[rows].mean()
+    assert wrong[rows[: len(rows) // 2]].mean() >= 0.985
     assert confidences == sorted(confidences, reverse=True)
     assert all(labels[suspect.row] == suspect.label != suspect.suggested for suspect in report.label_suspects)
-    assert report.label_noise["expected_wrong"] == pytest.approx(wrong[rows].sum(), rel=0.15)
+    assert report.label_noise["expected_wrong"] == pytest.approx(wrong[rows].sum(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("share", "precision", "recall", "expected"),
+    [(0.05, 0.92, 0.93, 0.93), (0.1, 0.96, 0.92, 0.93), (0.2, 0.96, 0.95, 0.97), (0.3, 0.96, 0.97, 0.97)],
+)
+def test_as_many_wrong_labels_are_found_as_the_documentation_says(share, precision, recall, expected):
+    found = []
+    for seed in range(3):
+        labels, wrong = noisy_labels(share, seed, DATA.target)
+        suspects = audit(DATA.data.astype(np.float32), labels).label_suspects
+        rows = [suspect.row for suspect in suspects]
+        probable = np.mean([suspect.confidence for suspect in suspects])
+        found.append((wrong[rows].mean(), wrong[rows].sum() / wrong.sum(), probable))
+    assert np.mean(found, axis=0) == pytest.approx((precision, recall, expected), abs=0.006)
 
 
 def test_a_wrong_label_that_was_copied_is_no_witness_for_itself():
@@ -118,9 +140,17 @@ def test_novelty_is_the_kth_distance_between_unit_vectors_and_tells_outliers():
     expected = np.sort(np.linalg.norm(unit[1][:, None] - unit[0], axis=2), axis=1)[:, 6]
     assert report.novelty == pytest.approx(expected, rel=1e-6)
     assert report.detection["auroc"] == pytest.approx(roc_auc_score(is_outlier, expected))
-    assert report.detection["auroc"] > 0.99
+    assert report.detection == {"auroc": 1.0, "fpr95": 0.0}
     assert set(report.most_novel(40)) == set(range(450, 490))
     assert audit(BANK, k=7).novelty.shape == (len(BANK),)
+
+
+def test_a_class_that_the_bank_lacks_is_told_as_well_as_the_documentation_says():
+    found = []
+    for digit in range(10):
+        options = {"query_features": QUERIES, "outlier_labels": digit == TRUTH, "generative": False}
+        found.append(list(audit(BANK[digit != LABELS], **options).detection.values()))
+    assert np.mean(found, axis=0) == pytest.approx((0.939, 0.376), abs=0.001)
 
 
 def test_confusions_are_those_of_the_evaluation():
@@ -190,7 +220,7 @@ def test_a_sample_sees_all_rows():
     assert part.novelty[looked] == pytest.approx(whole.novelty[looked])
     rows = [suspect.row for suspect in part.label_suspects]
     assert set(rows) <= set(looked)
-    assert wrong[rows].mean() > 0.85
+    assert wrong[rows].mean() >= 0.88
     assert audit(BANK, labels, sample=400, seed=3).summary() == part.summary()
     assert audit(BANK, sample=10**6).facts["sample"] is None
 
