@@ -36,6 +36,19 @@ def test_the_map_names_files_that_are_there():
         assert any(f"/{file}".endswith(f"/{name}") for file in files), name
 
 
+def test_the_map_has_every_file_in_its_room():
+    rooms = (ROOT / "ARCHITECTURE.md").read_text().split("## The rooms\n\n```text\n")[1].split("```")[0]
+    placed, room = [], ""
+    for line in rooms.splitlines():
+        room = line.split()[0] if line and not line.startswith(" ") else room
+        placed += [f"{room}{name}".removeprefix("faiss_knn/") for name in re.findall(r"\b\w+\.py\b", line)]
+    package = ROOT / "faiss_knn"
+    files = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    missing, gone = files - set(placed), set(placed) - files
+    assert not missing, f"give each a line under its room in ARCHITECTURE.md: {sorted(missing)}"
+    assert not gone, f"ARCHITECTURE.md names what is not there: {sorted(gone)}"
+
+
 @pytest.mark.parametrize(
     ("floor", "above"),
     [

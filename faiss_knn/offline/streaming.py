@@ -15,7 +15,7 @@ from faiss_knn.offline.search import BANK_BLOCK_BYTES, QUERY_BLOCK, Span, is_pla
 from faiss_knn.search.distance import Distance, get_distance
 from faiss_knn.search.engines.rerank import Neighbors, nearest
 from faiss_knn.search.index import KNNIndex
-from faiss_knn.search.inputs import as_matrix, check_values, is_memmap
+from faiss_knn.search.inputs import as_matrix, check_comparable, is_memmap
 
 
 class Bank:
@@ -134,7 +134,7 @@ def check_rows(block: Any, distance: Distance, argument: str, start: int) -> Non
     Raises:
         ValueError: If one is not finite or, under cosine, zero; it names the first ones.
     """
-    check_values(as_matrix(block, argument), argument, normalized=distance.normalized, start=start)
+    check_comparable(as_matrix(block, argument), argument, normalized=distance.normalized, start=start)
 
 
 class _Part:

@@ -236,7 +236,7 @@ def check_finite(block: Tensor, argument: str, start: int = 0) -> None:
             _refuse(bad, start, f"`{argument}` must be finite as {block.dtype}", "NaN or infinite")
 
 
-def check_values(rows: Tensor, argument: str, *, normalized: bool, start: int = 0) -> None:
+def check_comparable(rows: Tensor, argument: str, *, normalized: bool, start: int = 0) -> None:
     """Check that rows (n, d), the first of which is number `start`, have distances to others.
 
     Args:
@@ -254,7 +254,7 @@ def check_values(rows: Tensor, argument: str, *, normalized: bool, start: int = 
 
 
 def are_comparable(rows: Tensor, *, normalized: bool) -> Tensor:
-    """Tell which rows (n, d) have distances to others, (n,) bool: where `check_values` would raise, False.
+    """Tell which rows (n, d) have distances to others, (n,) bool: where `check_comparable` would raise, False.
 
     Example:
         >>> are_comparable(torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, torch.nan]]), normalized=True)

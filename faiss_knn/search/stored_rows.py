@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance, normalize, scaled_lengths
-from faiss_knn.search.inputs import as_device, as_matrix, check_finite, check_values, is_memmap, refuse_zero
+from faiss_knn.search.inputs import as_device, as_matrix, check_comparable, check_finite, is_memmap, refuse_zero
 from faiss_knn.search.storage import float32_holds
 
 _BLOCK_BYTES = 32 << 20
@@ -191,5 +191,5 @@ def as_queries(queries: Tensor | np.ndarray, rows: StoredRows, distance: Distanc
     matrix = matrix.to(rows.device).contiguous()
     if checked:
         return matrix
-    check_values(matrix, "queries", normalized=distance.normalized)
+    check_comparable(matrix, "queries", normalized=distance.normalized)
     return matrix
