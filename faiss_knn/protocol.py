@@ -174,10 +174,10 @@ def get_protocol(name: str) -> Protocol:
     return _PROTOCOLS[name]
 
 
-def settle(
+def choose_settings(
     name: str | None, given: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
-    """Settle options: what was given, else what the protocol says, else the default.
+    """Choose settings: what was given, else what the protocol says, else the default.
 
     Args:
         name: Of the protocol, or None.
@@ -191,7 +191,7 @@ def settle(
         ValueError: If there is no such protocol.
 
     Example:
-        >>> settle("dino", {"k": (5,), "temperature": None}, {"k": (1, 5), "temperature": (0.07,)})
+        >>> choose_settings("dino", {"k": (5,), "temperature": None}, {"k": (1, 5), "temperature": (0.07,)})
         ({'k': (5,), 'temperature': (0.07,)}, 'dino, k=5')
     """
     fallback, label = dict(defaults), None

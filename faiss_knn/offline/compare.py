@@ -16,7 +16,7 @@ from faiss_knn.measures.significance import Pairs, holm
 from faiss_knn.offline.report.comparison import comparison_files, comparison_table
 from faiss_knn.offline.report.content import setting
 from faiss_knn.offline.report.ledger import write
-from faiss_knn.offline.report.publish import read_neighbors
+from faiss_knn.offline.report.publish import read_kept_neighbors
 from faiss_knn.offline.report.report import EvalReport
 from faiss_knn.offline.report.results import Outcome, Record, index_name, record_key, value_of
 from faiss_knn.search.inputs import as_integer, shown
@@ -145,7 +145,7 @@ class _Run:
         name = " ".join([record["spec"], *(f"{x}={value}" for x, value in record["settings"].items())])
         if name in self.report.neighbors:
             return self.report.neighbors[name][1]
-        return None if self.folder is None else read_neighbors(self.folder, record, name)
+        return None if self.folder is None else read_kept_neighbors(self.folder, record, name)
 
 
 def compare(

@@ -71,7 +71,7 @@ class KeptLists:
         return self.folder / f"queries-{first:010d}.npz"
 
 
-def fingerprint(rows: RowSource) -> str:
+def rows_fingerprint(rows: RowSource) -> str:
     """Tell data apart by its shape, its dtype and three of its rows."""
     digest = blake2b(str((tuple(rows.shape), str(rows.dtype))).encode(), digest_size=8)
     for row in np.unique(np.linspace(0, len(rows) - 1, _SAMPLE).astype(np.int64)).tolist():
@@ -122,8 +122,8 @@ def find_kept(
         depth = min(k + 1 + exclude_self, len(bank))
         span = own_part(len(bank))
         plan = {
-            "bank": fingerprint(bank),
-            "queries": None if queries is None else fingerprint(queries),
+            "bank": rows_fingerprint(bank),
+            "queries": None if queries is None else rows_fingerprint(queries),
             "distance_metric": distance_metric,
             "depth": depth,
             "rows": span,

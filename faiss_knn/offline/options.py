@@ -10,7 +10,7 @@ import torch
 from faiss_knn.classify.vote import check_vote_options
 from faiss_knn.offline.compression import as_dims, as_storage, check_compression
 from faiss_knn.offline.search import SearchOptions, Variant, has_parameter
-from faiss_knn.protocol import get_protocol, settle
+from faiss_knn.protocol import choose_settings, get_protocol
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.inputs import as_count, as_integer, as_key, as_number, as_switch, shown
 
@@ -175,7 +175,7 @@ def vote_settings(
         'dino, k=5'
     """
     given = {"k": k, "temperature": temperature, "weighting": weighting}
-    settled, label = settle(
+    settled, label = choose_settings(
         protocol,
         {name: None if value is None else several(value) for name, value in given.items()}
         | {"distance_metric": distance_metric, "center": center or None},

@@ -15,7 +15,7 @@ from faiss_knn.online.failures import kept, start, tell
 from faiss_knn.online.gallery import hand_to_loggers
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.queue import OnlineQueue, QueueStorage, align_all, belong_together, find_or_create_queue
-from faiss_knn.online.row_owner import WeightsWatch, drop_rows_of_others, fingerprint, remember, remembered
+from faiss_knn.online.row_owner import WeightsWatch, drop_rows_of_others, remember, remembered, weights_fingerprint
 from faiss_knn.online.scorer import Scorer
 from faiss_knn.online.state import trainer_state
 
@@ -160,7 +160,7 @@ class OnlineKNN(OnlineOptions, Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         with all_or_none():
-            remember(trainer, fingerprint(pl_module))
+            remember(trainer, weights_fingerprint(pl_module))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         with all_or_none():
@@ -217,7 +217,7 @@ class OnlineKNN(OnlineOptions, Callback):
             run.scorer.drop()
         if trainer.state.fn == TrainerFn.FITTING and remembered(trainer) is None:  # training had begun
             with suppress(RuntimeError):  # a GPU that failed answers no more; the error itself is what matters
-                remember(trainer, fingerprint(pl_module))
+                remember(trainer, weights_fingerprint(pl_module))
 
     def _run(self, trainer: Any) -> _Run:
         run: _Run = trainer_state(trainer)[self]

@@ -16,7 +16,7 @@ from faiss_knn.measures.duplicate_share import duplicate_share
 from faiss_knn.measures.effective_rank import effective_rank
 from faiss_knn.measures.hubness import k_occurrences, skewness
 from faiss_knn.measures.uniformity import uniformity
-from faiss_knn.online.memory import LabelledRows, Memory
+from faiss_knn.online.memory import LabelledFeatures, Memory
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.search.engines.rerank import drop_self
 from faiss_knn.search.index import KNNIndex
@@ -49,7 +49,7 @@ class Diagnostics:
     def __init__(self, options: OnlineOptions, memory: Memory) -> None:
         self._options, self._memory = options, memory
 
-    def values(self, rows: LabelledRows) -> dict[str, float]:
+    def values(self, rows: LabelledFeatures) -> dict[str, float]:
         """Measure the bank that all ranks' rows make; all ranks must call it together, and get the same.
 
         Args:
@@ -68,13 +68,13 @@ class Diagnostics:
             return {}
         return {name: value for name, value in broadcast_object(found).items() if not math.isnan(value)}
 
-    def _samples(self, rows: LabelledRows) -> Mapping[str, LabelledRows]:
+    def _samples(self, rows: LabelledFeatures) -> Mapping[str, LabelledFeatures]:
         """Draw the sample for each diagnostic."""
         by_row = {name: rows.ids is None or name == "duplicate_share" for name in self._options.diagnostics}
         drawn = {kind: self._drawn(rows, kind) for kind in sorted(set(by_row.values()))}
         return {name: drawn[kind] for name, kind in by_row.items()}
 
-    def _drawn(self, rows: LabelledRows, by_row: bool) -> LabelledRows:
+    def _drawn(self, rows: LabelledFeatures, by_row: bool) -> LabelledFeatures:
         """Return the rows of the smallest keys, over all ranks, the smallest first."""
         shards = self._options.shards
         if not shards and rank_and_size()[0] > 0:
@@ -87,9 +87,9 @@ class Diagnostics:
         features, labels = (gather_rows(part)[0] for part in sample[:2])
         ids = None if sample.ids is None else gather_rows(sample.ids)[0]
         of_all = gather_rows(torch.from_numpy(keys[own].view(np.int64)))[0].numpy().view(np.uint64)
-        return _taken(LabelledRows(features, labels, ids), _smallest(of_all))
+        return _taken(LabelledFeatures(features, labels, ids), _smallest(of_all))
 
-    def _measured(self, name: str, sample: LabelledRows) -> float:
+    def _measured(self, name: str, sample: LabelledFeatures) -> float:
         """Return the value of one diagnostic; NaN where it has none, which is said once unless it will have."""
         is_first = name == "neighbor_churn" and self._memory.last_sample is None
         value = self._churn(sample) if name == "neighbor_churn" else _MEASURES[name](sample, self._options)
@@ -99,7 +99,7 @@ class Diagnostics:
             )
         return value
 
-    def _churn(self, sample: LabelledRows) -> float:
+    def _churn(self, sample: LabelledFeatures) -> float:
         """Compare the neighbours now with those at the validation before, among the samples that both banks hold."""
         before, self._memory.last_sample = self._memory.last_sample, sample
         if before is None:
@@ -126,34 +126,34 @@ class Diagnostics:
             )
 
 
-def _effective_rank(sample: LabelledRows, _: OnlineOptions) -> float:
+def _effective_rank(sample: LabelledFeatures, _: OnlineOptions) -> float:
     return effective_rank(sample.features)
 
 
-def _alignment(sample: LabelledRows, options: OnlineOptions) -> float:
+def _alignment(sample: LabelledFeatures, options: OnlineOptions) -> float:
     directed = sample.features.any(1)
     if sample.labels.ndim > 1 or options.is_regression or not directed.any():
         return float("nan")
     return label_alignment(sample.features[directed], sample.labels[directed])
 
 
-def _uniformity(sample: LabelledRows, _: OnlineOptions) -> float:
+def _uniformity(sample: LabelledFeatures, _: OnlineOptions) -> float:
     directed = sample.features[sample.features.any(1)]
     return uniformity(directed) if len(directed) > 1 else float("nan")
 
 
-def _hubness(sample: LabelledRows, options: OnlineOptions) -> float:
+def _hubness(sample: LabelledFeatures, options: OnlineOptions) -> float:
     rows = len(sample.features)
     if rows <= NEIGHBORS:
         return float("nan")
     return skewness(k_occurrences(_neighbors(sample.features, options), rows))
 
 
-def _duplicate_share(sample: LabelledRows, _: OnlineOptions) -> float:
+def _duplicate_share(sample: LabelledFeatures, _: OnlineOptions) -> float:
     return duplicate_share(sample.features)
 
 
-_MEASURES: dict[str, Callable[[LabelledRows, OnlineOptions], float]] = {
+_MEASURES: dict[str, Callable[[LabelledFeatures, OnlineOptions], float]] = {
     "effective_rank": _effective_rank,
     "alignment": _alignment,
     "uniformity": _uniformity,
@@ -178,14 +178,14 @@ def _smallest(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     return np.argsort(keys, kind="stable")[:SAMPLE_ROWS]
 
 
-def _taken(rows: LabelledRows, places: npt.NDArray[np.int64]) -> LabelledRows:
+def _taken(rows: LabelledFeatures, places: npt.NDArray[np.int64]) -> LabelledFeatures:
     """Return some of the rows, on the CPU."""
     at = torch.from_numpy(places)
     features, labels = (part[at.to(part.device)].cpu() for part in rows[:2])
-    return LabelledRows(features, labels, None if rows.ids is None else rows.ids[at.to(rows.ids.device)].cpu())
+    return LabelledFeatures(features, labels, None if rows.ids is None else rows.ids[at.to(rows.ids.device)].cpu())
 
 
-def _row_keys(rows: LabelledRows) -> npt.NDArray[np.uint64]:
+def _row_keys(rows: LabelledFeatures) -> npt.NDArray[np.uint64]:
     """Hash rows by their first and last numbers, (n,): the same key wherever a row stands."""
     weights = torch.from_numpy(np.random.default_rng(0).integers(1 << 62, size=2 * _KEY_COLUMNS))
     keys = []

@@ -10,7 +10,7 @@ from faiss_knn.classify.bank import FeatureBank, VotingBank
 from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.distributed import all_gather_object, all_or_none, broadcast_object, gather_rows, rank_and_size
 from faiss_knn.online.batch import check_aligned, flat_rows, searchable
-from faiss_knn.online.memory import LabelledRows, Memory
+from faiss_knn.online.memory import LabelledFeatures, Memory
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.ring import QueueStorage
 from faiss_knn.online.unique_samples import newest_per_id, sample_ids
@@ -34,7 +34,7 @@ class BankRows:
         self._lengths: list[list[int]] = []
         self.skipped = 0
 
-    def read(self) -> LabelledRows:
+    def read(self) -> LabelledFeatures:
         """Return the rows that this rank indexes: its own, or gathered from all ranks; with ids for diagnostics.
 
         All ranks must call it together.
@@ -54,8 +54,8 @@ class BankRows:
             self._count_skipped(len(usable) - int(usable.sum()), len(usable))
             chosen = usable if newest is None else usable & newest.to(usable.device)
             if chosen.all():
-                return LabelledRows(features, labels, ids)
-            return LabelledRows(features[chosen], labels[chosen], None if ids is None else ids[chosen.cpu()])
+                return LabelledFeatures(features, labels, ids)
+            return LabelledFeatures(features[chosen], labels[chosen], None if ids is None else ids[chosen.cpu()])
 
     def _usable(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return features (n, d), labels (n,) or (n, C), and (n,) bool: which of them can be searched and vote."""

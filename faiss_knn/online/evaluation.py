@@ -21,7 +21,7 @@ from faiss_knn.online.memory import Memory
 from faiss_knn.online.metrics import MetricTable
 from faiss_knn.online.number_metrics import NumberTable
 from faiss_knn.online.options import OnlineOptions
-from faiss_knn.online.recall import RecallSample, warn_of_recall
+from faiss_knn.online.recall import EpochRecall, warn_of_recall
 from faiss_knn.online.ring import QueueStorage
 from faiss_knn.online.standard_errors import WITH_ERRORS
 from faiss_knn.online.unique_samples import UniqueSamples, unpadded_rows
@@ -147,7 +147,7 @@ class Evaluation:
                 self._memory.warn_once("empty", f"! {options.name}: queue data is empty, skipping KNN computation")
             return
         self._bank = EpochBank(options, self._memory, features, labels, self._expected_queries)
-        self._sample = RecallSample(options, self._bank, self._expected_queries)
+        self._sample = EpochRecall(options, self._bank, self._expected_queries)
         if options.verbose and rank_and_size()[0] == 0 and len(self._bank.index):
             logger.info(f"{options.title}: bank of {rows:,} rows, {self._bank.index.stats}")
 

@@ -14,7 +14,7 @@ from faiss_knn.online.evaluation import Plan
 from faiss_knn.online.failures import kept, settle
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.resume import put_back, rows_of_all_ranks
-from faiss_knn.online.ring import QueueStorage, RingBuffer, align, as_rows
+from faiss_knn.online.ring import QueueStorage, RingBuffer, align, shaped_rows
 from faiss_knn.online.scorer import Scorer
 from faiss_knn.search.inputs import as_integer, shown
 
@@ -248,7 +248,7 @@ class OnlineEvaluator(OnlineOptions):
                 ring = stored[key].ring
                 device = values.device if self.bank_device is None else torch.device(self.bank_device)
                 ring.move_to(device, pin_memory=values.is_cuda and device.type == "cpu")
-                ring.append(as_rows(values, self.queue_form(key)[0]))
+                ring.append(shaped_rows(values, self.queue_form(key)[0]))
         except ValueError as error:
             self._align()
             raise ValueError(f"{self.title}: '{key}': {error}") from error

@@ -10,7 +10,7 @@ from faiss_knn.distributed import rank_and_size
 from faiss_knn.search.index import KNNIndex
 
 
-class LabelledRows(NamedTuple):
+class LabelledFeatures(NamedTuple):
     """Rows of a bank: all that a rank indexes, or a sample of those of all ranks.
 
     Attributes:
@@ -38,7 +38,7 @@ class Memory:
     index: KNNIndex
     width: int = 0
     warned: set[str] = field(default_factory=set)
-    last_sample: LabelledRows | None = None
+    last_sample: LabelledFeatures | None = None
 
     def of_next_run(self) -> "Memory":
         """Return what the next run gets: it warns anew."""

@@ -19,7 +19,7 @@ from faiss_knn.online.gallery import gallery_options
 from faiss_knn.online.metrics import RESERVED, class_count, is_multiclass, named_metrics, rehearse
 from faiss_knn.online.number_metrics import are_of_numbers, rehearse_numbers
 from faiss_knn.online.ring import RingBuffer, as_device_or_none
-from faiss_knn.protocol import get_protocol, settle
+from faiss_knn.protocol import choose_settings, get_protocol
 from faiss_knn.search.distance import directions, get_distance
 from faiss_knn.search.index import KNNIndex
 from faiss_knn.search.inputs import as_choice, as_integer, as_key, as_positive, as_switch, shown
@@ -152,7 +152,7 @@ class OnlineOptions:
         given = {name: getattr(self, name) for name in _DEFAULTS}
         self.k = _listed(self.k)
         given["k"] = tuple(self.k) if isinstance(self.k, list) else self.k
-        settled, label = settle(self.protocol, given, _DEFAULTS)
+        settled, label = choose_settings(self.protocol, given, _DEFAULTS)
         for name in _DEFAULTS:
             if getattr(self, name) is None:
                 setattr(self, name, settled[name])

@@ -13,7 +13,16 @@ from faiss_knn.distributed import all_or_none, rank_and_size
 from faiss_knn.online.batch import find_tensor, was_skipped
 from faiss_knn.online.failures import kept, settle, settle_first_step, start, tell
 from faiss_knn.online.resume import own_rows, put_back, rows_of_all_ranks, rows_of_stable_pretraining
-from faiss_knn.online.ring import Dim, QueueStorage, RingBuffer, align, as_device_or_none, as_dtype, as_rows, row_shape
+from faiss_knn.online.ring import (
+    Dim,
+    QueueStorage,
+    RingBuffer,
+    align,
+    as_device_or_none,
+    as_dtype,
+    row_shape,
+    shaped_rows,
+)
 from faiss_knn.online.row_owner import AVERAGED, remember
 from faiss_knn.online.state import trainer_state
 from faiss_knn.search.inputs import as_key, as_positive, as_switch
@@ -24,10 +33,10 @@ __all__ = [
     "RingBuffer",
     "align",
     "align_all",
-    "as_rows",
     "belong_together",
     "find_or_create_queue",
     "find_or_create_queue_callback",
+    "shaped_rows",
 ]
 
 
@@ -142,7 +151,7 @@ class OnlineQueue(Callback):
         if was_skipped(pl_module, outputs):
             return
         ring = self.storage(trainer).ring
-        rows = as_rows(find_tensor(self.key, outputs, batch, "OnlineQueue"), self.dim)
+        rows = shaped_rows(find_tensor(self.key, outputs, batch, "OnlineQueue"), self.dim)
         try:
             ring.append(rows)
         except ValueError as error:

@@ -16,7 +16,7 @@ _EXPECTED_BATCHES = 8  # over which queries are drawn where their number is not 
 _TUNED_RECALL, _PLAIN_RECALL, _RECALL_LEEWAY = 0.99, 0.9, 0.02  # below which a recall is warned of
 
 
-class RecallSample:
+class EpochRecall:
     """Queries drawn from those of an epoch, spread over it where its length is known.
 
     Args:

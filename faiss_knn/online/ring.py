@@ -319,7 +319,7 @@ def row_shape(dim: Any) -> tuple[int, ...] | None:
     return tuple(as_positive(size, "`dim`") for size in sizes)
 
 
-def as_rows(values: Tensor, dim: Dim) -> Tensor:
+def shaped_rows(values: Tensor, dim: Dim) -> Tensor:
     """Give values the trailing shape that an int `dim` asks for: flattened, or with a column added."""
     if isinstance(dim, int) and values.ndim != 2:
         return values.unsqueeze(1) if values.ndim == 1 else values.flatten(1)

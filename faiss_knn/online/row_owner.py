@@ -22,7 +22,7 @@ _VALUES = 8  # of each parameter
 _KEY = "weights"
 
 
-def fingerprint(module: Any) -> bytes:
+def weights_fingerprint(module: Any) -> bytes:
     """Return the class and some values of every parameter: equal for equal weights, others after a training step."""
     name = f"{type(module).__module__}.{type(module).__qualname__}".encode()
     parts = [_some(parameter) for parameter in module.parameters() if not isinstance(parameter, UninitializedParameter)]
@@ -58,7 +58,7 @@ class WeightsWatch:
 
     def start_validation(self, trainer: Any, module: Any, *, is_fitting: bool) -> str | None:
         """Look at the weights that a validation begins with, where there are rows; a fit's are those of its rows."""
-        self._at_start = fingerprint(module)
+        self._at_start = weights_fingerprint(module)
         if is_fitting:
             return None
         if remembered(trainer) is None:
@@ -67,7 +67,7 @@ class WeightsWatch:
 
     def check_swapped(self, module: Any) -> str | None:
         """Look whether the weights are others than the validation began with."""
-        if self._at_start is None or self._at_start == fingerprint(module):
+        if self._at_start is None or self._at_start == weights_fingerprint(module):
             return None
         self._at_start = None
         return _SWAPPED
@@ -82,7 +82,7 @@ class WeightsWatch:
 def drop_rows_of_others(trainer: Any, module: Any) -> bool:
     """Empty the queues where they hold what an earlier fit of another module left; tell whether they did."""
     rings = [storage.ring for storage in trainer_state(trainer).get("queues", {}).values()]
-    others = remembered(trainer) not in (None, fingerprint(module)) and any(map(len, rings))
+    others = remembered(trainer) not in (None, weights_fingerprint(module)) and any(map(len, rings))
     if others:
         for ring in rings:
             ring.replace(None)

@@ -15,13 +15,13 @@ from faiss_knn.measures.effective_rank import effective_rank
 from faiss_knn.measures.uniformity import uniformity
 from faiss_knn.online import diagnostics as diagnostics_module
 from faiss_knn.online.diagnostics import Diagnostics
-from faiss_knn.online.memory import LabelledRows, Memory
+from faiss_knn.online.memory import LabelledFeatures, Memory
 from faiss_knn.online.options import DIAGNOSTICS
 from tests.online.parts import Echo, clusters, loader, trainer
 from tests.reference import brute_force
 
 ROWS = {**clusters(120, d=12), "id": torch.arange(120) * 7}
-ALL = LabelledRows(ROWS["x"], ROWS["label"], ROWS["id"])
+ALL = LabelledFeatures(ROWS["x"], ROWS["label"], ROWS["id"])
 
 
 def knn(name="knn", **options):
@@ -97,8 +97,8 @@ def test_a_sample_depends_on_the_rows_alone(dtype, with_ids, monkeypatch):
     monkeypatch.setattr(diagnostics_module, "SAMPLE_ROWS", 50)
     monkeypatch.setattr(diagnostics_module, "_KEY_BLOCK", 32)
     order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
-    rows = LabelledRows(ROWS["x"].to(dtype), ROWS["label"], ROWS["id"] if with_ids else None)
-    other = LabelledRows(*(None if part is None else part[order] for part in rows))
+    rows = LabelledFeatures(ROWS["x"].to(dtype), ROWS["label"], ROWS["id"] if with_ids else None)
+    other = LabelledFeatures(*(None if part is None else part[order] for part in rows))
     names = [name for name in DIAGNOSTICS if name != "neighbor_churn"]
     assert values(rows, *names) == values(other, *names)
     assert values(rows, "effective_rank") != {"effective_rank": effective_rank(rows.features)}
@@ -116,8 +116,8 @@ def test_with_ids_it_is_of_the_same_samples_each_time(monkeypatch):
 
 def test_churn_is_among_the_samples_that_both_banks_hold():
     memory = Memory(knn().new_index())
-    first = LabelledRows(*(part[:80] for part in ALL))
-    second = LabelledRows(*(part[30:] for part in ALL._replace(features=ALL.features.cumsum(1))))
+    first = LabelledFeatures(*(part[:80] for part in ALL))
+    second = LabelledFeatures(*(part[30:] for part in ALL._replace(features=ALL.features.cumsum(1))))
     values(first, "neighbor_churn", memory=memory)
     found = values(second, "neighbor_churn", memory=memory)["neighbor_churn"]
     common = slice(30, 80)
@@ -128,9 +128,9 @@ def test_churn_is_among_the_samples_that_both_banks_hold():
 def test_copies_are_drawn_together(monkeypatch):
     monkeypatch.setattr(diagnostics_module, "SAMPLE_ROWS", 200)
     rows = clusters(1000, d=12)
-    twice = LabelledRows(rows["x"].repeat(2, 1), rows["label"].repeat(2), torch.arange(2000))
+    twice = LabelledFeatures(rows["x"].repeat(2, 1), rows["label"].repeat(2), torch.arange(2000))
     assert values(twice, "duplicate_share") == {"duplicate_share": pytest.approx(0.5, abs=0.01)}
-    quarter = LabelledRows(*(part[:1250] for part in twice))
+    quarter = LabelledFeatures(*(part[:1250] for part in twice))
     assert duplicate_share(quarter.features) == 0.2
     assert values(quarter, "duplicate_share")["duplicate_share"] == pytest.approx(0.2, abs=0.05)
 
@@ -139,7 +139,9 @@ def test_ids_that_follow_each_other_are_drawn_at_random(monkeypatch):
     monkeypatch.setattr(diagnostics_module, "SAMPLE_ROWS", 500)
     memory = Memory(knn().new_index())
     values(
-        LabelledRows(torch.rand(5000, 8), torch.zeros(5000).long(), torch.arange(5000)), "neighbor_churn", memory=memory
+        LabelledFeatures(torch.rand(5000, 8), torch.zeros(5000).long(), torch.arange(5000)),
+        "neighbor_churn",
+        memory=memory,
     )
     drawn = memory.last_sample.ids.sort().values
     assert drawn.double().mean() == pytest.approx(2500, abs=4 * 5000 / math.sqrt(12 * 500))
@@ -148,7 +150,7 @@ def test_ids_that_follow_each_other_are_drawn_at_random(monkeypatch):
 
 def test_rows_without_direction_are_left_out_where_it_counts():
     features = torch.cat([ALL.features, torch.zeros(20, 12)])
-    rows = LabelledRows(features, torch.cat([ALL.labels, torch.zeros(20).long()]))
+    rows = LabelledFeatures(features, torch.cat([ALL.labels, torch.zeros(20).long()]))
     expected = {"alignment": label_alignment(*ALL[:2]), "uniformity": uniformity(ALL.features)}
     assert values(rows, "alignment", "uniformity") == pytest.approx(expected)
 
@@ -156,10 +158,10 @@ def test_rows_without_direction_are_left_out_where_it_counts():
 @pytest.mark.parametrize(
     ("rows", "name", "why"),
     [
-        (LabelledRows(torch.eye(12), torch.arange(12)), "alignment", "no class has two rows"),
-        (LabelledRows(torch.eye(12), torch.eye(12).long()), "alignment", "labels are not one class id a row"),
-        (LabelledRows(torch.eye(12) * 0, torch.arange(12)), "uniformity", "fewer than two rows have a direction"),
-        (LabelledRows(torch.eye(10), torch.arange(10)), "hubness", "no more than 10 rows"),
+        (LabelledFeatures(torch.eye(12), torch.arange(12)), "alignment", "no class has two rows"),
+        (LabelledFeatures(torch.eye(12), torch.eye(12).long()), "alignment", "labels are not one class id a row"),
+        (LabelledFeatures(torch.eye(12) * 0, torch.arange(12)), "uniformity", "fewer than two rows have a direction"),
+        (LabelledFeatures(torch.eye(10), torch.arange(10)), "hubness", "no more than 10 rows"),
     ],
 )
 def test_what_has_no_value_is_left_out_and_said_once(rows, name, why, logged):

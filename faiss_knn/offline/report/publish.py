@@ -125,7 +125,7 @@ def _class_rows(names: Sequence[str], parts: Sequence[Results]) -> Iterator[list
                 yield [*row, task] if several else row
 
 
-def read_neighbors(folder: Path, record: Record, name: str) -> npt.NDArray[Any] | None:
+def read_kept_neighbors(folder: Path, record: Record, name: str) -> npt.NDArray[Any] | None:
     """Read (Q, K) indices that a folder holds of a record's evaluation, under an index's name; None if it has none."""
     for path in sorted(folder.glob("neighbors*.npz")):
         with np.load(path) as held:

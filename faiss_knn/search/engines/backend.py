@@ -205,7 +205,7 @@ def from_bytes(data: Any) -> Any:
     return faiss().deserialize_index(data)
 
 
-def rehearse(spec: str, dim: int, metric: str) -> None:
+def try_index(spec: str, dim: int, metric: str) -> None:
     """Build an index from a factory string over a few rows and search it; errors that FAISS raises are no matter."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(_REHEARSED, dim, generator=generator, dtype=torch.float32, device="cpu").numpy()
