@@ -26,14 +26,15 @@ from faiss_knn.offline.record import (
     mean_values,
     recall_fields,
     retrieval_at,
-    retrieval_means,
+    retrieval_classes_at,
+    retrieval_of,
     setup_fields,
     surroundings,
     top1_by_query,
 )
 from faiss_knn.offline.report.findings import Mistakes
 from faiss_knn.offline.report.report import EvalReport
-from faiss_knn.offline.report.results import Outcome, Record, record_key
+from faiss_knn.offline.report.results import Classes, Outcome, Record, record_key
 from faiss_knn.offline.scores import make_judge
 from faiss_knn.offline.search import EXACT, SearchResult, Variant, search_task
 from faiss_knn.offline.task import EvalTask, Limits, check_values, few_shot_facts, make_task, warning_facts
@@ -177,7 +178,8 @@ def evaluate(
     limits = Limits(groups, as_switch(exclude_same_group, "`exclude_same_group`"), own_rows, ignored_rows)
     task = task_for(options, bank_features, bank_labels, query_features, query_labels, limits)
     files = {"bank_file": _file_of(bank_features), "query_file": _file_of(query_features)}
-    return evaluate_with(options, task, files, done=done, on_record=on_record)
+    told = None if on_record is None else lambda record, classes: on_record(record, classes.scores)
+    return evaluate_with(options, task, files, done=done, on_record=told)
 
 
 def task_for(
@@ -209,7 +211,7 @@ def evaluate_with(
     files: dict[str, str | None],
     *,
     done: Iterable[Record] = (),
-    on_record: Callable[[Record, list[float]], None] | None = None,
+    on_record: Callable[[Record, Classes], None] | None = None,
     on_outcome: Callable[[str, Outcome], None] | None = None,
 ) -> EvalReport:
     """Evaluate a task as `evaluate` does, with options that were checked.
@@ -219,7 +221,7 @@ def evaluate_with(
         task: Bank and queries, as `make_task` returns them.
         files: `bank_file` and `query_file` of the records.
         done: As in `evaluate`.
-        on_record: As in `evaluate`.
+        on_record: Called with each new record, and what is known of its classes, as soon as it is there.
         on_outcome: Called before it, with the record's key and what became of each query, if that is kept.
 
     Raises:
@@ -237,9 +239,10 @@ def evaluate_with(
             report.records += [earlier[key] for key in keys]
             continue
         results = evaluation.search(variant)
-        for key, (record, class_scores, outcome) in zip(keys, evaluation.records(variant, results), strict=True):
+        for key, (record, classes, outcome) in zip(keys, evaluation.records(variant, results), strict=True):
             report.records.append(earlier.get(key, record))
-            report.per_class[key] = class_scores
+            report.per_class[key] = classes.scores
+            report.retrieval_by_class[key] = classes.retrieval
             if outcome is not None:
                 report.outcomes[key] = outcome
                 if "label" in outcome and len(evaluation.draws) == 1 and _shows_more(record, report.mistakes):
@@ -247,7 +250,7 @@ def evaluate_with(
                 if on_outcome is not None and key not in earlier:
                     on_outcome(key, outcome)
             if on_record is not None and key not in earlier:
-                on_record(record, class_scores)
+                on_record(record, classes)
         if options.keep_neighbors:
             report.neighbors[variant.name] = _with_given_ids(first, results[0])
     return report
@@ -299,7 +302,7 @@ class _Evaluation:
 
     def records(
         self, variant: Variant, results: list[SearchResult]
-    ) -> Iterator[tuple[Record, list[float], Outcome | None]]:
+    ) -> Iterator[tuple[Record, Classes, Outcome | None]]:
         """One index's records with the scores of each class and what became of each query, as soon as they are there.
 
         They come in the order of the votes.
@@ -309,9 +312,7 @@ class _Evaluation:
         exact_judges = judges
         if results is not exact:
             exact_judges = [make_judge(draw, result) for draw, result in zip(self.draws, exact, strict=True)]
-        retrieval = mean_values(
-            [retrieval_means(draw, result, self.options.k) for draw, result in zip(self.draws, results, strict=True)]
-        )
+        retrieval, by_class = retrieval_of(self.draws, results, self.options.k)
         recall = {k: recall_fields(self.draws, results, exact, k, by_id=variant.is_compressed) for k in self.options.k}
         cost = mean_values([result.cost for result in results])
         for vote in self.options.votes:
@@ -333,7 +334,8 @@ class _Evaluation:
                 **surroundings(),
             }
             outcome = outcome_of(hits, self._queries) if self._queries is not None else None
-            yield cast("Record", fields), class_scores.tolist(), outcome
+            classes = Classes(class_scores.tolist(), retrieval_classes_at(by_class, vote.k))
+            yield cast("Record", fields), classes, outcome
 
     @property
     def _exact(self) -> list[SearchResult]:

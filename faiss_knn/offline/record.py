@@ -28,6 +28,7 @@ from faiss_knn.offline.scores import Hits, neighbor_labels
 from faiss_knn.offline.search import SearchResult, Variant
 from faiss_knn.offline.task import EvalTask
 
+_RETRIEVAL = ("precision", "hit_rate", "recall", "map", "ndcg", "mrr", "r_precision", "map@r")
 _QUERY_BLOCK = 1 << 16  # queries whose retrieval metrics are computed at once
 
 
@@ -142,13 +143,24 @@ def recall_fields(
     return mean_values(shares)
 
 
-def retrieval_means(task: EvalTask, result: SearchResult, ks: Sequence[int]) -> dict[str, float]:
-    """Compute `retrieval_metrics` of all queries, and over classes as `macro_…`; nothing for multi-hot labels.
+def retrieval_of(
+    draws: Sequence[EvalTask], results: Sequence[SearchResult], ks: Sequence[int]
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Compute `retrieval_metrics`, of all queries and of each class, on average over the draws.
 
-    `r_precision` and `map@r` are there where the lists reach every R. `micro_ap@k` is of all pairs in lists of k.
+    Returns:
+        Means over the queries, and over the classes as `macro_…`, with `micro_ap@k` of all pairs in lists of k; and the
+        (C,) means of the classes, NaN where no query has R > 0. Nothing for multi-hot labels. `r_precision` and `map@r`
+        are there where the lists reach every R.
     """
+    found = [_retrieval(draw, result, ks) for draw, result in zip(draws, results, strict=True)]
+    by_class = {name: torch.stack([one[name] for _, one in found]).mean(0) for name in found[0][1]}
+    return mean_values([means for means, _ in found]), by_class
+
+
+def _retrieval(task: EvalTask, result: SearchResult, ks: Sequence[int]) -> tuple[dict[str, float], dict[str, Tensor]]:
     if task.multi_hot:
-        return {}
+        return {}, {}
     device = result.indices.device
     relevant, truth = task.relevant_counts.to(device), task.queries.labels.to(device)
     labels = neighbor_labels(result.indices, task.bank.labels.to(device))
@@ -160,12 +172,13 @@ def retrieval_means(task: EvalTask, result: SearchResult, ks: Sequence[int]) -> 
             sums[name] = sums.get(name, 0) + value.nan_to_num() * counts
     judged = torch.bincount(truth[relevant > 0], minlength=task.num_classes)
     if not int(judged.sum()):
-        return {}
+        return {}, {}
     if int(relevant.max()) > labels.shape[1]:
         sums = {name: value for name, value in sums.items() if name not in ("r_precision", "map@r")}
+    classes = {name: value / judged for name, value in sums.items()}
     means = {name: float(value.sum() / judged.sum()) for name, value in sums.items()}
-    means |= {f"macro_{name}": float((value / judged).nanmean()) for name, value in sums.items()}
-    return means | _micro_precisions(result, labels == truth[:, None], int(relevant.sum()), ks)
+    means |= {f"macro_{name}": float(value.nanmean()) for name, value in classes.items()}
+    return means | _micro_precisions(result, labels == truth[:, None], int(relevant.sum()), ks), classes
 
 
 def _micro_precisions(result: SearchResult, same: Tensor, total: int, ks: Sequence[int]) -> dict[str, float]:
@@ -180,10 +193,15 @@ def _micro_precisions(result: SearchResult, same: Tensor, total: int, ks: Sequen
 
 def retrieval_at(means: Mapping[str, float], k: int) -> dict[str, Any]:
     """Choose the retrieval metrics that a record of this k holds, None for those that are not there."""
-    names = ("precision", "hit_rate", "recall", "map", "ndcg", "mrr", "r_precision", "map@r")
-    wanted = [*names, *(f"macro_{name}" for name in names), "micro_ap"]
+    wanted = [*_RETRIEVAL, *(f"macro_{name}" for name in _RETRIEVAL), "micro_ap"]
     values = {name: means.get(f"{name}@{k}", means.get(name)) for name in wanted}
     return {f"retrieval_{name.replace('@', '_')}": value for name, value in values.items()}
+
+
+def retrieval_classes_at(by_class: Mapping[str, Tensor], k: int) -> dict[str, list[float]]:
+    """Choose the same of each class, those that are there, under the names of the records' fields."""
+    values = {name: by_class.get(f"{name}@{k}", by_class.get(name)) for name in _RETRIEVAL}
+    return {f"retrieval_{x.replace('@', '_')}": value.tolist() for x, value in values.items() if value is not None}
 
 
 def surroundings() -> dict[str, Any]:

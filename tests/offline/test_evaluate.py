@@ -407,6 +407,7 @@ def test_retrieval_metrics_come_from_the_lists():
     from faiss_knn import retrieval_metrics
     from faiss_knn.measures.average_precision import micro_average_precision
     from faiss_knn.measures.retrieval import retrieval_by_class
+    from faiss_knn.offline.report.results import record_key
 
     bank, bank_labels, queries, query_labels = blobs(12)
     _, indices = oracle.neighbors(queries, bank, 90, "cosine")
@@ -427,6 +428,11 @@ def test_retrieval_metrics_come_from_the_lists():
         k = record["k"]
         assert record["retrieval_macro_map"] == pytest.approx(by_class[f"map@{k}"].nanmean().item())
         assert record["retrieval_macro_mrr"] == pytest.approx(by_class["mrr"].nanmean().item())
+        kept = deep.retrieval_by_class[record_key(record)]
+        for name, values in kept.items():
+            own = name.removeprefix("retrieval_").replace("map_r", "map@r")
+            assert values == pytest.approx(by_class.get(f"{own}@{k}", by_class.get(own)).tolist(), nan_ok=True), name
+        assert len(kept) == 8
         matches = bank_labels[indices[:, :k]] == query_labels[:, None]
         every = micro_average_precision(-distances[:, :k].ravel(), matches.ravel(), int(relevant.sum()))
         assert record["retrieval_micro_ap"] == pytest.approx(every)

@@ -15,7 +15,7 @@ import pytest
 from faiss_knn import evaluate
 from faiss_knn.offline.report.content import sections
 from faiss_knn.offline.report.ledger import Ledger
-from faiss_knn.offline.report.results import index_name, pareto_front, pareto_names
+from faiss_knn.offline.report.results import Classes, index_name, pareto_front, pareto_names
 from faiss_knn.offline.report.tables import text_table
 
 NASTY = ['<script>alert("a")</script>', "b|c", "d & e", "f_g*h `i` [j]", "$k$"]
@@ -179,13 +179,13 @@ def test_text_table_aligns_words_left_and_numbers_right():
 def test_a_ledger_survives_a_cut(report, tmp_path):
     ledger = Ledger(tmp_path)
     for record in report.records[:3]:
-        ledger.add(record, [0.5, float("nan")])
+        ledger.add(record, Classes([0.5, float("nan")], {"retrieval_map": [0.25, float("nan")]}))
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('null\n[1]\n{"spec": "fl')
     again = Ledger(tmp_path, resume=True)
     assert again.done == report.records[:3]
     assert "3 lines are no whole records" in again.warning
-    again.add(report.records[3], [])
+    again.add(report.records[3], Classes([], {}))
     assert Ledger(tmp_path, resume=True).done == report.records[:4]
     assert Ledger(tmp_path).done == []  # without resume all are made again, and none is lost
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4

@@ -9,6 +9,7 @@ import pytest
 from faiss_knn import EvalReport, evaluate
 from faiss_knn.offline.cli import main
 from faiss_knn.offline.report.report import Ledger
+from faiss_knn.offline.report.results import Classes, record_key
 
 RNG = np.random.default_rng(0)
 LABELS, TRUTH = RNG.integers(0, 4, 400), RNG.integers(0, 4, 60)
@@ -203,18 +204,43 @@ def test_from_python_a_folder_grows_too_and_is_read_back(tmp_path):
         EvalReport.load(tmp_path / "nothing")
 
 
+FIELDS = [f"retrieval_{x}" for x in ("precision", "hit_rate", "recall", "map", "ndcg", "mrr", "r_precision", "map_r")]
+
+
+def test_retrieval_metrics_of_each_class_are_in_the_files(tmp_path, files):
+    truth = np.where(TRUTH == 3, 2, TRUTH)  # no query has the last class
+    found = evaluate(BANK, LABELS, QUERIES, truth, k=(1, 5), depth=300)
+    assert EvalReport.load(found.save(tmp_path)).retrieval_by_class.keys() == found.per_class.keys()
+    run(files, tmp_path, "--k 1 --per-class 3 --depth 5")
+    rows = list(csv.DictReader((tmp_path / "per_class.csv").read_text().splitlines()))
+    for record in found.records:
+        of_record = [row for row in rows if row["k"] == str(record["k"]) and row["evaluation"].startswith("1.")]
+        assert list(of_record[0])[7:-1] == FIELDS
+        assert [of_record[3][name] for name in ("score", *FIELDS)] == 9 * [""]
+        for name in FIELDS:
+            values = [float(row[name]) for row in of_record[:3]]
+            assert values == found.retrieval_by_class[record_key(record)][name][:3]
+            macro = record[name.replace("retrieval_", "retrieval_macro_")]
+            assert np.mean(values) == pytest.approx(macro)
+            assert np.average(values, weights=np.bincount(truth)) == pytest.approx(record[name])
+    (few,) = [record for record in records(tmp_path) if record["per_class"]]
+    of_few = [float(row["retrieval_recall"]) for row in rows if row["evaluation"].startswith("2.")]
+    assert np.mean(of_few) == pytest.approx(few["retrieval_macro_recall"])
+
+
 def test_a_ledger_survives_a_cut(tmp_path):
     made = report(k=(1, 2, 3, 4)).records
     ledger = Ledger(tmp_path)
     for record in made[:3]:
-        ledger.add(record, [0.5, float("nan")])
+        ledger.add(record, Classes([0.5, float("nan")], {"retrieval_map": [0.25, float("nan")]}))
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"spec": "fl')
     again = Ledger(tmp_path, resume=True)
     assert again.done == made[:3]
     assert "1 lines are no whole records" in again.warning
-    again.add(made[3], [])
+    again.add(made[3], Classes([], {}))
     assert Ledger(tmp_path, resume=True).done == made
+    assert EvalReport.load(tmp_path).retrieval_by_class[record_key(made[2])] == {"retrieval_map": [0.25, None]}
     assert Ledger(tmp_path, resume=True).warning is None
     assert Ledger(tmp_path).done == []
     assert records(tmp_path) == made

@@ -22,7 +22,7 @@ from faiss_knn.offline.report.outcomes_file import (
     part_paths,
     read_outcomes,
 )
-from faiss_knn.offline.report.results import Checks, Outcome, Record, Results, record_key, task_key
+from faiss_knn.offline.report.results import Checks, Classes, Outcome, Record, Results, record_key, task_key
 
 RECORDS = "results.jsonl"
 BY_CLASS = "per_class.jsonl"
@@ -67,11 +67,11 @@ class Ledger:
             held, self.warning = self._held()
         self.done: list[Record] = list(held.values()) if resume and not overwrite else []
 
-    def add(self, record: Record, per_class: Sequence[float]) -> None:
+    def add(self, record: Record, classes: Classes) -> None:
         """Append one record; the classes first, so that a record that is there has them."""
         with self._locked():
             self._forget()
-            _append(self.folder / BY_CLASS, _line({"record": record_key(record), "scores": list(per_class)}))
+            _append(self.folder / BY_CLASS, _line({"record": record_key(record)} | classes._asdict()))
             _append(self.folder / RECORDS, _line(record))
 
     def add_outcome(self, key: str, outcome: Outcome) -> None:
@@ -87,15 +87,16 @@ class Ledger:
             self._forget()
             held, _ = self._held()
             held |= {record_key(record): record for record in results.records}
-            scores, tasks = _by_class(self.folder / BY_CLASS)
-            scores |= {key: list(values) for key, values in results.per_class.items()}
+            classes, tasks = _by_class(self.folder / BY_CLASS)
+            retrieval = results.retrieval_by_class
+            classes |= {key: Classes(scores, retrieval.get(key, {})) for key, scores in results.per_class.items()}
             tasks |= {task: _told(results, tasks.get(task, {})) for task in described}
             lines = [_line({"task": task} | told) for task, told in tasks.items()]
-            lines += [_line({"record": key, "scores": values}) for key, values in scores.items() if key in held]
+            lines += [_line({"record": key} | one._asdict()) for key, one in classes.items() if key in held]
             write(self.folder / BY_CLASS, "".join(lines))
             self._merge_outcomes(results, held)
             write(self.folder / RECORDS, "".join(_line(record) for record in held.values()))
-        return _by_task(held, scores, tasks)
+        return _by_task(held, classes, tasks)
 
     def keep_gallery(self, task: str, shown: Sequence[Section]) -> dict[str, list[Section]]:
         """Keep sections with pictures of an evaluation, if there are any; return those of the folder by `task_key`."""
@@ -157,11 +158,11 @@ def read_folder(folder: Path) -> Results:
     held, odd = _records(folder / RECORDS)
     if odd:
         warnings.warn(f"{folder / RECORDS}: {len(odd)} lines are no whole records: left out", stacklevel=3)
-    scores, tasks = _by_class(folder / BY_CLASS)
+    classes, tasks = _by_class(folder / BY_CLASS)
     last = list(tasks.values())[-1] if tasks else {}
     records = list(held.values())
     outcomes = {key: outcome for key, outcome in read_outcomes(folder).items() if key in held}
-    return _as_told(last, records, scores, outcomes)
+    return _as_told(last, records, classes, outcomes)
 
 
 def _told(results: Results, earlier: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def _told(results: Results, earlier: dict[str, Any]) -> dict[str, Any]:
 def _as_told(
     told: dict[str, Any],
     records: list[Record],
-    scores: dict[str, list[float]],
+    classes: dict[str, Classes],
     outcomes: dict[str, Outcome] | None = None,
 ) -> Results:
     mistakes = told.get("mistakes")
@@ -183,7 +184,8 @@ def _as_told(
         told.get("class_names"),
         told.get("checks") or Checks(),
         records,
-        scores,
+        {key: one.scores for key, one in classes.items()},
+        {key: one.retrieval for key, one in classes.items()},
         class_ids=told.get("class_ids"),
         outcomes=outcomes or {},
         mistakes=None if mistakes is None else Mistakes.read(mistakes),
@@ -210,16 +212,14 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
 
 
-def _by_task(
-    held: dict[str, Record], scores: dict[str, list[float]], tasks: dict[str, dict[str, Any]]
-) -> list[Results]:
+def _by_task(held: dict[str, Record], classes: dict[str, Classes], tasks: dict[str, dict[str, Any]]) -> list[Results]:
     groups: dict[str, list[Record]] = {}
     for record in held.values():
         groups.setdefault(task_key(record), []).append(record)
     results = []
     for task, records in groups.items():
         told = tasks.get(task, {})
-        results.append(_as_told(told, records, scores))
+        results.append(_as_told(told, records, classes))
     return results
 
 
@@ -241,11 +241,12 @@ def _is_record(one: Any) -> TypeGuard[Record]:
     return is_number and is_word and all(isinstance(one.get(name), dict) for name in _NESTED)
 
 
-def _by_class(path: Path) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
-    """Scores by record, and what is told of each task."""
+def _by_class(path: Path) -> tuple[dict[str, Classes], dict[str, dict[str, Any]]]:
+    """What is known of the classes by record, and what is told of each task."""
     lines = [one for one in _lines(path)[0] if isinstance(one, dict)]
-    scores = {one["record"]: one["scores"] for one in lines if isinstance(one.get("scores"), list)}
-    return scores, {one["task"]: one for one in lines if isinstance(one.get("task"), str)}
+    scored = [one for one in lines if isinstance(one.get("scores"), list)]
+    classes = {one["record"]: Classes(one["scores"], one.get("retrieval") or {}) for one in scored}
+    return classes, {one["task"]: one for one in lines if isinstance(one.get("task"), str)}
 
 
 def _lines(path: Path) -> tuple[list[Any], list[str]]:
@@ -278,4 +279,6 @@ def _plain(value: Any) -> Any:
     """JSON has no NaN."""
     if isinstance(value, list):
         return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -114,14 +114,18 @@ def _plots(part: Results) -> dict[str, tuple[bytes, tuple[str, str]]]:
 def _class_rows(names: Sequence[str], parts: Sequence[Results]) -> Iterator[list[Any]]:
     several = len(parts) > 1
     headings = ["index", "k", "temperature", "weighting", "class", "name", "score"]
-    yield [*headings, "evaluation"] if several else headings
+    known = [part.retrieval_by_class.get(record_key(record), {}) for part in parts for record in part.records]
+    measures = list(dict.fromkeys(name for one in known for name in one))
+    yield [*headings, *measures, *(["evaluation"] if several else [])]
     for task, part in zip(names, parts, strict=False):
         for record in part.records:
             setting = [index_name(record), record["k"], record["temperature"], record["weighting"]]
+            retrieval = part.retrieval_by_class.get(record_key(record), {})
             for i, score in enumerate(part.per_class.get(record_key(record), [])):
                 label = part.class_ids[i] if part.class_ids else i
-                known = "" if score is None or score != score else score
-                row = [*setting, label, part.class_name(i), known]
+                values = [score, *(retrieval[name][i] if name in retrieval else None for name in measures)]
+                shown = ("" if value is None or value != value else value for value in values)
+                row = [*setting, label, part.class_name(i), *shown]
                 yield [*row, task] if several else row
 
 

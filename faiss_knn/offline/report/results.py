@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy.typing as npt
 
@@ -138,6 +138,18 @@ _TASK_WORDS = {
 }  # fmt: skip
 
 
+class Classes(NamedTuple):
+    """What one record is worth class by class.
+
+    Attributes:
+        scores: Top-1, or average precision for multi-hot labels; NaN where no query has the class.
+        retrieval: Values of the record's retrieval fields, by the fields' names.
+    """
+
+    scores: list[float]
+    retrieval: dict[str, list[float]]
+
+
 @dataclass
 class Results:
     """What evaluate() found.
@@ -147,6 +159,8 @@ class Results:
         checks: What makes the numbers suspect.
         records: One per index × k × temperature × weighting.
         per_class: The scores of each class by `record_key`: top-1, or average precision for multi-hot labels.
+        retrieval_by_class: Retrieval metrics of each class by `record_key`, and by the name of the record's field that
+            is over all queries, such as `retrieval_map`.
         neighbors: (Q, K) distances and indices by index name, if they were kept.
         class_ids: Class ids by class number, where these are not the same.
         outcomes: What became of each query by `record_key`, if that was kept.
@@ -157,6 +171,7 @@ class Results:
     checks: Checks
     records: list[Record] = field(default_factory=list)
     per_class: dict[str, list[float]] = field(default_factory=dict)
+    retrieval_by_class: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     neighbors: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = field(default_factory=dict)
     class_ids: list[int] | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
