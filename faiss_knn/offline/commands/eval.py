@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from faiss_knn.offline.folders import Role
     from faiss_knn.offline.options import EvalOptions
     from faiss_knn.offline.report.report import EvalReport, Ledger, Record
-    from faiss_knn.offline.task import Limits
+    from faiss_knn.offline.task import EvalTask, Limits
 
 # torch and the readers are imported when there is something to evaluate, so that --help and bad usage answer at once.
 
@@ -25,7 +26,6 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
     """Evaluate the files, or do what --relevance, --explain or --dry-run asks for instead."""
     from faiss_knn.distributed import all_or_none, broadcast_object
     from faiss_knn.offline.evaluate import evaluate_with, task_for
-    from faiss_knn.offline.features import read_class_names
     from faiss_knn.offline.report.report import Ledger
 
     if given.relevance is not None:
@@ -36,25 +36,17 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
     with all_or_none():
         bank, queries = _read(given)
         limits = _limits(given)
-        names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
         looks = read_looks(given, len(bank.rows), None if queries is None else len(queries.rows))
         if given.out is not None and not given.dry_run and first:
             ledger = Ledger(given.out, given.resume, overwrite=given.overwrite)
     if given.dry_run:
         if first:
-            print(_dry_run(given, bank, queries, names))
+            print(_dry_run(given, bank, queries))
         return 0
-    options = _options(given, names, progress=None if first else False)
+    options = _options(given, bank.class_names, progress=None if first else False)
     report = evaluate_with(
         options,
-        task_for(
-            options,
-            bank.rows,
-            bank.labels,
-            queries.rows if queries else None,
-            queries.labels if queries else None,
-            limits,
-        ),
+        task_for(options, *_sides(bank, queries), limits),
         _files(given),
         done=broadcast_object(ledger.done if ledger is not None else []),
         on_record=None if ledger is None else ledger.add,
@@ -84,8 +76,7 @@ def evaluate_files(given: argparse.Namespace, *, first: bool) -> "EvalReport":
     with all_or_none():
         bank, queries = _read(given)
     options = _options(given, bank.class_names, progress=None if first else False)
-    sides = (queries.rows, queries.labels) if queries else (None, None)
-    return evaluate_with(options, task_for(options, bank.rows, bank.labels, *sides), _files(given))
+    return evaluate_with(options, task_for(options, *_sides(bank, queries)), _files(given))
 
 
 def _files(given: argparse.Namespace) -> dict[str, str | None]:
@@ -120,8 +111,6 @@ def _explain(given: argparse.Namespace, first: bool) -> int:
     """Say under which settings the number comes out; --out gets explain.json."""
     from faiss_knn.distributed import all_or_none
     from faiss_knn.offline.explain import explain_task, given_settings
-    from faiss_knn.offline.features import read_class_names
-    from faiss_knn.offline.task import make_task
 
     with all_or_none():
         settings = given_settings(
@@ -132,18 +121,7 @@ def _explain(given: argparse.Namespace, first: bool) -> int:
             distance_metric=given.distance,
             center=given.center,
         )
-        bank, queries = _read(given)
-        names = read_class_names(given.class_names) if given.class_names is not None else bank.class_names
-        task = make_task(
-            bank.rows,
-            bank.labels,
-            queries.rows if queries else None,
-            queries.labels if queries else None,
-            num_classes=given.num_classes,
-            class_names=names,
-            leave_one_out=given.leave_one_out,
-            ignore_index=given.ignore_index,
-        )
+        task = _task(given, *_read(given))
     found = explain_task(
         given.explain,
         task,
@@ -206,6 +184,16 @@ def _vote_settings(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read(given: argparse.Namespace) -> "tuple[Features, Features | None]":
+    """Open bank and queries; the bank's class names are those of --class-names, or of its file."""
+    from faiss_knn.offline.features import read_class_names
+
+    bank, queries = _open_sides(given)
+    if given.class_names is not None:
+        bank = replace(bank, class_names=read_class_names(given.class_names))
+    return bank, queries
+
+
+def _open_sides(given: argparse.Namespace) -> "tuple[Features, Features | None]":
     from faiss_knn.offline.features import digits, read_features
     from faiss_knn.offline.formats import DataError
 
@@ -238,21 +226,28 @@ def _limits(given: argparse.Namespace) -> "Limits":
     return Limits(groups, given.exclude_same_group, own, ignored)
 
 
-def _dry_run(given: argparse.Namespace, bank: "Features", queries: "Features | None", names: list[str] | None) -> str:
+def _dry_run(given: argparse.Namespace, bank: "Features", queries: "Features | None") -> str:
     from faiss_knn.offline.estimate import estimate
+
+    depth = max(*_vote_settings(given)["k"], given.depth or 1)
+    return estimate(_task(given, bank, queries), depth, given.index)
+
+
+def _task(given: argparse.Namespace, bank: "Features", queries: "Features | None") -> "EvalTask":
     from faiss_knn.offline.task import make_task
 
-    task = make_task(
-        bank.rows,
-        bank.labels,
-        None if queries is None else queries.rows,
-        None if queries is None else queries.labels,
+    return make_task(
+        *_sides(bank, queries),
         num_classes=given.num_classes,
-        class_names=names,
+        class_names=bank.class_names,
         leave_one_out=given.leave_one_out,
         ignore_index=given.ignore_index,
     )
-    return estimate(task, max(*_vote_settings(given)["k"], given.depth or 1), given.index)
+
+
+def _sides(bank: "Features", queries: "Features | None") -> tuple[Any, Any, Any, Any]:
+    """Return features and labels of the bank and of the queries, None without queries."""
+    return bank.rows, bank.labels, *((queries.rows, queries.labels) if queries else (None, None))
 
 
 def _notes(report: "EvalReport", ledger: "Ledger | None", looks: dict[str, Any]) -> list[str]:
