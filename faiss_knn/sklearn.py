@@ -18,7 +18,7 @@ except ImportError as error:
 
 from faiss_knn.classify.bank import FeatureBank
 from faiss_knn.classify.vote import check_vote_options
-from faiss_knn.search.distance import DISTANCES
+from faiss_knn.names import DISTANCES
 from faiss_knn.search.engines.rerank import drop_self
 from faiss_knn.search.index import KNNIndex, Neighbors
 from faiss_knn.search.inputs import as_choice, as_count

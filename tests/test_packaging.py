@@ -52,6 +52,7 @@ def test_the_map_has_every_file_in_its_room():
 @pytest.mark.parametrize(
     ("floor", "above"),
     [
+        ("names.py", ("protocol", "distributed", "search", "classify", "measures", "online", "offline")),
         ("protocol.py", ("distributed", "search", "classify", "measures", "online", "offline")),
         ("distributed.py", ("search", "classify", "measures", "online", "offline")),
         ("search", ("classify", "measures", "online", "offline")),

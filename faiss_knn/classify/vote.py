@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from faiss_knn.classify.labels import as_class_count, as_dense
+from faiss_knn.names import WEIGHTINGS
 from faiss_knn.search.inputs import as_choice, as_number
-
-WEIGHTINGS = ("inverse", "softmax", "uniform")
 
 _FLOAT32 = torch.finfo(torch.float32)
 _LEAST_LOG = -1e300  # a neighbour that was found has a weight, however small

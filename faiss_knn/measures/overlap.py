@@ -95,11 +95,21 @@ def _overlaps(a: Indices, b: Indices, k: int, partners: npt.NDArray[np.int64]) -
     for start in range(0, len(a), size):
         left, right = a[start : start + size, :k], b[partners[start : start + size], :k]
         lengths = np.maximum((left >= 0).sum(1), (right >= 0).sum(1))
-        both = np.concatenate([left, right], axis=1)
-        both.sort(axis=1)  # what both have stands side by side
-        common = ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(1)
-        shares[start : start + size] = common / np.maximum(lengths, 1)
+        shares[start : start + size] = count_common(left, right) / np.maximum(lengths, 1)
     return shares
+
+
+def count_common(a: Indices, b: Indices) -> npt.NDArray[np.int64]:
+    """Count the ids (Q,) that two lists of a query, (Q, j) and (Q, k), have in common; none has an id twice, but -1.
+
+    Example:
+        >>> count_common(np.array([[4, 2, -1]]), np.array([[2, -1]]))
+        array([1])
+    """
+    both = np.concatenate([a, b], axis=1)
+    both.sort(axis=1)  # what both have stands side by side
+    common: npt.NDArray[np.int64] = ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(1)
+    return common
 
 
 def _check(a: Indices, b: Indices, k: int) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from faiss_knn.measures.label_errors import label_noise
 from faiss_knn.measures.novelty import detection
+from faiss_knn.names import DISTANCES
 from faiss_knn.offline.audit_findings import (
     accuracy_with_and_without,
     confusions_of,
@@ -32,7 +33,7 @@ from faiss_knn.search.inputs import as_choice, as_count, as_integer, as_number, 
 
 __all__ = ["AuditReport", "audit"]
 
-_DISTANCES = ("cosine", "euclidean", "squared_euclidean", "manhattan")
+_DISTANCES = ("cosine", *(name for name in DISTANCES if name not in ("cosine", "dot")))
 
 
 def audit(

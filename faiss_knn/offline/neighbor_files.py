@@ -10,10 +10,10 @@ from typing import IO, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from faiss_knn.names import DISTANCES
 from faiss_knn.offline.column_files import Member
 from faiss_knn.offline.formats import Arrays, DataError, open_arrays, open_bin, open_vecs, read_array, readable
 from faiss_knn.offline.lazy_rows import RowSource, read_rows, spans
-from faiss_knn.search.distance import DISTANCES
 
 Graph = Literal["distances", "connectivities"]
 

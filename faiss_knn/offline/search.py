@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from faiss_knn.distributed import all_gather_object, all_or_none, gather_rows, rank_and_size
+from faiss_knn.names import SPECS
 from faiss_knn.offline.compression import BinaryRows, ScalarRows, check_compression, narrowed, parse_dims
 from faiss_knn.offline.lazy_rows import RowSource, read_rows, spans
 from faiss_knn.offline.left_out import nearest_allowed
@@ -105,7 +106,7 @@ class SearchOptions:
         if variant.is_compressed:
             settings = variant.settings
             check_compression(settings.get("dims"), settings.get("storage"), dim, self.distance_metric)
-        if variant.spec not in ("flat", "ivf", "fast", "auto"):
+        if variant.spec not in SPECS:
             make_index(variant.spec, dim, get_distance(self.distance_metric).faiss_metric)
 
     def index(self, variant: Variant) -> KNNIndex:

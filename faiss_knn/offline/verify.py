@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from faiss_knn.measures.overlap import count_common
 from faiss_knn.offline.lazy_rows import RowSource, read_rows
 from faiss_knn.offline.neighbors import as_reported, as_sides, is_tied
 from faiss_knn.offline.search import QUERY_BLOCK, Span
@@ -149,19 +150,12 @@ class _Judged:
         limits = exact.distances[:, k - 1 : k].cpu().numpy()
         self.near = np.minimum((counted & (true <= limits)).sum(1), k) / k
         ids = exact.indices[:, :k].cpu().numpy()
-        same = [_common(np.where(counted[a:b], lists[a:b], -1), ids[a:b]) for a, b in _blocks(len(lists))]
+        same = [count_common(np.where(counted[a:b], lists[a:b], -1), ids[a:b]) for a, b in _blocks(len(lists))]
         self.same = np.concatenate(same) / k
 
 
 def _blocks(length: int) -> Iterator[Span]:
     yield from ((start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK))
-
-
-def _common(lists: Ids, exact: Ids) -> Ids:
-    """(n,) how many of a list's rows, each once, are in the exact one."""
-    both = np.sort(np.concatenate([lists, exact], axis=1), axis=1)
-    shared: Ids = ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(1)
-    return shared
 
 
 def _repeated(lists: Ids) -> npt.NDArray[np.bool_]:

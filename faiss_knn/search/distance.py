@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from faiss_knn.names import DISTANCES
 from faiss_knn.search.inputs import as_choice
 
 _LEAST_NORM = 2.0**-500  # below it a square may be lost in float64
@@ -13,8 +14,6 @@ _RESCALED = 1 << 20  # values measured again at once
 _PRODUCTS = 1 << 20  # products held at once
 _REDUCED = 64  # exponent that rows are reduced by whose products with a query left the range
 _RESCALE = 2.0**600  # brings squares of the largest and the smallest differences into range
-
-DISTANCES = ("euclidean", "squared_euclidean", "cosine", "manhattan", "dot")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from faiss_knn import names
+
 T = TypeVar("T")
 
-DISTANCES = ("cosine", "euclidean", "squared_euclidean", "manhattan", "dot")
+DISTANCES = ("cosine", *(name for name in names.DISTANCES if name != "cosine"))  # the default first
 
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from faiss_knn.offline.commands.arguments import count, device_named, distance, location, positive, whole
+from faiss_knn.offline.commands.arguments import DISTANCES, count, device_named, distance, location, positive, whole
 from faiss_knn.offline.commands.looks import add_looks, check_looks, read_looks
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _add_data(group: Any) -> None:
 def _add_search(group: Any) -> None:
     group.add_argument("--k", type=positive, default=20, help="neighbours of each row (default 20)")
     group.add_argument(
-        "--distance", default="cosine", choices=["cosine", "euclidean", "squared_euclidean", "manhattan"],
+        "--distance", default="cosine", choices=[name for name in DISTANCES if name != "dot"],
         help="default cosine",
     )  # fmt: skip
     group.add_argument(

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from faiss_knn.names import WEIGHTINGS
 from faiss_knn.offline.commands.arguments import (
     DISTANCES,
     accuracy,
@@ -120,7 +121,7 @@ def add_vote(group: Any) -> None:
     )  # fmt: skip
     group.add_argument("--k", type=positive, nargs="+", help="default 1 5 10 20")
     group.add_argument("--temperature", type=temperature, nargs="+", metavar="T", help="default 0.07")
-    group.add_argument("--weighting", nargs="+", choices=["inverse", "softmax", "uniform"], help="default inverse")
+    group.add_argument("--weighting", nargs="+", choices=WEIGHTINGS, help="default inverse")
     group.add_argument(
         "--center", action=argparse.BooleanOptionalAction, default=False,
         help="subtract the bank's mean from all features",

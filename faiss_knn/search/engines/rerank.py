@@ -83,11 +83,11 @@ def measure(
     """
     queries = (normalize(queries) if distance.normalized else queries).to(dtype)
     wide = rows.dtype == torch.float64 and not distance.normalized
-    width = ids.shape[1]
+    width, dim = ids.shape[1], rows.dim
     norms = torch.empty(ids.shape, dtype=dtype, device=ids.device)
     values = (_GPU_PAIR_BYTES if rows.device.type == "cuda" else _PAIR_BYTES) // 8
-    step = max(1, values // (rows.dim * max(1, width)))
-    columns = max(1, min(width, values // rows.dim))
+    step = max(1, values // (dim * max(1, width)))
+    columns = max(1, min(width, values // dim))
     parts = iter(range(0, len(ids), step))  # one for all threads
 
     def measure_parts() -> None:
@@ -97,10 +97,10 @@ def measure(
                 known = chosen.reshape(-1).clamp(min=0)
                 taken = rows.as_compared(known, distance, dtype) if distance.normalized else rows.take(known)
                 asking = queries[part] if of is None else queries[of[part]]
-                taken = taken.view(*chosen.shape, rows.dim)
+                taken = taken.view(*chosen.shape, dim)
                 norms[part, left : left + columns] = pair_norms(asking, taken, distance, dtype, wide=wide)
 
-    threads = threads_for(ids.numel() * rows.dim, _ALONE) if ids.device.type == "cpu" else 1
+    threads = threads_for(ids.numel() * dim, _ALONE) if ids.device.type == "cpu" else 1
     run_together([measure_parts] * min(threads, max(1, -(-len(ids) // step))))
     return distance.from_norm(norms).masked_fill_(ids < 0, torch.inf)
 

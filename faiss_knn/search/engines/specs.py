@@ -6,9 +6,9 @@ import subprocess
 import sys
 from functools import lru_cache
 
+from faiss_knn.names import SPECS
 from faiss_knn.search.inputs import shown
 
-_SPECIAL = ("flat", "ivf", "fast", "auto")
 _MOST_LINKS = 512  # of a graph's node; each takes memory
 _SECONDS = 60.0
 _LONGEST = 200
@@ -34,7 +34,7 @@ def check_numbers(spec: str) -> None:
     Example:
         >>> check_numbers("IVF64_HNSW32,PQ8x4fs,RFlat")
     """
-    if spec in _SPECIAL:
+    if spec in SPECS:
         return
     if len(spec) > _LONGEST:
         raise ValueError(f"`spec` must be a FAISS factory string of at most {_LONGEST} characters, got {shown(spec)}")
@@ -62,7 +62,7 @@ def check_alive(spec: str, dim: int, metric: str) -> None:
         ValueError: If that process dies or does not end.
     """
     proven = _PROVEN.get(metric)
-    if spec in _SPECIAL or (proven is not None and proven.fullmatch(spec)):
+    if spec in SPECS or (proven is not None and proven.fullmatch(spec)):
         return
     trouble = _trouble(spec, dim, metric)
     if trouble:
