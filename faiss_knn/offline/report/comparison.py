@@ -10,7 +10,6 @@ from faiss_knn.offline.report.markdown import markdown
 from faiss_knn.offline.report.tables import csv_lines, percent, text_table
 
 _CLASSES = 30  # shown on the page; the file has them all
-_PAIRS = 10  # said in words at the top
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -28,15 +27,39 @@ def verdict(row: Mapping[str, Any], n_queries: int) -> str:
         return f"{better} is better than {other}, by {100 * abs(row['difference']):.2f} points"
     if row["needed"] is None:
         return f"equally often right on {n_queries:,} queries"
-    needed = round(row["needed"], 2 - len(str(row["needed"])))  # two digits of an estimate
-    needed = needed if needed > n_queries else row["needed"]
-    return f"not separable with {n_queries:,} queries: about {needed:,} would be needed"
+    return f"not separable with {n_queries:,} queries: about {_needed(row, n_queries)} would be needed"
 
 
-def _named_verdict(row: Mapping[str, Any], n_queries: int) -> str:
-    """Say a verdict with the names of both runs."""
-    said = verdict(row, n_queries)
-    return said if row["separable"] else f"{row['a']} and {row['b']}: {said}"
+def _needed(row: Mapping[str, Any], n_queries: int) -> str:
+    """Say how many queries would do, to two digits, for it is an estimate."""
+    needed = round(row["needed"], 2 - len(str(row["needed"])))
+    return f"{needed if needed > n_queries else row['needed']:,}"
+
+
+def _better(row: Mapping[str, Any], n_queries: int) -> str:
+    """Say a verdict in a narrow column: which run is better, or how many queries would tell."""
+    if row["separable"]:
+        return str(row["a"] if row["difference"] > 0 else row["b"])
+    return "equal" if row["needed"] is None else f"not separable, needs {_needed(row, n_queries)} queries"
+
+
+def _result(rows: Rows, n_queries: int) -> str:
+    """Say what the most accurate run is better than, and what it cannot be told from."""
+    if len(rows) == 1:
+        said = verdict(rows[0], n_queries)
+        return f"{said}." if rows[0]["separable"] else f"{rows[0]['a']} and {rows[0]['b']}: {said}."
+    tops = {row[side]: row[f"top1_{side}"] for row in rows for side in ("a", "b")}
+    best = max(tops, key=lambda name: tops[name])
+    others = [(row["b"] if row["a"] == best else row["a"], row) for row in rows if best in (row["a"], row["b"])]
+    beaten = [f"{name} by {100 * abs(row['difference']):.2f} points" for name, row in others if row["separable"]]
+    level = [f"{name} ({_level(row, n_queries)})" for name, row in others if not row["separable"]]
+    kinds = (("better than ", beaten), ("not separable from ", level))
+    return f"{best} is {'; '.join(how + ', '.join(names) for how, names in kinds if names)}."
+
+
+def _level(row: Mapping[str, Any], n_queries: int) -> str:
+    needed = row["needed"]
+    return "equally often right" if needed is None else f"about {_needed(row, n_queries)} queries would be needed"
 
 
 def comparison_table(rows: Rows, n_queries: int) -> str:
@@ -75,7 +98,7 @@ def comparison_files(
     notes: Sequence[str],
 ) -> dict[str, str | bytes]:
     """Make all files of a comparison, as contents by name; the plot where matplotlib is installed."""
-    title = f"faiss-knn: {', '.join(names[:4])}{', …' if len(names) > 4 else ''} compared"
+    title = f"faiss-knn: {' and '.join(names) if len(names) == 2 else f'{len(names)} runs'} compared"
     shown = _sections(n_queries, confidence, rows, accuracies, by_class) + _overlap_sections(overlaps, changed, notes)
     pictures = _plot(names, accuracies)
     files: dict[str, str | bytes] = {
@@ -98,10 +121,9 @@ def _sections(n_queries: int, confidence: float, rows: Rows, accuracies: Rows, b
     separable = sum(row["separable"] for row in rows)
     best = [row for row in rows if row["setting"] == rows[0]["setting"]]
     tops = dict.fromkeys(f"{row[side]} {percent(row[f'top1_{side}'])} %" for row in best for side in ("a", "b"))
-    pairs = "; ".join(_named_verdict(row, n_queries) for row in best[:_PAIRS]) + ("; …" if len(best) > _PAIRS else "")
     result = (
         f"Most accurate setting, {rows[0]['setting']}: {', '.join(tops)}.",
-        f"{pairs}.",
+        _result(best, n_queries),
         f"{separable} of {len(rows)} differences are separable on {n_queries:,} queries.",
     )
     how = (
@@ -111,7 +133,9 @@ def _sections(n_queries: int, confidence: float, rows: Rows, accuracies: Rows, b
         "row alone. The queries needed would find the difference, if it is as large as it seems here, in four of five "
         "samples.",
     )
-    headings, *cells = ([*row[:3], row[-1], *row[3:-1]] for row in _cells(rows, n_queries))  # the verdict in sight
+    headings, *cells = _cells(rows, n_queries)
+    headings = [*headings[:3], "better", *headings[3:-1]]  # the verdict in sight
+    cells = [[*cell[:3], _better(row, n_queries), *cell[3:-1]] for row, cell in zip(rows, cells, strict=True)]
     bounds = [f"{percent(row['top1_low'])}–{percent(row['top1_high'])}" for row in accuracies]
     accuracy = Table(
         ["setting", "run", "top-1", "95 % interval"],

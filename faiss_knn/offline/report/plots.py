@@ -142,7 +142,8 @@ def _runs(names: Sequence[str], lines: Mapping[str, Sequence[Mapping[str, Any]]]
             [place + aside for place in range(len(rows))], tops, yerr=[below, above], color=_LINES[i % 8],
             marker=_MARKS[i % 8], markersize=5, linewidth=1.2, capsize=2, label=setting,
         )  # fmt: skip
-    short = [name if len(name) <= 20 else "…" + name[-19:] for name in names]
+    most = max(20, 50 // len(names))
+    short = [name if len(name) <= most else "…" + name[1 - most :] for name in names]
     turned = {"rotation": 30, "ha": "right"} if sum(map(len, short)) > 40 else {}
     axes.set_xticks(range(len(names)), short, parse_math=False, fontfamily=_fonts()[0], **turned)
     axes.margins(x=0.15)
