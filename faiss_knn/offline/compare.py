@@ -15,7 +15,7 @@ from faiss_knn.measures.paired import GroupedPairs, pair_outcomes
 from faiss_knn.measures.significance import Pairs, holm
 from faiss_knn.offline.report.comparison import comparison_files, comparison_table
 from faiss_knn.offline.report.content import setting
-from faiss_knn.offline.report.ledger import write
+from faiss_knn.offline.report.ledger import write_into
 from faiss_knn.offline.report.publish import read_kept_neighbors
 from faiss_knn.offline.report.report import EvalReport
 from faiss_knn.offline.report.results import Outcome, Record, index_name, record_key, value_of
@@ -116,14 +116,7 @@ class Comparison:
         Raises:
             ValueError: If the folder cannot be written.
         """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in comparison_files(**vars(self)).items():
-                write(folder / name, content)
-        except OSError as error:
-            raise ValueError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
-        return folder
+        return write_into(folder, comparison_files(**vars(self)))
 
 
 @dataclass(frozen=True)

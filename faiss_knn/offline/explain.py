@@ -11,7 +11,7 @@ import torch
 
 from faiss_knn.offline.options import DEFAULTS, EvalOptions, VoteOptions, vote_settings
 from faiss_knn.offline.preparation import prepare
-from faiss_knn.offline.report.ledger import write
+from faiss_knn.offline.report.ledger import write_into
 from faiss_knn.offline.scores import make_judge
 from faiss_knn.offline.search import EXACT, SearchOptions, SearchResult, search_task
 from faiss_knn.offline.task import EvalTask, check_values, make_task
@@ -103,11 +103,13 @@ class Explanation:
         return "\n".join(lines)
 
     def save(self, folder: str | Path) -> Path:
-        """Write explain.json into a folder: the number, and all settings in their order; return the file's path."""
-        path = Path(folder) / "explain.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(asdict(self), indent=2) + "\n")
-        return path
+        """Write explain.json into a folder: the number, and all settings in their order; return the file's path.
+
+        Raises:
+            ValueError: If the folder cannot be written.
+        """
+        name = "explain.json"
+        return write_into(folder, {name: json.dumps(asdict(self), indent=2) + "\n"}) / name
 
 
 def explain(

@@ -91,7 +91,8 @@ def _checked(relevance: Relevance, n_bank: int, n_queries: int) -> dict[str, lis
     """Check the lists of all queries, by name."""
     if len(relevance) != n_queries:
         raise ValueError(f"`relevance` must have an entry for each of {n_queries} queries, got {len(relevance)}")
-    names = next((kind for kind in _KINDS if n_queries and kind[0] in relevance[0]), _KINDS[1])
+    first = relevance[0] if n_queries and isinstance(relevance[0], Mapping) else {}
+    names = next((kind for kind in _KINDS if kind[0] in first), _KINDS[1])
     for number, entry in enumerate(relevance):
         known = isinstance(entry, Mapping) and names[0] in entry and set(entry) <= set(names)
         if not known or any(name not in entry for name in names[:-1]):

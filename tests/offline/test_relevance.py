@@ -65,6 +65,8 @@ def test_the_command_line_ranks_without_labels(tmp_path, capsys):
         ([{"easy": [1], "hard": [2]}] * 19 + [{"positives": [1]}], r"`relevance\[19\]` must have lists"),
         ([{"positives": [300]}] * 20, r"positives must be rows of the bank, in \[0, 300\), got 300"),
         ([{"positives": [0.5]}] * 20, "positives must be rows of the bank"),
+        ([{"positives": "a"}] * 20, "positives must be rows of the bank"),
+        ([5] * 20, r"`relevance\[0\]` must have lists of rows by the names .* got 5"),
     ],
 )
 def test_bad_lists_are_named(told, message):
@@ -83,3 +85,15 @@ def test_bad_usage_and_a_file_that_is_no_json(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main([*arguments, *more])
         assert "does not go with --relevance" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_to_is_named(tmp_path, capsys):
+    for name, rows in (("bank", BANK), ("queries", QUERIES)):
+        np.savez(tmp_path / f"{name}.npz", features=rows, labels=np.arange(len(rows)) % 4)
+    (tmp_path / "told.json").write_text(json.dumps([{"positives": [1]}] * 20))
+    files = [str(tmp_path / f"{name}.npz") for name in ("bank", "queries")]
+    for option in (["--explain", "50"], ["--relevance", str(tmp_path / "told.json")]):
+        assert main(["eval", *files, *option, "--out", files[0]]) == 1
+        assert capsys.readouterr().err == (
+            f"faiss-knn: error: {files[0]}: cannot be written (File exists): choose another folder\n"
+        )

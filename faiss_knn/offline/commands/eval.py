@@ -87,7 +87,7 @@ def _relevance(given: argparse.Namespace) -> int:
     """Judge by lists of what is relevant, without labels; --out gets relevance.json."""
     from faiss_knn.offline.features import read_features
     from faiss_knn.offline.relevance import evaluate_relevance, read_relevance
-    from faiss_knn.offline.report.ledger import write
+    from faiss_knn.offline.report.ledger import write_into
 
     keys = {"features_key": given.features_key, "allow_partial": given.allow_partial}
     bank, queries = read_features(given.bank, "bank", **keys), read_features(given.queries, "queries", **keys)
@@ -102,8 +102,7 @@ def _relevance(given: argparse.Namespace) -> int:
     width = max(map(len, scores))
     print("\n".join(f"{name.ljust(width)}  {value:.6g}" for name, value in scores.items()))
     if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
-        write(given.out / "relevance.json", json.dumps(scores, indent=2) + "\n")
+        write_into(given.out, {"relevance.json": json.dumps(scores, indent=2) + "\n"})
     return 0
 
 

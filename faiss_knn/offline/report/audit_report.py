@@ -10,7 +10,7 @@ from faiss_knn.offline.report.audit_page import audit_sections, audit_title
 from faiss_knn.offline.report.audit_text import lines_of, summary_of, warnings_of
 from faiss_knn.offline.report.findings import Findings
 from faiss_knn.offline.report.html import page
-from faiss_knn.offline.report.ledger import write
+from faiss_knn.offline.report.ledger import write_into
 from faiss_knn.offline.report.markdown import markdown
 from faiss_knn.offline.report.shown_rows import Rows, looks_of
 from faiss_knn.offline.report.tables import csv_lines
@@ -63,7 +63,6 @@ class AuditReport(Findings):
         """
         counts = {"row": self.facts["rows"], "query": self.facts["queries"] or 0}
         looks = looks_of(counts, names=names, query_names=query_names, images=images, query_images=query_images)
-        folder = Path(folder)
         shown = audit_sections(self, Rows(self, looks))
         lines = list(lines_of(self, names, query_names))
         files = {
@@ -73,13 +72,7 @@ class AuditReport(Findings):
             "audit.md": markdown(audit_title(self), shown, {}),
             "audit.html": page(audit_title(self), shown, {}),
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                write(folder / name, content)
-        except OSError as error:
-            raise ValueError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
-        return folder
+        return write_into(folder, files)
 
 
 def _csv(lines: list[dict[str, Any]]) -> str:

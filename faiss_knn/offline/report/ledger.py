@@ -199,6 +199,22 @@ def write(path: Path, content: str | bytes) -> None:
     os.replace(partial, path)
 
 
+def write_into(folder: str | Path, files: Mapping[str, str | bytes]) -> Path:
+    """Replace files in a folder, which is made if it is not there, by contents by name; return the folder.
+
+    Raises:
+        ValueError: If the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write(folder / name, content)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror}): choose another folder") from error
+    return folder
+
+
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
