@@ -81,10 +81,10 @@ class _FittedNeighbors(BaseEstimator):
         """
         as_choice(mode, _MODES, "`mode`")
         distances, indices = (part.cpu().numpy() for part in self._find(X, n_neighbors))
-        found = indices >= 0
-        values = distances[found] if mode == "distance" else np.ones(int(found.sum()))
-        ends = np.concatenate([[0], found.sum(1).cumsum()])
-        return csr_matrix((values, indices[found], ends), shape=(len(indices), self.n_samples_fit_))
+        is_found = indices >= 0
+        values = distances[is_found] if mode == "distance" else np.ones(int(is_found.sum()))
+        ends = np.concatenate([[0], is_found.sum(1).cumsum()])
+        return csr_matrix((values, indices[is_found], ends), shape=(len(indices), self.n_samples_fit_))
 
     def _find(self, X: Any, n_neighbors: int | None) -> Neighbors:
         """Find neighbours with float64 distances, as scikit-learn has them."""
@@ -99,8 +99,8 @@ class _FittedNeighbors(BaseEstimator):
         index: KNNIndex = self._index
         if X is not None:
             return index._reported(index._nearest(validate_data(self, X, reset=False, dtype=_DTYPES), k))
-        found = index._reported(index._nearest(self._fit_X, k + 1))
-        return Neighbors(*drop_self(*found, torch.arange(len(found.indices), device=found.indices.device)))
+        neighbors = index._reported(index._nearest(self._fit_X, k + 1))
+        return Neighbors(*drop_self(*neighbors, torch.arange(len(neighbors.indices), device=neighbors.indices.device)))
 
     def _options(self, X: _Array) -> dict[str, Any]:
         """Choose the index's options. Rows are stored as they came, so that distances are those of the rows given."""
@@ -196,8 +196,8 @@ class KNNClassifier(ClassifierMixin, _FittedNeighbors):
         Raises:
             ValueError: As `kneighbors`.
         """
-        found = self._find(X, None)
-        shares = self._bank.votes(found, **self._vote_options()).shares.double().cpu().numpy()
+        neighbors = self._find(X, None)
+        shares = self._bank.votes(neighbors, **self._vote_options()).shares.double().cpu().numpy()
         # From float32, which adds up to 1 only as closely as that; without a neighbour, which an approximate index may
         # not find, no class is likelier than another.
         total = shares.sum(axis=1, keepdims=True)

@@ -35,10 +35,10 @@ class VotingBank(Protocol):
     def find(self, queries: Any, k: int) -> Any:
         """Find the k nearest rows of checked queries (B, d); what is found has its first n columns by `first(n)`."""
 
-    def votes(self, found: Any, *, temperature: float, weighting: str) -> Votes:
+    def votes(self, neighbors: Any, *, temperature: float, weighting: str) -> Votes:
         """Let what was found vote."""
 
-    def labels_of(self, found: Any) -> Tensor:
+    def labels_of(self, neighbors: Any) -> Tensor:
         """Return the labels of what was found, (B, k), or (B, k, C); of missing rows -1."""
 
 
@@ -145,11 +145,13 @@ class FeatureBank:
         """
         return self._numbered_as_given(self.index._search_checked(queries, k))
 
-    def _numbered_as_given(self, found: Neighbors) -> Neighbors:
+    def _numbered_as_given(self, neighbors: Neighbors) -> Neighbors:
         if self._rows is None:
-            return found
-        rows = self._rows.to(found.indices.device)
-        return Neighbors(found.distances, torch.where(found.indices < 0, -1, rows[found.indices.clamp(min=0)]))
+            return neighbors
+        rows = self._rows.to(neighbors.indices.device)
+        return Neighbors(
+            neighbors.distances, torch.where(neighbors.indices < 0, -1, rows[neighbors.indices.clamp(min=0)])
+        )
 
     def predict(
         self, queries: Tensor | np.ndarray, k: int = 5, temperature: float = 0.07, weighting: str = "inverse"
@@ -186,10 +188,10 @@ class FeatureBank:
         scores = self.votes(neighbors, temperature=temperature, weighting=weighting).scores
         return scores[:, 0] if self._averages and self.labels.ndim == 1 else scores
 
-    def labels_of(self, found: Neighbors) -> Tensor:
+    def labels_of(self, neighbors: Neighbors) -> Tensor:
         """Return the labels of neighbours: see `VotingBank`."""
-        labels = self.labels.to(found.indices.device)[found.indices.clamp(min=0)]
-        return labels.masked_fill((found.indices < 0).view(found.indices.shape + (1,) * (labels.ndim - 2)), -1)
+        labels = self.labels.to(neighbors.indices.device)[neighbors.indices.clamp(min=0)]
+        return labels.masked_fill((neighbors.indices < 0).view(neighbors.indices.shape + (1,) * (labels.ndim - 2)), -1)
 
     def votes(self, neighbors: Neighbors, *, temperature: float = 0.07, weighting: str = "inverse") -> Votes:
         """Vote as `score` does, and give the shares of the votes too.
@@ -207,11 +209,11 @@ class FeatureBank:
         for distances, indices in zip(
             *(torch.split(part, self._rows_per_vote(part.shape[1])) for part in neighbors), strict=True
         ):
-            labels, found = self.labels[indices.clamp(min=0)], indices >= 0
+            labels, is_found = self.labels[indices.clamp(min=0)], indices >= 0
             blocks.append(
                 votes_or_means(
                     distances,
-                    found,
+                    is_found,
                     labels,
                     self.num_classes,
                     averages=self._averages,

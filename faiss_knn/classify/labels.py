@@ -160,9 +160,9 @@ def number_names(names: Names) -> tuple[Names, Tensor]:
         (array(['cat', 'dog'], dtype='<U3'), tensor([ 1, -1,  0,  1]))
     """
     named = is_named(names)
-    classes, found = np.unique(names[named].astype(str), return_inverse=True)
+    classes, places = np.unique(names[named].astype(str), return_inverse=True)
     numbers = np.full(len(names), UNLABELLED, np.int64)
-    numbers[named] = found
+    numbers[named] = places
     return classes, torch.from_numpy(numbers)
 
 

@@ -80,7 +80,7 @@ def check_targets(targets: Tensor, what: str) -> None:
 
 
 def neighbor_means(
-    distances: Tensor, found: Tensor, targets: Tensor, *, temperature: float = 0.07, weighting: str = "inverse"
+    distances: Tensor, is_found: Tensor, targets: Tensor, *, temperature: float = 0.07, weighting: str = "inverse"
 ) -> Tensor:
     """Average the neighbours' targets by their weights, those of a vote (`neighbor_weights`).
 
@@ -89,7 +89,7 @@ def neighbor_means(
 
     Args:
         distances: (B, k) float, for "inverse" not negative.
-        found: (B, k) bool, False where a neighbour is missing.
+        is_found: (B, k) bool, False where a neighbour is missing.
         targets: (B, k) or (B, k, D) float; of missing neighbours anything.
         temperature: See `neighbor_weights`.
         weighting: See `neighbor_weights`.
@@ -102,10 +102,10 @@ def neighbor_means(
         >>> neighbor_means(distances, distances >= 0, targets, temperature=0.1)
         tensor([[2.]])
     """
-    logs = log_weights(distances, found, temperature=temperature, weighting=weighting)
-    weights = torch.exp(logs - logs.amax(1, keepdim=True)).where(found, 0.0)
+    logs = log_weights(distances, is_found, temperature=temperature, weighting=weighting)
+    weights = torch.exp(logs - logs.amax(1, keepdim=True)).where(is_found, 0.0)
     targets = targets[:, :, None] if targets.ndim == 2 else targets
-    parts = (weights[:, :, None] * targets.double()).where(found[:, :, None], 0.0).sort(dim=1).values
+    parts = (weights[:, :, None] * targets.double()).where(is_found[:, :, None], 0.0).sort(dim=1).values
     # Column by column: a sum over a dimension takes its numbers in an order that depends on the batch.
     total, sums = weights.new_zeros(len(weights), 1), parts.new_zeros(len(parts), parts.shape[2])
     for i in range(parts.shape[1]):
@@ -116,7 +116,7 @@ def neighbor_means(
 
 def votes_or_means(
     distances: Tensor,
-    found: Tensor,
+    is_found: Tensor,
     labels: Tensor,
     num_classes: int,
     *,
@@ -126,8 +126,8 @@ def votes_or_means(
 ) -> Votes:
     """Let neighbours vote, see `count_votes`; or give `neighbor_means` for both parts of a vote, if `averages`."""
     if not averages:
-        return count_votes(distances, found, labels, num_classes, temperature=temperature, weighting=weighting)
-    means = neighbor_means(distances, found, labels, temperature=temperature, weighting=weighting)
+        return count_votes(distances, is_found, labels, num_classes, temperature=temperature, weighting=weighting)
+    means = neighbor_means(distances, is_found, labels, temperature=temperature, weighting=weighting)
     return Votes(means, means)
 
 

@@ -94,18 +94,18 @@ class ShardedBank:
             neighbors = self._index.search(queries, k)
             return LabelledNeighbors(*neighbors, self._labels.take(neighbors.indices))
 
-    def labels_of(self, found: LabelledNeighbors) -> Tensor:
+    def labels_of(self, neighbors: LabelledNeighbors) -> Tensor:
         """Return the labels of what `find` found: see `VotingBank`."""
-        missing = found.indices < 0
-        return found.labels.masked_fill(missing.view(missing.shape + (1,) * (found.labels.ndim - 2)), -1)
+        missing = neighbors.indices < 0
+        return neighbors.labels.masked_fill(missing.view(missing.shape + (1,) * (neighbors.labels.ndim - 2)), -1)
 
-    def votes(self, found: LabelledNeighbors, *, temperature: float = 0.07, weighting: str = "inverse") -> Votes:
+    def votes(self, neighbors: LabelledNeighbors, *, temperature: float = 0.07, weighting: str = "inverse") -> Votes:
         """Let what `find` found, or its first columns, vote on this rank alone: see `FeatureBank.votes`."""
         check_vote_options(temperature, weighting, self._index.index.distance_metric)
         return votes_or_means(
-            found.distances,
-            found.indices >= 0,
-            found.labels,
+            neighbors.distances,
+            neighbors.indices >= 0,
+            neighbors.labels,
             self.num_classes,
             averages=self._averages,
             temperature=temperature,

@@ -35,12 +35,12 @@ def check_vote_options(temperature: float, weighting: str, distance_metric: str 
         )
 
 
-def log_weights(distances: Tensor, found: Tensor, *, temperature: float, weighting: str) -> Tensor:
+def log_weights(distances: Tensor, is_found: Tensor, *, temperature: float, weighting: str) -> Tensor:
     """Weigh each neighbour, in logarithms, in which nothing underflows.
 
     Args:
         distances: (B, k), for "inverse" not negative; what is too large for float32 counts as its largest number.
-        found: (B, k) bool, False where a neighbour is missing.
+        is_found: (B, k) bool, False where a neighbour is missing.
         temperature: See `neighbor_weights`.
         weighting: See `neighbor_weights`.
 
@@ -55,7 +55,7 @@ def log_weights(distances: Tensor, found: Tensor, *, temperature: float, weighti
         logs = (-distances / temperature).clamp(min=_LEAST_LOG)
     else:
         logs = torch.zeros_like(distances)
-    return logs.masked_fill(~found, -torch.inf)
+    return logs.masked_fill(~is_found, -torch.inf)
 
 
 def neighbor_weights(distances: Tensor, *, temperature: float = 0.07, weighting: str = "inverse") -> Tensor:
@@ -83,9 +83,9 @@ def neighbor_weights(distances: Tensor, *, temperature: float = 0.07, weighting:
         tensor([[10.0000,  2.5000,  0.0000]])
     """
     check_vote_options(temperature, weighting)
-    found = distances.isfinite()
-    logs = log_weights(distances, found, temperature=temperature, weighting=weighting)
-    return torch.softmax(logs, dim=1).where(found, 0.0).float() if weighting == "softmax" else _weights(logs)
+    is_found = distances.isfinite()
+    logs = log_weights(distances, is_found, temperature=temperature, weighting=weighting)
+    return torch.softmax(logs, dim=1).where(is_found, 0.0).float() if weighting == "softmax" else _weights(logs)
 
 
 def _weights(logs: Tensor) -> Tensor:
@@ -142,27 +142,27 @@ def vote(
     num_classes = as_class_count(num_classes)
     _check_shapes(distances, labels, num_classes)
     _check_values(distances, labels, num_classes, may_be_negative=weighting != "inverse")
-    found = distances.isfinite()
-    return count_votes(distances, found, labels, num_classes, temperature=temperature, weighting=weighting).scores
+    is_found = distances.isfinite()
+    return count_votes(distances, is_found, labels, num_classes, temperature=temperature, weighting=weighting).scores
 
 
 def count_votes(
-    distances: Tensor, found: Tensor, labels: Tensor, num_classes: int, *, temperature: float, weighting: str
+    distances: Tensor, is_found: Tensor, labels: Tensor, num_classes: int, *, temperature: float, weighting: str
 ) -> Votes:
     """Vote like `vote`, with arguments known to be valid: nothing is looked at, so that no GPU waits.
 
     Args:
         distances: See `log_weights`.
-        found: (B, k) bool, False where a neighbour is missing.
+        is_found: (B, k) bool, False where a neighbour is missing.
         labels: As in `vote`.
         num_classes: C.
         temperature: See `neighbor_weights`.
         weighting: See `neighbor_weights`.
     """
-    logs = log_weights(distances, found, temperature=temperature, weighting=weighting)
+    logs = log_weights(distances, is_found, temperature=temperature, weighting=weighting)
     if labels.ndim == 2:
         # A missing neighbour, with class 0, adds nothing to it.
-        return _count_ids(logs, labels.long().masked_fill(~found, 0), num_classes, weighting)
+        return _count_ids(logs, labels.long().masked_fill(~is_found, 0), num_classes, weighting)
     shares = _share_rows(logs, labels)
     return Votes(shares if weighting == "softmax" else _add_rows(_weights(logs).double(), labels), shares)
 
@@ -305,11 +305,11 @@ def _check_shapes(distances: Tensor, labels: Tensor, num_classes: int) -> None:
 
 def _check_values(distances: Tensor, labels: Tensor, num_classes: int, *, may_be_negative: bool) -> None:
     """Check the values with one device synchronisation, and look for the culprit only if there is one."""
-    found = distances.isfinite()
+    is_found = distances.isfinite()
     wrong_distance = ~(distances > -torch.inf if may_be_negative else distances >= 0)
     # of a NaN neither comparison holds
     fits = (labels >= 0) & (labels < num_classes) if labels.ndim == 2 else (labels >= 0) & (labels <= 1)
-    wrong_label = ~fits & (found if labels.ndim == 2 else found[:, :, None])
+    wrong_label = ~fits & (is_found if labels.ndim == 2 else is_found[:, :, None])
     if not (wrong_distance.any() | wrong_label.any()):
         return
     if wrong_distance.any():

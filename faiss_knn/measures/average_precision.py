@@ -55,12 +55,12 @@ def micro_average_precision(scores: npt.ArrayLike, matches: npt.ArrayLike, total
     values, truth = np.asarray(scores), np.asarray(matches, dtype=np.bool_)
     if values.ndim != 1 or values.shape != truth.shape:
         raise ValueError(f"`matches` must be of the same pairs as `scores`, {values.shape}, got {truth.shape}")
-    found = int(truth.sum())
-    if total < found:
-        raise ValueError(f"`total` must count all true pairs, at least the {found} that were found, got {total}")
+    true_listed = int(truth.sum())
+    if total < true_listed:
+        raise ValueError(f"`total` must count all true pairs, at least the {true_listed} that were found, got {total}")
     if not total:
         return float("nan")
-    return _average_precision(values, truth) * found / total if found else 0.0
+    return _average_precision(values, truth) * true_listed / total if true_listed else 0.0
 
 
 def _average_precision(scores: npt.NDArray[Any], truth: npt.NDArray[Any]) -> float:

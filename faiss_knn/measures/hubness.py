@@ -50,10 +50,10 @@ def k_occurrences(indices: Tensor | np.ndarray, rows: int) -> Tensor:
     indices, rows = _lists(indices), as_count(rows, "`rows`")
     counts = torch.zeros(rows, dtype=torch.int64, device=indices.device)
     for block in torch.split(indices, max(1, _BLOCK // max(1, indices.shape[1]))):
-        found = block[block >= 0]
-        if len(found) and int(found.max()) >= rows:
-            raise ValueError(f"`indices` must be rows of a bank of {rows}, or -1, got {int(found.max())}")
-        counts += torch.bincount(found, minlength=rows)
+        listed = block[block >= 0]
+        if len(listed) and int(listed.max()) >= rows:
+            raise ValueError(f"`indices` must be rows of a bank of {rows}, or -1, got {int(listed.max())}")
+        counts += torch.bincount(listed, minlength=rows)
     return counts
 
 

@@ -38,9 +38,9 @@ def trapezoid_average_precision(ranks: npt.ArrayLike, total: int) -> float:
         raise ValueError("`ranks` must ascend from 0 or more, each once")
     if total < max(1, len(places)):
         raise ValueError(f"`total` must be 1 or more, and as many as `ranks`, {len(places)}, got {total}")
-    found = np.arange(len(places))
-    before = np.divide(found, places, out=np.ones_like(places), where=places > 0)
-    return float((before + (found + 1) / (places + 1)).sum() / (2 * total))
+    counts = np.arange(len(places))
+    before = np.divide(counts, places, out=np.ones_like(places), where=places > 0)
+    return float((before + (counts + 1) / (places + 1)).sum() / (2 * total))
 
 
 def judged_metrics(
@@ -114,11 +114,11 @@ def revisited_metrics(
     both = [[*a, *b] for a, b in zip(_plain(easy), _plain(hard), strict=True)]
     without = [[[*a, *b] for a, b in zip(_plain(one), _plain(junk), strict=True)] for one in (hard, easy)]
     setups = {"easy": (easy, without[0]), "medium": (both, junk), "hard": (hard, without[1])}
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, (positives, taken) in setups.items():
         scores = judged_metrics(neighbors, positives, taken, lengths)
-        found |= {f"{metric}_{name}": value for metric, value in scores.items()}
-    return found
+        metrics |= {f"{metric}_{name}": value for metric, value in scores.items()}
+    return metrics
 
 
 def _plain(lists: Lists) -> list[list[Any]]:

@@ -280,8 +280,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     order = np.argsort(values, kind="stable")
     corrected = np.empty_like(values)
     corrected[order] = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)).clip(max=1)
-    found: list[float] = corrected.tolist()
-    return found
+    adjusted: list[float] = corrected.tolist()
+    return adjusted
 
 
 def queries_needed(pairs: Pairs, confidence: float = 0.95, *, power: float = 0.8, comparisons: int = 1) -> int | None:

@@ -100,36 +100,36 @@ def audit(
     )  # fmt: skip
     outliers = None if outlier_labels is None else _as_outliers(outlier_labels, inputs)
     options = SearchOptions(distance_metric, device=device, progress=progress)
-    found = search_audit(inputs.task, k, options, sample, seed)
+    lists = search_audit(inputs.task, k, options, sample, seed)
 
     rule = "given"
     if threshold is None:
-        threshold, is_gap = choose_distance(found.all_lists, distance_metric)
+        threshold, is_gap = choose_distance(lists.all_lists, distance_metric)
         rule = "gap" if is_gap else "copies"
-    groups = group_rows(inputs.task.bank.rows, found.rows, threshold, distance_metric)
-    leaks = leaks_of(inputs, found, threshold)
-    vote = vote_of_rows(inputs, found, groups)
-    noise = None if vote is None else label_noise(vote, inputs.labels_of(found.rows.rows), len(inputs.classes))
-    suspects = suspects_of(inputs, found, vote, noise)
-    predictions = predict_queries(inputs, found)
-    novelty = novelty_of(inputs, found, distance_metric)
+    groups = group_rows(inputs.task.bank.rows, lists.rows, threshold, distance_metric)
+    leaks = leaks_of(inputs, lists, threshold)
+    vote = vote_of_rows(inputs, lists, groups)
+    noise = None if vote is None else label_noise(vote, inputs.labels_of(lists.rows.rows), len(inputs.classes))
+    suspects = suspects_of(inputs, lists, vote, noise)
+    predictions = predict_queries(inputs, lists)
+    novelty = novelty_of(inputs, lists, distance_metric)
     report = AuditReport(
         duplicates=copies_of(inputs, groups),
         leaks=leaks,
         label_suspects=suspects,
         novelty=novelty,
-        hubness=hubs_of(inputs, found),
-        confusions=confusions_of(inputs, found, vote, predictions),
-        generative=compare_sets(inputs.task, found, options) if generative else None,
+        hubness=hubs_of(inputs, lists),
+        confusions=confusions_of(inputs, lists, vote, predictions),
+        generative=compare_sets(inputs.task, lists, options) if generative else None,
         accuracy=accuracy_with_and_without(inputs, predictions, leaks),
         label_noise=noise_of(noise, suspects),
         detection=None if outliers is None else _detection(novelty, outliers),
         duplicate_distance=threshold,
         duplicate_rule=rule,
-        facts=facts_of(inputs, found, groups, distance_metric),
+        facts=facts_of(inputs, lists, groups, distance_metric),
         class_names=None if class_names is None else [str(name) for name in class_names],
     )
-    return with_surroundings(report, inputs, found)
+    return with_surroundings(report, inputs, lists)
 
 
 def _as_distance(value: Any) -> float:

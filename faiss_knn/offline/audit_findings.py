@@ -31,15 +31,15 @@ _COMPARED = 4096  # rows at once
 
 def copies_of(inputs: AuditInputs, groups: Ids) -> list[list[int]]:
     """List the groups of near-duplicates, the largest first."""
-    found = sorted(groups_of(groups), key=lambda group: (-len(group), int(group[0])))
-    return [inputs.row_ids(group) for group in found]
+    largest_first = sorted(groups_of(groups), key=lambda group: (-len(group), int(group[0])))
+    return [inputs.row_ids(group) for group in largest_first]
 
 
-def leaks_of(inputs: AuditInputs, found: AuditLists, threshold: float) -> list[Leak]:
+def leaks_of(inputs: AuditInputs, lists: AuditLists, threshold: float) -> list[Leak]:
     """List the queries that have a near-duplicate in the bank, the nearest first."""
-    if found.queries is None:
+    if lists.queries is None:
         return []
-    nearest, distances = found.queries.indices[:, 0], found.queries.distances[:, 0]
+    nearest, distances = lists.queries.indices[:, 0], lists.queries.distances[:, 0]
     leaked = np.flatnonzero(distances <= threshold)
     leaked = leaked[np.argsort(distances[leaked], kind="stable")]
     equal = _are_equal(inputs, nearest[leaked], leaked)
@@ -69,13 +69,13 @@ def _read(rows: Any, places: Ids) -> npt.NDArray[Any]:
     return read[back]
 
 
-def vote_of_rows(inputs: AuditInputs, found: AuditLists, groups: Ids) -> NeighborVote | None:
+def vote_of_rows(inputs: AuditInputs, lists: AuditLists, groups: Ids) -> NeighborVote | None:
     """Let the neighbours of each row vote on its label, one vote for each group of near-duplicates but its own."""
     if inputs.labels is None:
         return None
     parts = []
-    for a, b in spans(len(found.rows.rows), max(1, BLOCK // found.k**2)):
-        rows, indices = found.rows.rows[a:b], found.rows.indices[a:b, : found.k]
+    for a, b in spans(len(lists.rows.rows), max(1, BLOCK // lists.k**2)):
+        rows, indices = lists.rows.rows[a:b], lists.rows.indices[a:b, : lists.k]
         labels = np.where(indices < 0, -1, inputs.labels[indices])
         votes = one_vote_a_group(labels, groups[indices], groups[rows])
         parts.append(neighbor_vote(votes, inputs.labels[rows]))
@@ -83,7 +83,7 @@ def vote_of_rows(inputs: AuditInputs, found: AuditLists, groups: Ids) -> Neighbo
 
 
 def suspects_of(
-    inputs: AuditInputs, found: AuditLists, vote: NeighborVote | None, noise: LabelNoise | None
+    inputs: AuditInputs, lists: AuditLists, vote: NeighborVote | None, noise: LabelNoise | None
 ) -> list[LabelSuspect]:
     """List the rows whose label is more probably wrong than not, the most probable first."""
     if vote is None or noise is None:
@@ -91,7 +91,7 @@ def suspects_of(
     places = np.flatnonzero(noise.wrong >= _DOUBTED)
     order = np.lexsort((places, (vote.own_share - vote.share)[places], -noise.wrong[places]))
     places = places[order]
-    rows = found.rows.rows[places]
+    rows = lists.rows.rows[places]
     return [
         LabelSuspect(row, inputs.class_of(label), inputs.class_of(first), confidence, share)
         for row, label, first, confidence, share in zip(
@@ -113,12 +113,12 @@ def noise_of(noise: LabelNoise | None, suspects: list[LabelSuspect]) -> dict[str
     }
 
 
-def novelty_of(inputs: AuditInputs, found: AuditLists, distance_metric: str) -> Floats:
+def novelty_of(inputs: AuditInputs, lists: AuditLists, distance_metric: str) -> Floats:
     """(Q,) distances to the k-th neighbour, or (N,) of rows without queries; NaN for those left out."""
-    lists, ids, size = found.rows, inputs.task.bank.ids[found.rows.rows], inputs.sizes[0]
-    if found.queries is not None:
-        lists, ids, size = found.queries, inputs.task.queries.ids, inputs.sizes[1]
-    farthest = torch.from_numpy(lists.distances[:, min(found.k, lists.distances.shape[1]) - 1]).double()
+    side, ids, size = lists.rows, inputs.task.bank.ids[lists.rows.rows], inputs.sizes[0]
+    if lists.queries is not None:
+        side, ids, size = lists.queries, inputs.task.queries.ids, inputs.sizes[1]
+    farthest = torch.from_numpy(side.distances[:, min(lists.k, side.distances.shape[1]) - 1]).double()
     if distance_metric == "cosine":  # the length between unit vectors, as in Sun et al. 2022
         farthest = get_distance("cosine").to_norm(farthest)
     novelty = np.full(size, np.nan)
@@ -126,9 +126,9 @@ def novelty_of(inputs: AuditInputs, found: AuditLists, distance_metric: str) -> 
     return novelty
 
 
-def hubs_of(inputs: AuditInputs, found: AuditLists) -> dict[str, Any]:
+def hubs_of(inputs: AuditInputs, lists: AuditLists) -> dict[str, Any]:
     """How unevenly rows occur in the lists of the bank's rows."""
-    hubs = hubness(found.rows.indices[:, : found.k], len(inputs.task.bank.rows))
+    hubs = hubness(lists.rows.indices[:, : lists.k], len(inputs.task.bank.rows))
     return {
         "skewness": hubs.skewness,
         "antihub_share": hubs.antihub_share,
@@ -138,16 +138,16 @@ def hubs_of(inputs: AuditInputs, found: AuditLists) -> dict[str, Any]:
     }
 
 
-def predict_queries(inputs: AuditInputs, found: AuditLists) -> Ids | None:
+def predict_queries(inputs: AuditInputs, lists: AuditLists) -> Ids | None:
     """(Q,) class numbers by the vote that `evaluate` takes, -1 without any; None without labels of queries."""
-    if found.queries is None or inputs.labels is None or inputs.query_labels is None:
+    if lists.queries is None or inputs.labels is None or inputs.query_labels is None:
         return None
     classes = len(inputs.classes)
     bank_labels = torch.from_numpy(inputs.labels)
     predictions = []
-    for a, b in spans(len(found.queries.rows), max(1, BLOCK // (classes + found.k))):
+    for a, b in spans(len(lists.queries.rows), max(1, BLOCK // (classes + lists.k))):
         distances, indices = (
-            torch.from_numpy(part[a:b, : found.k]) for part in (found.queries.distances, found.queries.indices)
+            torch.from_numpy(part[a:b, : lists.k]) for part in (lists.queries.distances, lists.queries.indices)
         )
         labels = bank_labels[indices.clamp(min=0)]
         votes = (indices >= 0) & (labels >= 0)
@@ -173,27 +173,27 @@ def accuracy_with_and_without(
 
 
 def confusions_of(
-    inputs: AuditInputs, found: AuditLists, vote: NeighborVote | None, predictions: Ids | None
+    inputs: AuditInputs, lists: AuditLists, vote: NeighborVote | None, predictions: Ids | None
 ) -> list[Confusion]:
     """List pairs of classes that are confused: of the queries where they have labels, else of the rows."""
     if vote is None or inputs.labels is None:
         return []
-    labels, answers, ids = inputs.labels_of(found.rows.rows), vote.first, inputs.task.bank.ids[found.rows.rows]
+    labels, answers, ids = inputs.labels_of(lists.rows.rows), vote.first, inputs.task.bank.ids[lists.rows.rows]
     if predictions is not None and inputs.query_labels is not None:
         labels, answers, ids = inputs.query_labels, predictions, inputs.task.queries.ids
     return confusions_between(labels, answers, ids, len(inputs.classes), inputs.class_of)
 
 
-def facts_of(inputs: AuditInputs, found: AuditLists, groups: Ids, distance_metric: str) -> dict[str, Any]:
+def facts_of(inputs: AuditInputs, lists: AuditLists, groups: Ids, distance_metric: str) -> dict[str, Any]:
     """What was audited; see `Findings.facts`."""
-    is_alone = found.queries is None
+    is_alone = lists.queries is None
     return {
         "rows": inputs.sizes[0],
         "queries": None if is_alone else inputs.sizes[1],
         "dim": inputs.task.dim,
-        "k": found.k,
+        "k": lists.k,
         "distance_metric": distance_metric,
-        "sample": found.sample,
+        "sample": lists.sample,
         "bad_rows": inputs.bad_rows,
         "bad_queries": inputs.bad_queries,
         "conflicts": 0 if inputs.labels is None else _conflicts(groups, inputs.labels),
@@ -211,7 +211,7 @@ def _conflicts(groups: Ids, labels: Ids) -> int:
     return int((lowest < highest).sum())
 
 
-def with_surroundings(report: AuditReport, inputs: AuditInputs, found: AuditLists) -> AuditReport:
+def with_surroundings(report: AuditReport, inputs: AuditInputs, lists: AuditLists) -> AuditReport:
     """Add the neighbours of the first findings, and the labels of all rows that are named anywhere."""
     rows = {suspect.row for suspect in report.label_suspects[:_SHOWN]} | set(report.hubness["hubs"])
     queries = {leak.query for leak in report.leaks[:_SHOWN]}
@@ -220,12 +220,12 @@ def with_surroundings(report: AuditReport, inputs: AuditInputs, found: AuditList
     confused |= {row for pair in report.confusions[:_SHOWN] for row in pair.rows}
     neighbors = {
         (side, number): inputs.row_ids(near[near >= 0])
-        for side, wanted, ids, lists in (
-            ("row", rows, inputs.task.bank.ids[found.rows.rows], found.rows),
-            ("query", queries, inputs.task.queries.ids, found.queries),
+        for side, wanted, ids, of_side in (
+            ("row", rows, inputs.task.bank.ids[lists.rows.rows], lists.rows),
+            ("query", queries, inputs.task.queries.ids, lists.queries),
         )
-        if lists is not None
-        for number, near in _near(wanted, ids, lists.indices)
+        if of_side is not None
+        for number, near in _near(wanted, ids, of_side.indices)
     }
     rows |= {row for group in report.duplicates for row in group} | {leak.row for leak in report.leaks}
     rows |= {row for near in neighbors.values() for row in near}

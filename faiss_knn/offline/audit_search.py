@@ -85,7 +85,7 @@ def _lists(rows: Ids, distances: Tensor, indices: Tensor) -> Lists:
     return Lists(rows, distances.cpu().numpy(), indices.cpu().numpy())
 
 
-def compare_sets(task: EvalTask, found: AuditLists, options: SearchOptions) -> dict[str, float] | None:
+def compare_sets(task: EvalTask, lists: AuditLists, options: SearchOptions) -> dict[str, float] | None:
     """Compare the queries, as a generated set, with the bank as the real one: see `faiss_knn.measures.generative`.
 
     Returns:
@@ -93,11 +93,11 @@ def compare_sets(task: EvalTask, found: AuditLists, options: SearchOptions) -> d
         sets of a single row.
     """
     k = min(_BALL, len(task.bank.rows) - 1, len(task.queries.rows) - 1)
-    if found.queries is None or found.sample is not None or k < 1:
+    if lists.queries is None or lists.sample is not None or k < 1:
         return None
     among_queries = search_task(_among_themselves(task.queries, task), k, EXACT, options)
     fake_radii = among_queries.distances[:, k - 1].cpu().numpy()
     real, fake = task.bank.rows, task.queries.rows
-    in_real, real_around = count_in_balls(real, found.rows.distances[:, k - 1], fake, options.distance_metric, k)
+    in_real, real_around = count_in_balls(real, lists.rows.distances[:, k - 1], fake, options.distance_metric, k)
     _, fake_around = count_in_balls(fake, fake_radii, real, options.distance_metric, k)
     return set_scores(in_real, real_around, fake_around, k) | {"k": k}

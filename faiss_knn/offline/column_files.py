@@ -205,8 +205,8 @@ def _reader(
 ) -> Callable[[], npt.NDArray[Any]]:
     def one() -> npt.NDArray[Any]:
         column = read(names, False).column(0)
-        found = (label_array if as_labels else column_array)(names[0], column)
-        return parsed([str(word) for word in found]) if is_text else found
+        values = (label_array if as_labels else column_array)(names[0], column)
+        return parsed([str(word) for word in values]) if is_text else values
 
     return one
 
@@ -233,10 +233,10 @@ def column_array(name: str, column: Any) -> npt.NDArray[Any]:
     _refuse_rows(f"column {name!r} has {{}} nulls", _missing(column))
     if types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
         return _vectors(name, column)
-    found = np.asarray(column.to_numpy())
-    is_empty = np.asarray([word == "" for word in found]) if found.dtype.kind == "O" else np.zeros(0, bool)
+    values = np.asarray(column.to_numpy())
+    is_empty = np.asarray([word == "" for word in values]) if values.dtype.kind == "O" else np.zeros(0, bool)
     _refuse_rows(f"column {name!r} has {{}} empty entries", is_empty)
-    return found
+    return values
 
 
 def label_array(name: str, column: Any) -> npt.NDArray[Any]:

@@ -184,10 +184,10 @@ class BinaryRows:
     def nearest(self, queries: Any, k: int) -> tuple[Tensor, Tensor]:
         """Find the k nearest rows: (B, min(k, N)) float64 distances, ascending, and indices."""
         wanted = min(len(self.codes), k * max(1, self._again))
-        found = [torch.from_numpy(part) for part in self._search(_bits(queries), wanted)]
+        lists = [torch.from_numpy(part) for part in self._search(_bits(queries), wanted)]
         if self._again:
-            return self._scored_again(queries, found[1], min(k, len(self.codes)))
-        return self._distances(found[0].double()), found[1]
+            return self._scored_again(queries, lists[1], min(k, len(self.codes)))
+        return self._distances(lists[0].double()), lists[1]
 
     def _distances(self, differing: Tensor) -> Tensor:
         if self._metric == "cosine":

@@ -194,13 +194,15 @@ def _features(
         inputs = inputs.to(device, non_blocking=True)
     kind = device.type if device is not None else "cpu"
     with torch.autocast(kind, autocast) if autocast is not None else nullcontext():
-        found = model(inputs) if forward is None else forward(model, inputs)
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        features = model(inputs) if forward is None else forward(model, inputs)
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        what = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
         raise ValueError(f"the model must give (B, d) features, got {what}: pick and pool them in `forward`")
-    if labels is not None and len(labels) != len(found):
-        raise ValueError(f"{len(labels)} labels for {len(found)} features in one batch: say which they are in `unpack`")
-    return found.float().cpu().numpy(), None if labels is None else _labels(labels)
+    if labels is not None and len(labels) != len(features):
+        raise ValueError(
+            f"{len(labels)} labels for {len(features)} features in one batch: say which they are in `unpack`"
+        )
+    return features.float().cpu().numpy(), None if labels is None else _labels(labels)
 
 
 def _labels(labels: Any) -> np.ndarray:

@@ -100,14 +100,18 @@ def read_features(
     has_own_labels = labels is None and not files.labels
     parts = _read_files(files, role, features_key, labels_key, has_own_labels)
     rows = _joined(path, [part.rows for part in parts])
-    found = read_labels(labels, role, labels_key) if labels is not None else _folder_labels(files, parts, labels_key)
-    if found is not None and len(found) != len(rows):
-        raise DataError(f"{path if labels is None else labels}: {len(found)} labels for the {len(rows)} rows of {path}")
+    row_labels = (
+        read_labels(labels, role, labels_key) if labels is not None else _folder_labels(files, parts, labels_key)
+    )
+    if row_labels is not None and len(row_labels) != len(rows):
+        raise DataError(
+            f"{path if labels is None else labels}: {len(row_labels)} labels for the {len(rows)} rows of {path}"
+        )
     names = parts[0].class_names or _described_names(files, labels_key)
     if files.ids:
         order = _sample_order(files, len(rows))
-        rows, found = Subset(rows, order), None if found is None else found[order]
-    return Features(rows, found, names, str(path))
+        rows, row_labels = Subset(rows, order), None if row_labels is None else row_labels[order]
+    return Features(rows, row_labels, names, str(path))
 
 
 def open_features(
@@ -157,8 +161,8 @@ def read_column(path: str | FilePath, role: Role, key: str) -> npt.NDArray[Any]:
         if values.dtype.kind not in "iuUSO":
             raise DataError(f"{file}: {key!r} must hold integers or names, got {values.dtype}")
         columns.append(values)
-    found = np.concatenate(columns)
-    return found[_sample_order(files, len(found))] if files.ids else found
+    column = np.concatenate(columns)
+    return column[_sample_order(files, len(column))] if files.ids else column
 
 
 def read_class_names(path: str | FilePath) -> list[str]:
@@ -195,24 +199,24 @@ def digits(seed: int = 0) -> tuple[Features, Features]:
 
 
 def _folder_labels(files: Folder, parts: list[Features], key: str | None) -> npt.NDArray[Any] | None:
-    found = [read_labels(file, "bank", key) for file in files.labels]
-    if len(found) == len(parts):
-        _check_lengths(files, parts, found)
+    by_file = [read_labels(file, "bank", key) for file in files.labels]
+    if len(by_file) == len(parts):
+        _check_lengths(files, parts, by_file)
     if not files.labels:
-        found = [part.labels for part in parts if part.labels is not None]
-    if not found:
+        by_file = [part.labels for part in parts if part.labels is not None]
+    if not by_file:
         return None
-    if not files.labels and len(found) != len(parts):
+    if not files.labels and len(by_file) != len(parts):
         unlabelled = next(part.source for part in parts if part.labels is None)
         raise DataError(f"{unlabelled}: has no labels, but other files of the folder have")
-    kinds = {(labels.shape[1:], labels.dtype.kind.replace("O", "U")) for labels in found}  # names, some of them None
+    kinds = {(labels.shape[1:], labels.dtype.kind.replace("O", "U")) for labels in by_file}  # names, some of them None
     if len(kinds) > 1:
         raise DataError(f"{files.features[0].parent}: its files hold labels of different kinds")
-    return np.concatenate(found)
+    return np.concatenate(by_file)
 
 
-def _check_lengths(files: Folder, parts: list[Features], found: list[npt.NDArray[Any]]) -> None:
-    for file, part, labels in zip(files.labels, parts, found, strict=True):
+def _check_lengths(files: Folder, parts: list[Features], by_file: list[npt.NDArray[Any]]) -> None:
+    for file, part, labels in zip(files.labels, parts, by_file, strict=True):
         if len(labels) != len(part.rows):
             raise DataError(f"{file}: {len(labels)} labels for the {len(part.rows)} rows of {part.source}")
 
@@ -361,13 +365,13 @@ def _only_vectors(path: FilePath, arrays: Arrays) -> str:
         return next(iter(arrays))
     vectors = [name for name, member in arrays.items() if len(member.shape) == 2 and member.dtype.kind in "fiu"]
     floats = [name for name in vectors if arrays[name].dtype.kind == "f"]
-    found = floats or [name for name in vectors if _plain(name).rpartition(".")[2] not in LABEL_NAMES]
-    if len(found) != 1:
+    candidates = floats or [name for name in vectors if _plain(name).rpartition(".")[2] not in LABEL_NAMES]
+    if len(candidates) != 1:
         raise DataError(
             f"{path}: cannot tell which of {_listed(arrays)} holds the features: name it with --features-key"
             f"{_COLUMNS_HINT if not vectors else ''}"
         )
-    return found[0]
+    return candidates[0]
 
 
 def _columns(path: FilePath, arrays: Arrays, names: list[str]) -> RowSource:
@@ -407,8 +411,8 @@ def _as_rows(path: FilePath, member: Member, was_named: bool) -> RowSource:
     reason = member.doubt(rows) if member.doubt is not None and not was_named else None
     if reason is not None:
         raise DataError(f"{path}: {reason}: say which columns are the features with --features-key")
-    found: RowSource = rows
-    return found
+    checked: RowSource = rows
+    return checked
 
 
 def _as_labels(path: FilePath, member: Member) -> npt.NDArray[Any]:

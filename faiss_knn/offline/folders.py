@@ -199,7 +199,7 @@ def _check_pairs(folder: FilePath, features: Sequence[FilePath], others: Sequenc
 def _varying(files: Sequence[FilePath]) -> list[tuple[int, ...]]:
     """Find the numbers in each name, without those that all names share."""
     numbers = [[int(number) for number in re.findall(r"[0-9]+", file.stem)] for file in files]
-    if len({len(found) for found in numbers}) > 1:
+    if len({len(own) for own in numbers}) > 1:
         return []
     columns = [column for column in zip(*numbers, strict=True) if len(set(column)) > 1]
     return list(zip(*columns, strict=True))

@@ -70,9 +70,9 @@ def _numbered(parts: list[Any]) -> list[Tensor]:
         parts = [part.cpu() for part in parts]
         least = min(int(part.min()) for part in parts)
         numbers = number_classes(*(torch.where(part == -1, -1, part - min(least, 0)) for part in parts))[1]
-    found = max(int(part.max()) for part in numbers) + 1
+    count = max(int(part.max()) for part in numbers) + 1
     for i, part in enumerate(numbers):
         alone = part < 0
-        numbers[i] = part.masked_scatter(alone, found + torch.arange(int(alone.sum()), device=part.device))
-        found += int(alone.sum())
+        numbers[i] = part.masked_scatter(alone, count + torch.arange(int(alone.sum()), device=part.device))
+        count += int(alone.sum())
     return numbers

@@ -53,17 +53,17 @@ class KeptLists:
             return None
         try:
             with path.open("rb") as file, np.load(file) as held:  # which leaves open what it opened and cannot read
-                found = Neighbors(torch.from_numpy(held["distances"]), torch.from_numpy(held["indices"]))
-                return int(held["searched"]), found
+                neighbors = Neighbors(torch.from_numpy(held["distances"]), torch.from_numpy(held["indices"]))
+                return int(held["searched"]), neighbors
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None  # a disk that was full, or a machine that fell over: it is searched again
 
-    def save(self, first: int, searched: int, found: Neighbors) -> None:
+    def save(self, first: int, searched: int, neighbors: Neighbors) -> None:
         """Keep what was found for the queries from `first` on, in the bank's rows up to `searched`."""
         path = self._path(first)
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            distances, indices = (part.cpu().numpy() for part in found)
+            distances, indices = (part.cpu().numpy() for part in neighbors)
             np.savez(file, searched=np.int64(searched), distances=distances, indices=indices)
         os.replace(partial, path)
 
@@ -115,7 +115,7 @@ def find_kept(
         OSError: On every rank, if the folder cannot be written.
     """
     rank, size = rank_and_size()
-    found: Neighbors | None = None
+    neighbors: Neighbors | None = None
     with all_or_none():
         sides = as_sides(bank, queries, exclude_self)
         k = min(k, len(bank) - exclude_self)
@@ -134,19 +134,19 @@ def find_kept(
         if span[0] < span[1]:
             asked = "features" if queries is None else "queries"
             part = Bank(sides[0], distance_metric, span=span, device=device)
-            found = find_nearest(part, sides[1], depth, argument=asked, keeper=keeper, progress=progress)
-    if size > 1 or found is None:
-        found = Neighbors(*merge_ranks(_result(found, len(sides[1])), depth))
+            neighbors = find_nearest(part, sides[1], depth, argument=asked, keeper=keeper, progress=progress)
+    if size > 1 or neighbors is None:
+        neighbors = Neighbors(*merge_ranks(_result(neighbors, len(sides[1])), depth))
     if exclude_self:
-        found = Neighbors(*drop_self(*found, torch.arange(len(sides[1]), device=found.indices.device)))
-    found = as_reported(found, distance_metric)
-    return found.first(k), is_tied(found, k)
+        neighbors = Neighbors(*drop_self(*neighbors, torch.arange(len(sides[1]), device=neighbors.indices.device)))
+    neighbors = as_reported(neighbors, distance_metric)
+    return neighbors.first(k), is_tied(neighbors, k)
 
 
-def _result(found: Neighbors | None, queries: int) -> SearchResult:
+def _result(neighbors: Neighbors | None, queries: int) -> SearchResult:
     """Return this rank's lists for merging; empty ones where it had no row."""
     nothing = torch.empty(queries, 0, dtype=torch.float64, device="cpu")
-    return SearchResult(nothing, nothing.long(), {}) if found is None else SearchResult(*found, {})
+    return SearchResult(nothing, nothing.long(), {}) if neighbors is None else SearchResult(*neighbors, {})
 
 
 def forget_kept(folder: Path) -> None:

@@ -44,15 +44,15 @@ class LeftOut:
         """Tell which of (B, K) places, -1 where missing, the (B,) queries may not find."""
         device = indices.device
         queries = queries.to(device)[:, None]
-        found = (indices == self.own.to(device)[queries]) & (indices >= 0)
+        is_left_out = (indices == self.own.to(device)[queries]) & (indices >= 0)
         if self.bank_groups is not None and self.query_groups is not None:
             groups = self.bank_groups.to(device)[indices.clamp(min=0)]
-            found |= (groups == self.query_groups.to(device)[queries]) & (indices >= 0)
+            is_left_out |= (groups == self.query_groups.to(device)[queries]) & (indices >= 0)
         if len(self.listed):
             listed, codes = self.listed.to(device), queries * self.size + indices
             places = torch.searchsorted(listed, codes).clamp(max=len(listed) - 1)
-            found |= (listed[places] == codes) & (indices >= 0)
-        return found
+            is_left_out |= (listed[places] == codes) & (indices >= 0)
+        return is_left_out
 
     @cached_property
     def counts(self) -> Tensor:
@@ -104,8 +104,8 @@ def nearest_allowed(
         again = []
         for part in torch.split(pending, max(1, _LISTED // depth)):
             on_host = part if isinstance(queries, Tensor) else part.numpy()
-            found = search(queries[on_host], depth)
-            near, places, enough = _allowed(*found, numbers[part], k, left_out, first)
+            lists = search(queries[on_host], depth)
+            near, places, enough = _allowed(*lists, numbers[part], k, left_out, first)
             target = part.to(distances.device)
             distances[target], indices[target] = near, places
             again.append(part[~enough & (most[part] > depth)])

@@ -36,7 +36,7 @@ def mistakes_of(task: EvalTask, record: Record, outcome: Outcome, indices: Tenso
         queries=len(outcome["correct"]),
         wrong=len(wrong),
         surest=[Wrong(*one) for one in zip(*columns, strict=True)],
-        near=[[(int(task.bank.ids[i]), int(labels[i])) for i in found if i >= 0] for found in near],
+        near=[[(int(task.bank.ids[i]), int(labels[i])) for i in own if i >= 0] for own in near],
         pairs=pairs[:_LISTED],
         pair_count=len(pairs),
     )

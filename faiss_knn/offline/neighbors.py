@@ -92,16 +92,16 @@ def as_sides(features: Any, queries: Any, exclude_self: bool) -> tuple[RowSource
     return bank, asked
 
 
-def as_reported(found: Neighbors, distance_metric: str) -> Neighbors:
+def as_reported(neighbors: Neighbors, distance_metric: str) -> Neighbors:
     """Return float32 distances for what `find_nearest` gives."""
-    return (found.squared() if distance_metric == "squared_euclidean" else found).single()
+    return (neighbors.squared() if distance_metric == "squared_euclidean" else neighbors).single()
 
 
-def is_tied(found: Neighbors, k: int) -> Tensor:
+def is_tied(neighbors: Neighbors, k: int) -> Tensor:
     """Tell which lists (B, K) have a row after the k-th that is as far: (B,) bool."""
-    if found.indices.shape[1] <= k:
-        return torch.zeros(len(found.indices), dtype=torch.bool, device=found.indices.device)
-    return (found.distances[:, k] == found.distances[:, k - 1]) & (found.indices[:, k] >= 0)
+    if neighbors.indices.shape[1] <= k:
+        return torch.zeros(len(neighbors.indices), dtype=torch.bool, device=neighbors.indices.device)
+    return (neighbors.distances[:, k] == neighbors.distances[:, k - 1]) & (neighbors.indices[:, k] >= 0)
 
 
 class _Search:
@@ -115,20 +115,20 @@ class _Search:
         """Return the nearest of all queries, or of those at the ascending places `chosen`."""
         queries = self.queries if chosen is None else Subset(self.queries, chosen)
         k = min(k, self.most)
-        found = find_nearest(self.bank, queries, k + self.exclude_self, argument=self.argument)
+        neighbors = find_nearest(self.bank, queries, k + self.exclude_self, argument=self.argument)
         if self.exclude_self:
             own = np.arange(len(queries)) if chosen is None else chosen
-            found = Neighbors(*drop_self(*found, torch.from_numpy(own).to(found.indices.device)))
-        device = self.queries.device if isinstance(self.queries, Tensor) else found.indices.device
-        found = as_reported(found, self.bank.distance.name)
-        return Neighbors(found.distances.to(device), found.indices.to(device))
+            neighbors = Neighbors(*drop_self(*neighbors, torch.from_numpy(own).to(neighbors.indices.device)))
+        device = self.queries.device if isinstance(self.queries, Tensor) else neighbors.indices.device
+        neighbors = as_reported(neighbors, self.bank.distance.name)
+        return Neighbors(neighbors.distances.to(device), neighbors.indices.to(device))
 
 
 def _with_whole_ties(search: _Search, k: int) -> Neighbors:
     """Search deeper and deeper for the queries whose ties have not ended, and lay all lists side by side."""
-    found = search.nearest(k + 1)
-    waiting = is_tied(found, k).nonzero()[:, 0].cpu().numpy()
-    found = found.first(k)
+    neighbors = search.nearest(k + 1)
+    waiting = is_tied(neighbors, k).nonzero()[:, 0].cpu().numpy()
+    neighbors = neighbors.first(k)
     longer: list[tuple[Tensor, Neighbors]] = []
     depth = k + 1
     while len(waiting):
@@ -141,9 +141,9 @@ def _with_whole_ties(search: _Search, k: int) -> Neighbors:
         places = torch.from_numpy(waiting).to(is_open.device)
         longer.append((places[~is_open], _only(lists, tied, ~is_open, width)))
         waiting = places[is_open].cpu().numpy()
-    width = max((part.indices.shape[1] for _, part in longer), default=found.indices.shape[1])
-    _check_room(len(found.indices), width)
-    return _side_by_side(found, longer, width)
+    width = max((part.indices.shape[1] for _, part in longer), default=neighbors.indices.shape[1])
+    _check_room(len(neighbors.indices), width)
+    return _side_by_side(neighbors, longer, width)
 
 
 def _only(lists: Neighbors, kept: Tensor, rows: Tensor, width: int) -> Neighbors:
@@ -151,10 +151,13 @@ def _only(lists: Neighbors, kept: Tensor, rows: Tensor, width: int) -> Neighbors
     return Neighbors(distances, lists.indices.masked_fill(~kept, -1)[rows, :width])
 
 
-def _side_by_side(found: Neighbors, longer: list[tuple[Tensor, Neighbors]], width: int) -> Neighbors:
+def _side_by_side(neighbors: Neighbors, longer: list[tuple[Tensor, Neighbors]], width: int) -> Neighbors:
     pad = torch.nn.functional.pad
-    missing = width - found.indices.shape[1]
-    distances, indices = pad(found.distances, (0, missing), value=torch.inf), pad(found.indices, (0, missing), value=-1)
+    missing = width - neighbors.indices.shape[1]
+    distances, indices = (
+        pad(neighbors.distances, (0, missing), value=torch.inf),
+        pad(neighbors.indices, (0, missing), value=-1),
+    )
     for places, part in longer:
         own = part.indices.shape[1]
         distances[places, :own], indices[places, :own] = part.distances, part.indices

@@ -60,14 +60,14 @@ def evaluate_relevance(
     depth = n_bank if depth is None else min(n_bank, as_count(depth, "`depth`"))
     if depth * n_queries > _MOST:
         raise ValueError(f"{n_queries} lists of {depth} rows are too many to keep: give `depth`, the length of a list")
-    found = [
+    blocks = [
         exact_neighbors(bank_features, query_features[a:b], depth, distance_metric=distance_metric)
         for a, b in spans(n_queries, max(1, _BLOCK // depth))
     ]
-    neighbors = np.concatenate([part.indices.cpu().numpy() for part in found])
+    neighbors = np.concatenate([part.indices.cpu().numpy() for part in blocks])
     if "easy" in lists:
         return revisited_metrics(neighbors, lists["easy"], lists["hard"], lists["junk"], ks)
-    scores = -np.concatenate([part.distances.cpu().numpy() for part in found])
+    scores = -np.concatenate([part.distances.cpu().numpy() for part in blocks])
     whole = judged_metrics(neighbors, lists["positives"], lists["junk"], ks)
     return whole | {"micro_ap": _micro(scores, neighbors, lists["positives"], lists["junk"])}
 

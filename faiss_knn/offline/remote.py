@@ -83,7 +83,7 @@ class RemotePath:
 
     def iterdir(self) -> Iterator["RemotePath"]:
         """Yield what is in the folder."""
-        names = {PurePosixPath(str(found)).name for found in self.system.ls(self.key, detail=False)}
+        names = {PurePosixPath(str(entry)).name for entry in self.system.ls(self.key, detail=False)}
         yield from (self / name for name in sorted(names - {"", self.name}))
 
     def open(self, mode: str = "rb", **options: Any) -> IO[Any]:
@@ -105,11 +105,11 @@ class RemotePath:
         Raises:
             OSError: If one of them is not there.
         """
-        found = self.system.cat_ranges([self.key] * len(starts), starts, stops, on_error="raise")
-        for part, start, stop in zip(found, starts, stops, strict=True):
+        parts = self.system.cat_ranges([self.key] * len(starts), starts, stops, on_error="raise")
+        for part, start, stop in zip(parts, starts, stops, strict=True):
             if len(part) != stop - start:
                 raise OSError(f"{self}: ends within bytes {start} to {stop}: it was replaced while it was read")
-        return list(found)
+        return list(parts)
 
 
 FilePath = Path | RemotePath

@@ -93,8 +93,8 @@ class ClassJudge:
     def judge(self, k: int, temperature: float, weighting: str, metrics: Mapping[str, Any]) -> Hits:
         """Judge one vote, and `metrics` (reset first) on the shares of weight."""
         local, own_local, reached = self._numbering(k)
-        found = self.labels[:, :k] >= 0
-        votes = count_votes(self.distances[:, :k], found, local, k, temperature=temperature, weighting=weighting)
+        is_found = self.labels[:, :k] >= 0
+        votes = count_votes(self.distances[:, :k], is_found, local, k, temperature=temperature, weighting=weighting)
         scores = votes.scores  # (Q, k)
         own = scores.gather(1, own_local[:, None])
         lower_id = torch.arange(k, device=own.device) < own_local[:, None]
@@ -128,9 +128,9 @@ class ClassJudge:
         for metric in metrics.values():
             metric.reset()
         for a, b in spans(len(self.labels), max(1, BLOCK // self.num_classes)):
-            found = self.labels[a:b, :k] >= 0
+            is_found = self.labels[a:b, :k] >= 0
             shares = class_shares(
-                self.distances[a:b, :k], found, self.labels[a:b, :k], self.num_classes, temperature, weighting
+                self.distances[a:b, :k], is_found, self.labels[a:b, :k], self.num_classes, temperature, weighting
             )
             update(metrics, shares, self.truth[a:b])
         return values_of(metrics)
@@ -252,7 +252,7 @@ def scalar(name: str, value: Any) -> float:
 
 
 def class_shares(
-    distances: Tensor, found: Tensor, labels: Tensor, num_classes: int, temperature: float, weighting: str
+    distances: Tensor, is_found: Tensor, labels: Tensor, num_classes: int, temperature: float, weighting: str
 ) -> Tensor:
     """Compute (Q, C) shares of the neighbours' weight; `labels` are (Q, k) or (Q, k, C), see `count_votes`."""
-    return count_votes(distances, found, labels, num_classes, temperature=temperature, weighting=weighting).shares
+    return count_votes(distances, is_found, labels, num_classes, temperature=temperature, weighting=weighting).shares

@@ -76,7 +76,7 @@ class Keeper(Protocol):
     def load(self, first: int) -> tuple[int, Neighbors] | None:
         """Return up to which row the bank was searched for the queries from `first` on, and what was found there."""
 
-    def save(self, first: int, searched: int, found: Neighbors) -> None:
+    def save(self, first: int, searched: int, neighbors: Neighbors) -> None:
         """Keep what was found for the queries from `first` on, in the bank's rows up to `searched`."""
 
 

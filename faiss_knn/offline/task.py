@@ -301,8 +301,8 @@ def _bank_rows(given: Any, argument: str, n_queries: int, n_bank: int, ndim: int
 def _places_of(rows: Ids, ids: Ids) -> Ids:
     """Find the places of row numbers among ascending `ids`, -1 where they are not there."""
     places = np.searchsorted(ids, rows).clip(max=len(ids) - 1)
-    found: Ids = np.where(ids[places] == rows, places, -1)
-    return found
+    known_places: Ids = np.where(ids[places] == rows, places, -1)
+    return known_places
 
 
 def _check_queries_given(query_features: RowSource | None, query_labels: ArrayLike | None, leave_one_out: bool) -> None:

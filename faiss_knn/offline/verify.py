@@ -83,10 +83,12 @@ def verify_neighbors(
     if k == 0:
         raise ValueError("`features` must hold two rows or more for a row to have a neighbour, got 1")
     true = _True(lists, asked, distance_metric)
-    found = find_nearest(Bank(bank, distance_metric), asked, k + 1 + excludes_self, watch=true.watch, progress=progress)
+    neighbors = find_nearest(
+        Bank(bank, distance_metric), asked, k + 1 + excludes_self, watch=true.watch, progress=progress
+    )
     if excludes_self:
-        found = Neighbors(*drop_self(*found, torch.arange(len(lists), device=found.indices.device)))
-    exact = as_reported(found, distance_metric)
+        neighbors = Neighbors(*drop_self(*neighbors, torch.arange(len(lists), device=neighbors.indices.device)))
+    exact = as_reported(neighbors, distance_metric)
     judged = _Judged(
         lists, as_reported(true.found, distance_metric).distances.numpy(), exact, k, own if excludes_self else None
     )
@@ -164,9 +166,9 @@ def _repeated(lists: Ids) -> npt.NDArray[np.bool_]:
     ordered = np.take_along_axis(lists, order, 1)
     again = np.zeros(lists.shape, bool)
     again[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    found = np.zeros(lists.shape, bool)
-    np.put_along_axis(found, order, again, 1)
-    return found
+    is_repeated = np.zeros(lists.shape, bool)
+    np.put_along_axis(is_repeated, order, again, 1)
+    return is_repeated
 
 
 def _wrong(given: npt.NDArray[np.float64], judged: _Judged, distance_metric: str) -> Ids:

@@ -148,13 +148,13 @@ class OnlineEvaluator(OnlineOptions):
         if self._scorer.is_scoring:
             with self._scorer.defer_error():
                 batch = self._on_one_device(tensors, "score")
-        found = self._scorer.add(None, MappingProxyType(batch), batches[number], number)
+        by_part = self._scorer.add(None, MappingProxyType(batch), batches[number], number)
         batches[number] += 1
         if self.search == "epoch":
             return None
         scores = {
             part.label: self._without_votes(tensors, place) if predictions is None else predictions
-            for place, (part, predictions) in enumerate(zip_longest(self.parts, found))
+            for place, (part, predictions) in enumerate(zip_longest(self.parts, by_part))
         }
         return scores if self.has_several else scores[""]
 

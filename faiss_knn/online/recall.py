@@ -65,9 +65,9 @@ class EpochRecall:
             with all_or_none():
                 return (0, None) if queries is None else (len(queries), self._bank.index.measure_recall(queries, most))
         exact = ShardedIndex(self._options.new_index("flat"))
-        found = self._bank.bank.find(queries, most).indices
+        ids = self._bank.bank.find(queries, most).indices
         truth = exact.build(self._bank.features).search(queries, most).indices
-        shares = recall_by_query(found, truth)
+        shares = recall_by_query(ids, truth)
         return len(shares), float(shares.mean()) if len(shares) else None
 
 

@@ -101,9 +101,9 @@ def rows_of_stable_pretraining(checkpoint: Mapping[str, Any], key: str) -> dict[
     """
     prefix = f"callbacks_modules.ordered_queue_{key}."
     names = ("out", "order_indices", "pointer", "filled", "global_counter")
-    found = [checkpoint.get("state_dict", {}).get(prefix + name) for name in names]
-    if any(value is None for value in found):
+    states = [checkpoint.get("state_dict", {}).get(prefix + name) for name in names]
+    if any(value is None for value in states):
         return {}
-    out, order, pointer, filled, counter = found
+    out, order, pointer, filled, counter = states
     used = len(out) if filled else int(pointer)
     return {"rows": [out[:used][order[:used].argsort()]], "totals": [int(counter)]}

@@ -351,15 +351,15 @@ class KNNIndex:
         """
         rows, _ = self._built()
         k = min(as_k(k), len(rows))
-        found = self._nearest(queries, k).indices
+        ids = self._nearest(queries, k).indices
         with self._access.shared():
             rows, engine = self._built()
-            if engine.exact or len(found) == 0:
+            if engine.exact or len(ids) == 0:
                 return 1.0
             with full_precision(rows.device):
                 known_queries = as_queries(queries, rows, self._distance)
                 sample = recall_sample(rows, self._ordering, k, known_queries)
-                share, error = sample.recall(found.to(rows.device))
+                share, error = sample.recall(ids.to(rows.device))
         self._measured = share
         if share + 2 * error < self._request.target:
             self._known_queries = known_queries[:_KEPT_QUERIES].clone()

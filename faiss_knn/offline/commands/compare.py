@@ -99,11 +99,11 @@ def _sides(text: str, *, leave_one_out: bool) -> tuple[str, str | None] | None:
         return None
     if leave_one_out and _is_there(text):
         return text, None
-    found = next((pair for pair in _cuts(text) if all(map(_is_there, pair))), None)
-    if found is not None and not leave_one_out:
-        return found
-    if found is not None:
-        raise ValueError(f"{text}: --leave-one-out takes BANK alone: leave out {found[1]}, or the option")
+    sides = next((pair for pair in _cuts(text) if all(map(_is_there, pair))), None)
+    if sides is not None and not leave_one_out:
+        return sides
+    if sides is not None:
+        raise ValueError(f"{text}: --leave-one-out takes BANK alone: leave out {sides[1]}, or the option")
     missing = [part for pair in list(_cuts(text))[:1] for part in pair if not _is_there(part)]
     if missing and not leave_one_out:
         raise ValueError(f"{text}: is no folder of results, nor BANK:QUERIES: there is no {' and no '.join(missing)}")

@@ -121,7 +121,7 @@ def _explain(given: argparse.Namespace, first: bool) -> int:
             center=given.center,
         )
         task = _task(given, *_read(given))
-    found = explain_task(
+    explanation = explain_task(
         given.explain,
         task,
         settings,
@@ -130,9 +130,9 @@ def _explain(given: argparse.Namespace, first: bool) -> int:
         progress=None if first else False,
     )
     if first:
-        print(found.table())
+        print(explanation.table())
         if given.out is not None:
-            print(f"\nwritten to {found.save(given.out)}")
+            print(f"\nwritten to {explanation.save(given.out)}")
     return 0
 
 

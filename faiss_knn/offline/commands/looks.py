@@ -47,13 +47,13 @@ def read_looks(given: argparse.Namespace, rows: int, queries: int | None) -> dic
     query_images = given.query_images
     if query_images is None and given.images is not None and queries is not None:
         query_images = names_array(given.queries, given.images)
-    found = {
+    looks = {
         "names": _names(given.names, given.bank, rows),
         "query_names": _names(given.query_names, given.queries, queries),
         "images": None if given.images is None else read_album(given.images, given.bank, rows),
         "query_images": None if query_images is None else read_album(query_images, given.queries, queries or 0),
     }
-    return {name: entries for name, entries in found.items() if entries is not None}
+    return {name: entries for name, entries in looks.items() if entries is not None}
 
 
 def _names(path: Path | None, features: Path | str, count: int | None) -> list[str] | None:

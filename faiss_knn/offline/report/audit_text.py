@@ -55,36 +55,36 @@ def _leaks(report: Findings) -> str:
             f"; top-1 {percent(report.accuracy['with_leaks'])} %" if report.accuracy else ""
         )
     exact = sum(leak.exact for leak in report.leaks)
-    found = (
+    text = (
         f"{len(report.leaks):,} of {report.facts['queries']:,} queries are in the bank, {exact:,} number by number, "
         f"{len(report.leaks) - exact:,} nearly"
     )
     if not report.accuracy:
-        return found
+        return text
     without = percent(report.accuracy["without_leaks"])
-    return f"{found}; top-1 {percent(report.accuracy['with_leaks'])} % with them, {without} % without"
+    return f"{text}; top-1 {percent(report.accuracy['with_leaks'])} % with them, {without} % without"
 
 
 def _suspects(report: Findings) -> str:
     noise = report.label_noise
     if noise is None:
         return ""
-    found = f"about {percent(noise['noise'])} % of all labels are wrong"
+    text = f"about {percent(noise['noise'])} % of all labels are wrong"
     if not report.label_suspects:
-        return f"none; {found}"
+        return f"none; {text}"
     expected, suspects = round(noise["expected_wrong"]), counted(len(report.label_suspects), "row")
-    return f"{suspects}, of which about {expected:,} are expected to be wrong; {found}"
+    return f"{suspects}, of which about {expected:,} are expected to be wrong; {text}"
 
 
 def _novelty(report: Findings) -> str:
     worst = report.most_novel(1)
     if not worst:
         return ""
-    found = f"farthest from everything known: {report.facts['side']} {worst[0]}, {report.novelty[worst[0]]:.3g}"
+    text = f"farthest from everything known: {report.facts['side']} {worst[0]}, {report.novelty[worst[0]]:.3g}"
     if report.detection is None:
-        return found
+        return text
     scores = report.detection
-    return f"{found}; outliers told by it with AUROC {scores['auroc']:.4f}, FPR95 {percent(scores['fpr95'])} %"
+    return f"{text}; outliers told by it with AUROC {scores['auroc']:.4f}, FPR95 {percent(scores['fpr95'])} %"
 
 
 def _hubness(report: Findings) -> str:
@@ -162,6 +162,6 @@ def lines_of(report: Findings, names: Names = None, query_names: Names = None) -
         values = {name: value for name, value in pair.as_dict().items() if name != "rows"}
         yield {"kind": "confusion", **values, **rows, **named(side, pair.rows)}
     scores = {"generative": report.generative, "accuracy": report.accuracy, "detection": report.detection}
-    for kind, found in {**scores, "label_noise": report.label_noise}.items():
-        if found is not None:
-            yield {"kind": kind, **found}
+    for kind, measures in {**scores, "label_noise": report.label_noise}.items():
+        if measures is not None:
+            yield {"kind": kind, **measures}

@@ -221,8 +221,8 @@ class ExactEngine:
             if self._duplicates is not None:
                 first = self._duplicates.mask_copies(row) >= 0
                 query, row = query[first], row[first]
-            found = measure(queries, self._rows, row[:, None], self._distance, of=query)[:, 0]
-            dense, dense_ids = _by_query(query, found, row, len(queries))
+            measured = measure(queries, self._rows, row[:, None], self._distance, of=query)[:, 0]
+            dense, dense_ids = _by_query(query, measured, row, len(queries))
             best, ids = torch.cat([best, dense], 1), torch.cat([ids, dense_ids], 1)
             best, ids = nearest(best, ids, min(k, best.shape[1]))
             if best.shape[1] == k:

@@ -174,8 +174,8 @@ class FaissEngine:
         depth = sample.neighbors.shape[1]
         for probes in tried:
             self.nprobe = self._set_nprobe(probes)
-            _, found = self.search(sample.queries, min(depth + sample.further, len(self._rows)))
-            self.recall, error = sample.recall(sample.counted(found, depth))
+            _, ids = self.search(sample.queries, min(depth + sample.further, len(self._rows)))
+            self.recall, error = sample.recall(sample.counted(ids, depth))
             if self.recall - error >= target:
                 break
         self.tuned_k, self.recall_of = k, recall_source(known_queries)
@@ -224,8 +224,8 @@ class FaissEngine:
                 f"`k` must be at most {faiss_gpu.MAX_K} for {self.spec!r} on a GPU, got {k}: use 'flat' or device='cpu'"
             )
         with backend.blas_for_all_sizes():
-            found = faiss_gpu.search(self.index, self._array(queries), k).to(queries.device)
-        return nearest(measure(queries, self._rows, found, self._distance), found, k)
+            ids = faiss_gpu.search(self.index, self._array(queries), k).to(queries.device)
+        return nearest(measure(queries, self._rows, ids, self._distance), ids, k)
 
 
 def _prepared(rows: Tensor, distance: Distance) -> Tensor:

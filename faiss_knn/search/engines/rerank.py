@@ -117,13 +117,13 @@ def measure_quickly(queries: Tensor, rows: StoredRows, ids: Tensor, distance: Di
     """
     if rows.dim > _SHORT or torch.float64 in (queries.dtype, rows.dtype):
         return measure(queries, rows, ids, distance)
-    found = measure(queries, rows, ids, distance, dtype=torch.float32).double()
-    norms = distance.to_norm(found)
+    distances = measure(queries, rows, ids, distance, dtype=torch.float32).double()
+    norms = distance.to_norm(distances)
     near = _NEAR_DIRECTIONS if distance.normalized else _NEAR
     query, place = ((norms < near) | (norms > _FAR)).nonzero().unbind(1)
     if len(query) > 0:
-        found[query, place] = measure(queries, rows, ids[query, place][:, None], distance, of=query)[:, 0]
-    return found
+        distances[query, place] = measure(queries, rows, ids[query, place][:, None], distance, of=query)[:, 0]
+    return distances
 
 
 def nearest(distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:

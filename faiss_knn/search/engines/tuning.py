@@ -98,14 +98,14 @@ def _held_out(rows: StoredRows, exact: ExactEngine, distance: Distance, k: int, 
     ids = rows.random_ids(count)
     queries = rows.take(ids)
     k = max(1, min(k, len(rows) - 1))
-    distances, found = exact.search(queries, min(k + 1 + _MOST_TWINS, len(rows)))
-    distances, found = drop_self(distances, found, ids)
-    spare = 0 if distance.norm == 0 else found.shape[1] - k  # by products no row is near another
+    distances, near = exact.search(queries, min(k + 1 + _MOST_TWINS, len(rows)))
+    distances, near = drop_self(distances, near, ids)
+    spare = 0 if distance.norm == 0 else near.shape[1] - k  # by products no row is near another
     twins = _twins(distance.to_norm(distances), spare)
-    place = torch.arange(found.shape[1], device=found.device)
-    excluded = found.masked_fill(place >= twins[:, None], -1)[:, : max(1, int(twins.max()))]
+    place = torch.arange(near.shape[1], device=near.device)
+    excluded = near.masked_fill(place >= twins[:, None], -1)[:, : max(1, int(twins.max()))]
     places = twins[:, None] + place[:k]
-    neighbors = found.gather(1, places.clamp(max=found.shape[1] - 1)).masked_fill(places >= found.shape[1], -1)
+    neighbors = near.gather(1, places.clamp(max=near.shape[1] - 1)).masked_fill(places >= near.shape[1], -1)
     return RecallSample(queries, torch.cat([ids[:, None], excluded], 1), neighbors)
 
 
