@@ -21,6 +21,6 @@ if [ $# -gt 0 ]; then
     step "pytest" .venv/bin/python -m pytest -q "$@"
     exit
 fi
-# The tests of many ranks have processes of their own: beside other workers they would wait for a core.
-step "pytest (multi-process)" .venv/bin/python -m pytest -q tests/distributed
+# The tests of many ranks have processes of their own: beside long searches they would wait for a core.
+step "pytest (multi-process)" .venv/bin/python -m pytest -q "${workers[@]}" tests/distributed --durations=10
 step "pytest (unit, doctest)" .venv/bin/python -m pytest -q "${workers[@]}" --ignore tests/distributed --durations=15

@@ -20,11 +20,12 @@ SLOW = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow."""
+    """Mark what is slow, and begin with it: of several workers none ends with a long test alone."""
     for item in items:
         path = item.path.as_posix()
         if any(f"/tests/{name}" in path for name in SLOW):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture

@@ -92,12 +92,12 @@ def test_what_numbers_are(values, expected):
     [
         (torch.arange(4), {}, r"`labels` must be floats where neighbours' means are scored, got torch.int64"),
         (torch.arange(8).reshape(4, 2), {}, r"`labels` must be floats .* cast numbers with .float\(\)"),
-        (torch.rand(4, 2, 2), {}, r"`labels` must be \(N,\) or \(N, D\) numbers, got shape \(4, 2, 2\)"),
-        (torch.rand(3), {}, r"`labels` must be \(4,\) or \(4, D\) numbers"),
+        (torch.ones(4, 2, 2), {}, r"`labels` must be \(N,\) or \(N, D\) numbers, got shape \(4, 2, 2\)"),
+        (torch.ones(3), {}, r"`labels` must be \(4,\) or \(4, D\) numbers"),
         (torch.full((4,), torch.nan), {}, "must have a finite number in one row at least, got 4 rows without"),
         (["a", "b", "c", "d"], {}, "must be numbers, got text"),
-        (torch.rand(4), {"num_classes": 3}, "`num_classes` and `renumber` are of classes"),
-        (torch.rand(4), {"task": "regress"}, "`task` must be one of classification, regression, got 'regress'"),
+        (torch.ones(4), {"num_classes": 3}, "`num_classes` and `renumber` are of classes"),
+        (torch.ones(4), {"task": "regress"}, "`task` must be one of classification, regression, got 'regress'"),
     ],
     ids=str,
 )

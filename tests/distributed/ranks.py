@@ -1,4 +1,4 @@
-"""Real processes for the tests of many ranks: started once, joined anew into a gloo group for each job."""
+"""Real processes for the tests of many ranks: forked once, joined anew into a gloo group for each job."""
 
 import multiprocessing
 import os
@@ -8,12 +8,22 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+ROOT = Path(__file__).parents[2]
 GRACE = 5.0  # seconds the other ranks get once one has failed
-IMPORTS = 100.0  # seconds that a new process may take until it knows the function: Lightning is large
+IMPORTS = 100.0  # seconds that a process may take until it knows the function: the first waits for Lightning's import
+# Before the first import, for threads survive no fork. The resolver knows no name for a machine without a network.
+ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": str(ROOT),  # for what is imported before pytest's own path is known
+}
 
 
 class RankFailed(Exception):
@@ -23,13 +33,14 @@ class RankFailed(Exception):
 class Ranks:
     """A pool of up to `size` processes that run one function per job, each as one rank of a fresh gloo group.
 
+    They are forks of one process that has imported what they need and done nothing with it.
     A job has a hard time limit: what has not ended by then is killed, and the test fails instead of hanging. Its time
     begins when all ranks have imported what they run.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(
@@ -69,6 +80,7 @@ class Ranks:
         self._workers = []
 
     def _start(self) -> None:
+        _start_server()
         while len(self._workers) < self.size:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -94,10 +106,15 @@ class Ranks:
         return results
 
 
+def _start_server() -> None:
+    """Start the process that the others are forks of, unless it runs."""
+    forkserver.set_forkserver_preload(["pytest", "tests.distributed.runs"])
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        forkserver.ensure_running()
+
+
 def _serve(pipe: Connection) -> None:
     """What each process does: jobs, until the pipe closes."""
-    # The resolver knows no name for a machine without a network.
-    os.environ.update({"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     while True:
         try:
             function, args, job = pipe.recv()  # imports the function's module
@@ -111,7 +128,7 @@ def _serve(pipe: Connection) -> None:
 
 
 def _as_rank(function: Callable[..., Any], args: tuple[Any, ...], job: dict[str, Any]) -> Any:
-    import torch  # after the environment is set
+    import torch  # which the process that forks has, and pytest need not
     import torch.distributed as dist
 
     torch.set_num_threads(1)

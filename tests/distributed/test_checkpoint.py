@@ -54,7 +54,7 @@ def test_the_file_holds_each_row_once_and_loads_with_weights_only(ranks: Ranks, 
 
 def test_a_rank_that_saves_alone_saves_its_own_rows(ranks: Ranks, tmp_path: Path) -> None:
     with pytest.raises(RankFailed):  # rank 0 is left behind in DDP's own collective
-        ranks.run(runs.save_while_failing, tmp_path / "alone.ckpt", timeout=10)
+        ranks.run(runs.save_while_failing, tmp_path / "alone.ckpt", timeout=10, group_timeout=60)
     saved = torch.load(tmp_path / "alone.ckpt", weights_only=True)
     (rows,) = saved["callbacks"]["OnlineQueue[key=embedding]"]["rows"]
     assert torch.equal(rows, TRAIN["x"][16:24])
