@@ -230,7 +230,7 @@ class FeatureBank:
 
 
 def _columns(targets: Tensor, rows: int, num_classes: int | None, renumber: bool) -> npt.NDArray[Any]:
-    """The numbers of the columns that targets have."""
+    """Return the numbers of the columns that targets have."""
     if num_classes not in (None, columns_of(targets)) or renumber:
         raise ValueError("`num_classes` and `renumber` are of classes, task='regression' has none: leave them out")
     if len(targets) != rows:
@@ -245,7 +245,7 @@ def _columns(targets: Tensor, rows: int, num_classes: int | None, renumber: bool
 def _numbered(
     labels: Tensor | Names, rows: int, num_classes: int | None, renumber: bool
 ) -> tuple[npt.NDArray[Any], Tensor]:
-    """What each column of the scores stands for, and the labels as numbers of columns."""
+    """Say what each column of the scores stands for, and give the labels as numbers of columns."""
     if len(labels) != rows:
         raise ValueError(
             f"`labels` must be ({rows},) class ids or ({rows}, C) multi-hot, one row per feature row, "

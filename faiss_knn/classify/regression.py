@@ -65,7 +65,7 @@ def is_finite(targets: Tensor) -> Tensor:
 
 
 def columns_of(targets: Tensor) -> int:
-    """How many numbers each row of (N,) or (N, D) targets has."""
+    """Count the numbers that each row of (N,) or (N, D) targets has."""
     return 1 if targets.ndim == 1 else targets.shape[1]
 
 

@@ -74,7 +74,7 @@ class ShardedBank:
             self._labels = ShardedRows(labels)
 
     def __len__(self) -> int:
-        """The number of rows over all ranks."""
+        """Return the number of rows over all ranks."""
         return len(self._index)
 
     def find(self, queries: Tensor | None, k: int) -> LabelledNeighbors:
@@ -114,7 +114,7 @@ class ShardedBank:
 
 
 def _checked(features: Tensor, labels: Tensor, num_classes: int, averages: bool) -> Tensor:
-    """This rank's labels; without them a wrong one would be found in the middle of a search, or never."""
+    """Check this rank's labels; without that a wrong one would be found in the middle of a search, or never."""
     if len(labels) != len(features):
         raise ValueError(
             f"`labels` must have one row per feature row, {len(features)}, got shape {tuple(labels.shape)}"

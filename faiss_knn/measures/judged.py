@@ -129,13 +129,13 @@ def _judge(
     ranked: npt.NDArray[Any], positives: npt.ArrayLike, junk: npt.ArrayLike, ks: list[int]
 ) -> list[float] | None:
     """Compute a query's average precision and precision at each k; None without positives."""
-    right, taken = (np.unique(np.asarray(rows, dtype=np.int64)) for rows in (positives, junk))
-    if np.isin(right, taken).any():
-        raise ValueError(f"row {right[np.isin(right, taken)][0]} is both positive and junk of a query")
+    right, junk_rows = (np.unique(np.asarray(rows, dtype=np.int64)) for rows in (positives, junk))
+    if np.isin(right, junk_rows).any():
+        raise ValueError(f"row {right[np.isin(right, junk_rows)][0]} is both positive and junk of a query")
     if not len(right):
         return None
-    kept = ranked[(ranked >= 0) & ~np.isin(ranked, taken)]
-    ranks = np.flatnonzero(np.isin(kept, right))
+    listed = ranked[(ranked >= 0) & ~np.isin(ranked, junk_rows)]
+    ranks = np.flatnonzero(np.isin(listed, right))
     last = ranks[-1] + 1 if len(ranks) == len(right) else max(ks, default=1)
     precisions = [float((ranks < min(k, last)).sum()) / min(k, last) for k in ks]
     return [trapezoid_average_precision(ranks, len(right)), *precisions]

@@ -51,17 +51,17 @@ class GroupedPairs:
         return float(self.more.sum()) / (self.draws * len(self.more))
 
     def p(self) -> float:
-        """As `sign_flip_p`, of whole groups."""
+        """Test as `sign_flip_p`, of whole groups."""
         return sign_flip_p(self._sums)
 
     def interval(self, confidence: float = 0.95, *, seed: int = 0) -> tuple[float, float]:
-        """As `cluster_bootstrap_interval`; of a single group it is the point."""
+        """Return `cluster_bootstrap_interval`; of a single group it is the point."""
         if len(self._sums) == 1:
             return self.difference, self.difference
         return cluster_bootstrap_interval(self.more / self.draws, self.groups, confidence, seed=seed)
 
     def needed(self, confidence: float = 0.95, *, comparisons: int = 1) -> int | None:
-        """As `units_needed`, in queries, if groups stay as large as they are."""
+        """Return `units_needed`, in queries, if groups stay as large as they are."""
         sums = self._sums
         square = float((sums.astype(np.float64) ** 2).mean())
         groups = units_needed(float(sums.mean()), square, confidence, comparisons=comparisons)

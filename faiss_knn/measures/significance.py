@@ -41,15 +41,15 @@ class Pairs(NamedTuple):
         return (self.only_a - self.only_b) / self.total
 
     def p(self) -> float:
-        """As `mcnemar_p`."""
+        """Test as `mcnemar_p`."""
         return mcnemar_p(self.only_a, self.only_b)
 
     def interval(self, confidence: float = 0.95, *, seed: int = 0) -> tuple[float, float]:
-        """As `bootstrap_interval`."""
+        """Return `bootstrap_interval`."""
         return bootstrap_interval(self, confidence, seed=seed)
 
     def needed(self, confidence: float = 0.95, *, comparisons: int = 1) -> int | None:
-        """As `queries_needed`."""
+        """Return `queries_needed`."""
         return queries_needed(self, confidence, comparisons=comparisons)
 
 

@@ -140,7 +140,7 @@ def _as_distance(value: Any) -> float:
 
 
 def _as_outliers(values: Any, inputs: AuditInputs) -> npt.NDArray[np.bool_]:
-    """The outliers among the queries that can be compared, or without queries among the rows."""
+    """Find the outliers among the queries that can be compared, or without queries among the rows."""
     array = np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values)
     alone = inputs.task.leave_one_out
     count = inputs.sizes[0] if alone else inputs.sizes[1]

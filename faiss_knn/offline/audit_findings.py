@@ -51,7 +51,7 @@ def leaks_of(inputs: AuditInputs, lists: AuditLists, threshold: float) -> list[L
 
 
 def _are_equal(inputs: AuditInputs, rows: Ids, queries: Ids) -> npt.NDArray[np.bool_]:
-    """Whether rows and queries, pair by pair, are equal number by number."""
+    """Tell whether rows and queries, pair by pair, are equal number by number."""
     equal = np.zeros(len(rows), bool)
     for a, b in spans(len(rows), _COMPARED):
         left, right = (
@@ -62,7 +62,7 @@ def _are_equal(inputs: AuditInputs, rows: Ids, queries: Ids) -> npt.NDArray[np.b
 
 
 def _read(rows: Any, places: Ids) -> npt.NDArray[Any]:
-    """Rows in any order and more than once; files are read in ascending order."""
+    """Read rows in any order and more than once; files are read in ascending order."""
     unique, back = np.unique(places, return_inverse=True)
     block = read_rows(Subset(rows, unique))
     read: npt.NDArray[Any] = block.double().cpu().numpy() if isinstance(block, torch.Tensor) else block
@@ -102,7 +102,7 @@ def suspects_of(
 
 
 def noise_of(noise: LabelNoise | None, suspects: list[LabelSuspect]) -> dict[str, float] | None:
-    """How many labels are wrong, and how many of the suspects probably are."""
+    """Estimate how many labels are wrong, and how many of the suspects probably are."""
     if noise is None:
         return None
     return {
@@ -114,7 +114,7 @@ def noise_of(noise: LabelNoise | None, suspects: list[LabelSuspect]) -> dict[str
 
 
 def novelty_of(inputs: AuditInputs, lists: AuditLists, distance_metric: str) -> Floats:
-    """(Q,) distances to the k-th neighbour, or (N,) of rows without queries; NaN for those left out."""
+    """Return distances to the k-th neighbour, (Q,), or (N,) of rows without queries; NaN for those left out."""
     side, ids, size = lists.rows, inputs.task.bank.ids[lists.rows.rows], inputs.sizes[0]
     if lists.queries is not None:
         side, ids, size = lists.queries, inputs.task.queries.ids, inputs.sizes[1]
@@ -127,7 +127,7 @@ def novelty_of(inputs: AuditInputs, lists: AuditLists, distance_metric: str) -> 
 
 
 def hubs_of(inputs: AuditInputs, lists: AuditLists) -> dict[str, Any]:
-    """How unevenly rows occur in the lists of the bank's rows."""
+    """Tell how unevenly rows occur in the lists of the bank's rows."""
     hubs = hubness(lists.rows.indices[:, : lists.k], len(inputs.task.bank.rows))
     return {
         "skewness": hubs.skewness,
@@ -139,7 +139,7 @@ def hubs_of(inputs: AuditInputs, lists: AuditLists) -> dict[str, Any]:
 
 
 def predict_queries(inputs: AuditInputs, lists: AuditLists) -> Ids | None:
-    """(Q,) class numbers by the vote that `evaluate` takes, -1 without any; None without labels of queries."""
+    """Predict class numbers (Q,) by the vote that `evaluate` takes, -1 without any; None without labels of queries."""
     if lists.queries is None or inputs.labels is None or inputs.query_labels is None:
         return None
     classes = len(inputs.classes)
@@ -160,7 +160,7 @@ def predict_queries(inputs: AuditInputs, lists: AuditLists) -> Ids | None:
 def accuracy_with_and_without(
     inputs: AuditInputs, predictions: Ids | None, leaks: list[Leak]
 ) -> dict[str, float] | None:
-    """Top-1 of all labelled queries, and of those that are not in the bank (NaN if there are none)."""
+    """Compute top-1 of all labelled queries, and of those not in the bank (NaN if there are none)."""
     if predictions is None or inputs.query_labels is None:
         return None
     known = inputs.query_labels >= 0
@@ -185,7 +185,7 @@ def confusions_of(
 
 
 def facts_of(inputs: AuditInputs, lists: AuditLists, groups: Ids, distance_metric: str) -> dict[str, Any]:
-    """What was audited; see `Findings.facts`."""
+    """Say what was audited; see `Findings.facts`."""
     is_alone = lists.queries is None
     return {
         "rows": inputs.sizes[0],
@@ -203,7 +203,7 @@ def facts_of(inputs: AuditInputs, lists: AuditLists, groups: Ids, distance_metri
 
 
 def _conflicts(groups: Ids, labels: Ids) -> int:
-    """How many groups of near-duplicates have labels that differ."""
+    """Count the groups of near-duplicates whose labels differ."""
     known = labels >= 0
     lowest, highest = np.full(len(groups), np.iinfo(np.int64).max), np.full(len(groups), -1)
     np.minimum.at(lowest, groups[known], labels[known])
@@ -236,7 +236,7 @@ def with_surroundings(report: AuditReport, inputs: AuditInputs, lists: AuditList
 
 
 def _near(wanted: set[int], ids: Ids, indices: Ids) -> list[tuple[int, Ids]]:
-    """The nearest neighbours of some rows, by number."""
+    """Find the nearest neighbours of some rows, by number."""
     numbers = np.array(sorted(wanted), dtype=np.int64)
     places = np.searchsorted(ids, numbers)
     there = (places < len(ids)) & (ids[np.minimum(places, len(ids) - 1)] == numbers)

@@ -46,30 +46,30 @@ class AuditInputs:
         return [] if self.task.leave_one_out else _missing(self.sizes[1], self.task.queries.ids)
 
     def row_ids(self, places: Ids) -> list[int]:
-        """Row numbers as they were given."""
+        """Return row numbers as they were given."""
         ids: list[int] = self.task.bank.ids[places].tolist()
         return ids
 
     def query_ids(self, places: Ids) -> list[int]:
-        """Numbers of queries as they were given."""
+        """Return numbers of queries as they were given."""
         ids: list[int] = self.task.queries.ids[places].tolist()
         return ids
 
     def labels_of(self, places: Ids) -> Ids:
-        """Class numbers of some rows, -1 where unlabelled."""
+        """Return class numbers of some rows, -1 where unlabelled."""
         return np.full(len(places), -1) if self.labels is None else self.labels[places]
 
     def class_of(self, number: int) -> Any:
-        """A label as it was given; None for -1."""
+        """Return a label as it was given; None for -1."""
         return self.classes[number] if number >= 0 else None
 
     def row_label(self, row: int) -> Any:
-        """The label of a row by its number as given, None where it has none."""
+        """Return the label of a row by its number as given, None where it has none."""
         place = int(np.searchsorted(self.task.bank.ids, row))
         return None if self.labels is None else self.class_of(int(self.labels[place]))
 
     def query_label(self, query: int) -> Any:
-        """The label of a query by its number as given, None where it has none."""
+        """Return the label of a query by its number as given, None where it has none."""
         place = int(np.searchsorted(self.task.queries.ids, query))
         return None if self.query_labels is None else self.class_of(int(self.query_labels[place]))
 
@@ -134,7 +134,7 @@ def _labels(
     class_names: Sequence[str] | None,
     ignore_index: int | None,
 ) -> tuple[Ids | None, Ids | None, list[Any]]:
-    """Class numbers of all rows and queries as given, and the labels by number."""
+    """Number the classes of all rows and queries as given, and return the labels by number."""
     if labels is None:
         return None, None, []
     alone = query_labels is None

@@ -62,7 +62,7 @@ def search_audit(task: EvalTask, k: int, options: SearchOptions, sample: int | N
 
 
 def _of_rows(task: EvalTask, drawn: Ids | None, depth: int, options: SearchOptions) -> Lists:
-    """Neighbours of the bank's own rows, each row left out of its list."""
+    """Search the bank's own rows, each row left out of its list."""
     if drawn is None:
         result = search_task(_among_themselves(task.bank, task), depth, EXACT, options)
         return _lists(np.arange(len(task.bank.rows)), result.distances, result.indices)

@@ -161,7 +161,7 @@ def _kept(given: argparse.Namespace) -> str:
 
 
 def _print_what_can_be_printed() -> None:
-    """Where a locale has no letter for a character, print a question mark instead of ending."""
+    """Print a question mark where a locale has no letter for a character, instead of ending."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")

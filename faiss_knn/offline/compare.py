@@ -89,7 +89,7 @@ class Comparison:
         return {row["k"]: {x: row[x] for x in values} for row in first if row["index"] == first[0]["index"]}
 
     def table(self) -> list[Row]:
-        """One row per setting and pair of runs, most accurate settings first.
+        """Return one row per setting and pair of runs, most accurate settings first.
 
         Returns:
             Dicts of `setting`, in words; `a` and `b`, the runs' names; `top1_a` and `top1_b`; `difference`, a less b;
@@ -129,11 +129,11 @@ class _Run:
     folder: Path | None
 
     def outcome(self, key: str) -> Outcome:
-        """What became of its queries under a setting."""
+        """Return what became of its queries under a setting."""
         return self.report.outcomes[record_key(self.records[key])]
 
     def neighbors(self, key: str) -> npt.NDArray[Any] | None:
-        """(Q, K) rows that were found nearest, if they were kept."""
+        """Return (Q, K) rows that were found nearest, if they were kept."""
         record = self.records[key]
         name = " ".join([record["spec"], *(f"{x}={value}" for x, value in record["settings"].items())])
         if name in self.report.neighbors:
@@ -194,7 +194,7 @@ def _accuracy(run: _Run, key: str, words: str) -> Row:
 
 
 def run_names(runs: Sequence[Any], names: Sequence[str] | None = None) -> list[str]:
-    """What to call the runs: as asked for, or by the shortest end of their paths that tells them apart.
+    """Name the runs: as asked for, or by the shortest end of their paths that tells them apart.
 
     Example:
         >>> run_names(["old/results", "new/results"])
@@ -253,7 +253,7 @@ def _setting_key(record: Record) -> str:
 
 
 def _common_settings(runs: Sequence[_Run]) -> list[str]:
-    """The settings that all runs have, in the order of the first."""
+    """List the settings that all runs have, in the order of the first."""
     keys = [key for key in runs[0].records if all(key in run.records for run in runs)]
     if not keys:
         firsts = [next(iter(run.records.values())) for run in runs]
@@ -290,7 +290,7 @@ def _check_same_queries(one: _Run, other: _Run, key: str) -> None:
 
 
 def _groups(runs: Sequence[_Run], key: str) -> tuple[npt.NDArray[Any] | None, list[str]]:
-    """The groups of the queries, if all runs know the same ones; and a note if only some do, or others."""
+    """Return the groups of the queries, if all runs know the same ones; and a note if only some do, or others."""
     given = [run.outcome(key).get("group") for run in runs]
     known = [groups for groups in given if groups is not None]
     if not known:
@@ -301,14 +301,14 @@ def _groups(runs: Sequence[_Run], key: str) -> tuple[npt.NDArray[Any] | None, li
 
 
 def _as_partition(groups: npt.NDArray[Any]) -> list[int]:
-    """For each query the first one of its group."""
+    """Find for each query the first one of its group."""
     _, firsts, numbers = np.unique(groups, return_index=True, return_inverse=True)
     found: list[int] = firsts[numbers].tolist()
     return found
 
 
 def _other_draws(runs: Sequence[_Run], keys: Sequence[str]) -> list[str]:
-    """A note where few-shot banks are not of the same rows, so that their draws are a part of the difference."""
+    """Return a note where few-shot banks are not of the same rows, so that their draws are a part of the difference."""
     drawn = [[run.records[key] for run in runs] for key in keys if runs[0].records[key]["per_class"]]
     if all(len({record.get("bank_fingerprint") for record in records}) == 1 for records in drawn):
         return []
@@ -316,7 +316,7 @@ def _other_draws(runs: Sequence[_Run], keys: Sequence[str]) -> list[str]:
 
 
 def _in_words(run: _Run, keys: Sequence[str]) -> dict[str, str]:
-    """What tells the settings apart: always index and vote, and distance or storage where several occur."""
+    """Say what tells the settings apart: always index and vote, and distance or storage where several occur."""
     records = [run.records[key] for key in keys]
     words = [f"{index_name(record)}, {setting(record)}" for record in records]
     for field, form in _WORDS.items():
@@ -340,7 +340,7 @@ def _differences(
     confidence: float,
     seed: int,
 ) -> Iterator[Row]:
-    """The rows of the table, corrected for how many they are."""
+    """Make the rows of the table, corrected for how many they are."""
     asked = [(key, a, b) for key in keys for a, b in combinations(runs, 2)]
     pairs = [pair_outcomes(a.outcome(key)["correct"], b.outcome(key)["correct"], groups) for key, a, b in asked]
     p_values = [pair.p() for pair in pairs]
@@ -356,7 +356,7 @@ def _differences(
 
 
 def _needed(pair: Pairs | GroupedPairs, confidence: float, comparisons: int) -> int | None:
-    """More queries than there are: the estimate is one for many, and those there are did not do."""
+    """Ask for more queries than there are: the estimate is one for many, and those there are did not do."""
     needed = pair.needed(confidence, comparisons=comparisons)
     return None if needed is None else max(needed, pair.total + 1)
 
@@ -364,7 +364,7 @@ def _needed(pair: Pairs | GroupedPairs, confidence: float, comparisons: int) -> 
 def _by_class(
     runs: Sequence[_Run], key: str, words: str, groups: npt.NDArray[Any] | None, confidence: float
 ) -> Iterator[Row]:
-    """Where one run is better than another, class by class."""
+    """Find where one run is better than another, class by class."""
     outcomes = [run.outcome(key) for run in runs]
     if "label" not in outcomes[0]:
         return
@@ -383,7 +383,7 @@ def _by_class(
 
 
 def _overlaps(runs: Sequence[_Run], keys: Sequence[str], seed: int) -> tuple[list[Row], list[Row], list[str]]:
-    """Whether runs see the same neighbours, for each pair, index and k, and which queries' neighbours differ most.
+    """Tell whether runs see the same neighbours, for each pair, index and k, and which queries' differ most.
 
     The third are notes: on which banks are not of the same rows, or may not be.
     """
@@ -415,13 +415,13 @@ def _overlaps(runs: Sequence[_Run], keys: Sequence[str], seed: int) -> tuple[lis
 
 
 def _search_key(record: Record) -> str:
-    """What a record's neighbours depend on, but for the features."""
+    """Return what a record's neighbours depend on, but for the features."""
     names = ("distance_metric", "leave_one_out", "center", "normalize")
     return json.dumps([index_name(record), *(value_of(record, name) or None for name in names)])
 
 
 def _same_bank(a: Record, b: Record) -> tuple[bool, str]:
-    """Whether two banks hold the same rows, and what there is to say about it, if anything.
+    """Tell whether two banks hold the same rows, and what there is to say about it, if anything.
 
     They do if as many rows have a label, these are the same by number, and have the same classes. Features say nothing:
     those of two models differ for the same samples.

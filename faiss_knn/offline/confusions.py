@@ -43,7 +43,7 @@ def confusions_between(
 
 
 def _examples(labels: Ids, answers: Ids, numbers: Ids, classes: int) -> dict[int, tuple[int, ...]]:
-    """The first rows of each confused pair."""
+    """Return the first rows of each confused pair."""
     wrong = np.flatnonzero((labels != answers) & (labels >= 0) & (answers >= 0))
     keys = labels[wrong] * classes + answers[wrong]
     order = np.argsort(keys, kind="stable")

@@ -84,7 +84,7 @@ def _gaps(task: EvalTask, indices: Tensor) -> Tensor:
 
 
 def _ordinary(distances: Tensor, distance_metric: str) -> float:
-    """The median distance to the farthest of the first neighbours, as a length; inf if but the nearest is known."""
+    """Find the median distance to the farthest of the first neighbours, as a length; inf if one alone is known."""
     if distances.shape[1] < 2:
         return float("inf")
     near = distances[:, :_OTHERS]

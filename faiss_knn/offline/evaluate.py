@@ -291,11 +291,11 @@ class _Evaluation:
         self._queries = describe_queries(self.draws[0]) if keeps_outcomes(options, self.draws) else None
 
     def setup(self, variant: Variant, vote: VoteOptions) -> Record:
-        """What tells a record from others, known before the search."""
+        """Say what tells a record from others, known before the search."""
         return setup_fields(self.draws[0], self.options, variant, vote)
 
     def search(self, variant: Variant) -> list[SearchResult]:
-        """The neighbours in each draw."""
+        """Find the neighbours in each draw."""
         if variant == EXACT:
             return self._exact
         return [search_task(draw, self.options.length, variant, self.options.search) for draw in self.draws]
@@ -303,7 +303,7 @@ class _Evaluation:
     def records(
         self, variant: Variant, results: list[SearchResult]
     ) -> Iterator[tuple[Record, Classes, Outcome | None]]:
-        """One index's records with the scores of each class and what became of each query, as soon as they are there.
+        """Yield one index's records, with the scores of the classes and what became of each query, when they are there.
 
         They come in the order of the votes.
         """
@@ -361,7 +361,7 @@ class _Evaluation:
 
 
 def _drawn(task: EvalTask, options: EvalOptions) -> list[EvalTask]:
-    """The task itself, or its few-shot banks, each drawn with random numbers of its own."""
+    """Return the task itself, or its few-shot banks, each drawn with random numbers of its own."""
     if options.per_class is None or options.tries is None:
         return [task]
     all_alike = int(task.bank_counts.max()) <= options.per_class  # each draw is the whole bank
@@ -370,13 +370,13 @@ def _drawn(task: EvalTask, options: EvalOptions) -> list[EvalTask]:
 
 
 def _with_given_ids(task: EvalTask, result: SearchResult) -> tuple[np.ndarray, np.ndarray]:
-    """Distances and indices that count the bank's rows as they were given."""
+    """Return distances and indices that count the bank's rows as they were given."""
     indices = result.indices.cpu().numpy()
     return result.distances.cpu().numpy(), np.where(indices < 0, -1, task.bank.ids[indices.clip(min=0)])
 
 
 def _checked_done(done: Any) -> list[Record]:
-    """Records of an earlier run."""
+    """Check records of an earlier run."""
     records: list[Any] = list(done) if isinstance(done, (list, tuple, Iterator)) else [None]
     if not all(isinstance(record, dict) for record in records):
         raise ValueError(f"`done` must be records of an earlier run, such as `EvalReport.records`, got {shown(done)}")
@@ -384,5 +384,5 @@ def _checked_done(done: Any) -> list[Record]:
 
 
 def _file_of(features: Any) -> str | None:
-    """The file that a memory-mapped array reads."""
+    """Name the file that a memory-mapped array reads."""
     return str(features.filename) if isinstance(features, np.memmap) and features.filename else None

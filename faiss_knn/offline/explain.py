@@ -238,7 +238,7 @@ def explain_task(
 
 
 def _same_as(vote: VoteOptions, given: EvalOptions) -> tuple[Any, ...]:
-    """The setting of the grid that a given one is, or comes to; see `_of_grid`."""
+    """Return the setting of the grid that a given one is, or comes to; see `_of_grid`."""
     metric, unit, center = given.distance_metric, given.normalize, given.center
     uniform = vote.weighting == "uniform" or vote.k == 1
     if unit and (metric == "dot" or (metric == "euclidean" and uniform)):
@@ -248,7 +248,7 @@ def _same_as(vote: VoteOptions, given: EvalOptions) -> tuple[Any, ...]:
 
 
 def _of_grid(vote: VoteOptions, facts: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells settings apart: how one neighbour weighs, and T where all weigh the same, do not."""
+    """Say what tells settings apart: how one neighbour weighs, and T where all weigh the same, do not."""
     how = ("uniform", None) if vote.weighting == "uniform" or vote.k == 1 else (vote.weighting, vote.temperature)
     return (vote.k, *how, *(facts[name] for name in ("distance_metric", "normalize", "center")))
 
@@ -266,7 +266,7 @@ def _searches(
     device: torch.device | str | None,
     progress: bool | None,
 ) -> Iterator[tuple[EvalTask, SearchResult, dict[str, Any]]]:
-    """Neighbours under each distance of features prepared in each way, from as few searches as possible."""
+    """Find neighbours under each distance of features prepared in each way, from as few searches as possible."""
     kinds = [(x, False, False) for x in _DISTANCES] + [(x, False, True) for x in _DISTANCES if x != "euclidean"]
     if given and given.distance_metric not in _DISTANCES:
         kinds.append((given.distance_metric, given.normalize, given.normalize and given.center))
@@ -284,7 +284,7 @@ def _searches(
 def _with_and_without_self(
     task: EvalTask, k: int, options: SearchOptions
 ) -> Iterator[tuple[EvalTask, SearchResult, bool | None]]:
-    """The neighbours; with leave-one-out those without and those with the query itself, of one search."""
+    """Find the neighbours; with leave-one-out those without and those with the query itself, of one search."""
     if not task.leave_one_out:
         yield task, search_task(task, k, EXACT, options), None
         return
@@ -299,7 +299,7 @@ def _with_and_without_self(
 def _votes(
     ks: Sequence[int], known: dict[str, Protocol], given: EvalOptions | None, facts: dict[str, Any]
 ) -> Iterator[VoteOptions]:
-    """Every k with every weighting and its temperatures, but what comes to the same once.
+    """List every k with every weighting and its temperatures, but what comes to the same once.
 
     One neighbour needs no weight, and neighbours that weigh the same are those of cosine for normalised features.
     """
@@ -335,7 +335,7 @@ def _setting(
 
 
 def _differs(vote: VoteOptions, temperature: float | None, facts: dict[str, Any]) -> Iterator[str]:
-    """What differs from the defaults, in words."""
+    """Say what differs from the defaults."""
     weighting, usual, metric = DEFAULTS["weighting"][0], DEFAULTS["temperature"][0], DEFAULTS["distance_metric"]
     if vote.weighting != weighting and vote.k > 1:
         yield f"{vote.weighting} weighting instead of {weighting}"

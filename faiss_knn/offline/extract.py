@@ -258,19 +258,19 @@ def _fill(
     """Check what is saved against what the loader gives, and write what is not saved yet."""
     digest = DataDigest()
     _pass_saved(folder, manifest, batches, digest)
-    held: list[Features] = []
+    parts: list[Features] = []
     rows = 0
     for inputs, labels in batches:
         if manifest.finished:
             raise _other_rows(folder, manifest.rows, manifest.rows + _count(inputs, labels))
         digest.add(inputs, labels)
-        held.append(computed(inputs, labels))
-        rows += len(held[-1][0])
+        parts.append(computed(inputs, labels))
+        rows += len(parts[-1][0])
         if rows >= shard_rows:
-            _commit(folder, manifest, held, digest.value())
-            held, rows = [], 0
-    if held:
-        _commit(folder, manifest, held, digest.value())
+            _commit(folder, manifest, parts, digest.value())
+            parts, rows = [], 0
+    if parts:
+        _commit(folder, manifest, parts, digest.value())
     if manifest.finished:
         logger.info(f"extract: {folder} holds all {manifest.rows} rows of this model and data: nothing to do")
     elif manifest.shards:
@@ -314,9 +314,9 @@ def _other_rows(folder: Path, start: int, stop: int) -> ValueError:
     )
 
 
-def _commit(folder: Path, manifest: Manifest, held: list[Features], seen: str) -> None:
+def _commit(folder: Path, manifest: Manifest, parts: list[Features], seen: str) -> None:
     """Write a shard: first its files, each under another name until it is whole, then the line that makes it count."""
-    joined = _joined(held)
+    joined = _joined(parts)
     rows, dim = joined["features"].shape
     labelled = "labels" in joined
     if manifest.shards and (manifest.dim, manifest.labelled) != (dim, labelled):
@@ -333,11 +333,11 @@ def _commit(folder: Path, manifest: Manifest, held: list[Features], seen: str) -
     manifest.save(folder)
 
 
-def _write_file(out: Path, held: list[Features]) -> None:
+def _write_file(out: Path, parts: list[Features]) -> None:
     """Write an .npz under another name first: a file that is there is whole."""
-    if not held:
+    if not parts:
         raise ValueError("`dataloader` gave no batch")
-    joined = _joined(held)
+    joined = _joined(parts)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial.npz")
     np.savez(partial, **joined)  # type: ignore[arg-type]

@@ -132,9 +132,9 @@ def find_kept(
         if keeper.is_begun and rank == 0:
             logger.info(f"{folder}: holds what an earlier run found: going on from there")
         if span[0] < span[1]:
-            asked = "features" if queries is None else "queries"
+            argument = "features" if queries is None else "queries"
             part = Bank(sides[0], distance_metric, span=span, device=device)
-            neighbors = find_nearest(part, sides[1], depth, argument=asked, keeper=keeper, progress=progress)
+            neighbors = find_nearest(part, sides[1], depth, argument=argument, keeper=keeper, progress=progress)
     if size > 1 or neighbors is None:
         neighbors = Neighbors(*merge_ranks(_result(neighbors, len(sides[1])), depth))
     if exclude_self:

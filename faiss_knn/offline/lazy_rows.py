@@ -53,12 +53,12 @@ class Shards:
     def __getitem__(self, rows: slice | Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[Any]:
         if isinstance(rows, slice):
             return self._span(*rows.indices(len(self)))
-        wanted = np.asarray(rows)
-        out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
-        homes = np.searchsorted(self._ends, wanted, side="right")
+        numbers = np.asarray(rows)
+        out = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        homes = np.searchsorted(self._ends, numbers, side="right")
         for home in np.unique(homes):
             here = homes == home
-            out[here] = self.parts[home][wanted[here] - self._start(home)]
+            out[here] = self.parts[home][numbers[here] - self._start(home)]
         return out
 
     def _span(self, start: int, stop: int, step: int) -> npt.NDArray[Any]:

@@ -10,11 +10,11 @@ import torch
 _COUNT = {"Multiclass": "num_classes", "Multilabel": "num_labels"}
 
 
-def make_metrics(wanted: Iterable[str], num_classes: int, multi_hot: bool) -> dict[str, Any]:
+def make_metrics(names: Iterable[str], num_classes: int, multi_hot: bool) -> dict[str, Any]:
     """Build metrics from names such as "MulticlassF1Score" or "MulticlassAccuracy(average='micro', top_k=3)".
 
     Args:
-        wanted: Classes of `torchmetrics.classification` whose names begin with Multiclass, or Multilabel for multi-hot
+        names: Classes of `torchmetrics.classification` whose names begin with Multiclass, or Multilabel for multi-hot
             labels, with keyword arguments if wanted.
         num_classes: Given to each as `num_classes` or `num_labels`.
         multi_hot: Whether labels are multi-hot.
@@ -31,7 +31,7 @@ def make_metrics(wanted: Iterable[str], num_classes: int, multi_hot: bool) -> di
     """
     prefix = "Multilabel" if multi_hot else "Multiclass"
     with plain_defaults():
-        return {text: _make(text, prefix, num_classes) for text in wanted}
+        return {text: _make(text, prefix, num_classes) for text in names}
 
 
 @contextmanager

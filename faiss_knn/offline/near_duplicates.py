@@ -63,7 +63,7 @@ def choose_distance(lists: list[Lists], distance_metric: str) -> tuple[float, bo
 
 
 def _spread(distances: npt.NDArray[np.float32], most: int) -> npt.NDArray[np.float32]:
-    """At most so many lists, spread evenly over all."""
+    """Choose at most so many lists, spread evenly over all."""
     return distances[:: -(-len(distances) // most)]
 
 
@@ -114,7 +114,7 @@ def _join_across(rows: RowSource, full: Ids, threshold: float, distance_metric: 
 
 
 def _near_pairs(rows: RowSource, left: Ids, right: Ids, threshold: float, distance_metric: str) -> tuple[Ids, Ids]:
-    """Each row of `left` whose nearest of `right` is within the threshold, and that one."""
+    """Pair each row of `left` whose nearest of `right` is within the threshold with that one."""
     index = KNNIndex(distance_metric=distance_metric).build(_on_cpu(read_rows(Subset(rows, right))))
     near: list[tuple[Ids, Ids]] = []
     for start, stop in spans(len(left), _BLOCK):

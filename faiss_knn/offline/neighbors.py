@@ -65,8 +65,8 @@ def exact_neighbors(
     get_distance(distance_metric)
     is_own = queries is None
     exclude_self = is_own if exclude_self is None else as_switch(exclude_self, "`exclude_self`")
-    bank, asked = as_sides(features, queries, exclude_self)
-    search = _Search(Bank(bank, distance_metric), asked, exclude_self, "features" if is_own else "queries")
+    bank, query_rows = as_sides(features, queries, exclude_self)
+    search = _Search(Bank(bank, distance_metric), query_rows, exclude_self, "features" if is_own else "queries")
     if not as_switch(ties, "`ties`"):
         return search.nearest(k)
     return _with_whole_ties(search, k)
@@ -79,17 +79,19 @@ def as_sides(features: Any, queries: Any, exclude_self: bool) -> tuple[RowSource
         ValueError: If they do not.
     """
     bank = _as_matrix_rows(features, "features")
-    asked = bank if queries is None else _as_matrix_rows(queries, "queries")
-    if asked.shape[1] != bank.shape[1]:
-        raise ValueError(f"`queries` must be as wide as the bank, d={bank.shape[1]}, got shape {tuple(asked.shape)}")
+    query_rows = bank if queries is None else _as_matrix_rows(queries, "queries")
+    if query_rows.shape[1] != bank.shape[1]:
+        raise ValueError(
+            f"`queries` must be as wide as the bank, d={bank.shape[1]}, got shape {tuple(query_rows.shape)}"
+        )
     if exclude_self and len(bank) < 2:
         raise ValueError("`features` must hold two rows or more, of which one is left out (exclude_self), got 1")
-    if exclude_self and len(asked) > len(bank):
+    if exclude_self and len(query_rows) > len(bank):
         raise ValueError(
-            f"`exclude_self` takes query i for row i of `features`, but there are {len(asked)} queries and {len(bank)} "
-            "rows: set it to False"
+            f"`exclude_self` takes query i for row i of `features`, but there are {len(query_rows)} queries and "
+            f"{len(bank)} rows: set it to False"
         )
-    return bank, asked
+    return bank, query_rows
 
 
 def as_reported(neighbors: Neighbors, distance_metric: str) -> Neighbors:

@@ -49,7 +49,7 @@ class Steps:
         return directions(rows) if self.unit else rows
 
     def width_of(self, width: int) -> int:
-        """How wide rows become."""
+        """Tell how wide rows become."""
         turned = width if self.axes is None else self.axes.shape[1]
         return turned if self.width is None else min(turned, self.width)
 

@@ -171,10 +171,10 @@ class RemoteRows:
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             return self._span(start, max(start, stop))[::step]
-        wanted = np.asarray(rows)
-        if not len(wanted):
+        numbers = np.asarray(rows)
+        if not len(numbers):
             return self._span(0, 0)
-        starts = (self._offset + wanted * self._width).tolist()
+        starts = (self._offset + numbers * self._width).tolist()
         return self._parsed(self.path.ranges(starts, [start + self._width for start in starts]))
 
     def _span(self, start: int, stop: int) -> npt.NDArray[Any]:

@@ -108,14 +108,14 @@ def find_nearest(
     Raises:
         ValueError: If a row or query is not finite or, under cosine, zero.
     """
-    asked = queries if is_plain(queries) else read_rows(queries)
+    query_rows = queries if is_plain(queries) else read_rows(queries)
     depth = min(k, bank.stop - bank.start)
-    parts = [_Part(asked, span, bank, depth, keeper) for span in spans(len(asked), QUERY_BLOCK)]
+    parts = [_Part(query_rows, span, bank, depth, keeper) for span in spans(len(query_rows), QUERY_BLOCK)]
     for part in parts:
         if part.searched < bank.stop:
-            check_rows(read_rows(asked, *part.span), bank.distance, argument, part.span[0])
+            check_rows(read_rows(query_rows, *part.span), bank.distance, argument, part.span[0])
     begin = min(part.searched for part in parts)
-    with _bar(progress, len(asked) * (bank.stop - bank.start)) as bar:
+    with _bar(progress, len(query_rows) * (bank.stop - bank.start)) as bar:
         bar.update(sum(len(part) * (part.searched - bank.start) for part in parts))
         for (start, stop), index in bank.blocks(begin):
             for part in parts:

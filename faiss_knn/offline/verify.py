@@ -73,8 +73,8 @@ def verify_neighbors(
         (0.75, [1], [0.0])
     """
     get_distance(distance_metric)
-    bank, asked = as_sides(features, queries, exclude_self=False)
-    lists = _as_lists(indices, len(asked), len(bank))
+    bank, query_rows = as_sides(features, queries, exclude_self=False)
+    lists = _as_lists(indices, len(query_rows), len(bank))
     given = None if distances is None else _as_distances(distances, lists)
     own = np.arange(len(lists))[:, None] if queries is None else None
     excludes_self = own is not None and bool((lists == own).any(1).mean() <= 0.5)
@@ -82,9 +82,9 @@ def verify_neighbors(
     k = min(lists.shape[1], reachable)
     if k == 0:
         raise ValueError("`features` must hold two rows or more for a row to have a neighbour, got 1")
-    true = _True(lists, asked, distance_metric)
+    true = _True(lists, query_rows, distance_metric)
     neighbors = find_nearest(
-        Bank(bank, distance_metric), asked, k + 1 + excludes_self, watch=true.watch, progress=progress
+        Bank(bank, distance_metric), query_rows, k + 1 + excludes_self, watch=true.watch, progress=progress
     )
     if excludes_self:
         neighbors = Neighbors(*drop_self(*neighbors, torch.arange(len(lists), device=neighbors.indices.device)))
@@ -161,7 +161,7 @@ def _blocks(length: int) -> Iterator[Span]:
 
 
 def _repeated(lists: Ids) -> npt.NDArray[np.bool_]:
-    """(Q, K) entries whose row stands in the list before them."""
+    """Mark entries (Q, K) whose row stands in the list before them."""
     order = np.argsort(lists, axis=1, kind="stable")
     ordered = np.take_along_axis(lists, order, 1)
     again = np.zeros(lists.shape, bool)
@@ -172,7 +172,7 @@ def _repeated(lists: Ids) -> npt.NDArray[np.bool_]:
 
 
 def _wrong(given: npt.NDArray[np.float64], judged: _Judged, distance_metric: str) -> Ids:
-    """(Q,) how many of the given distances are not those of their rows."""
+    """Count the given distances that are not those of their rows, (Q,)."""
     true = judged.true.astype(np.float64)
     slack = DISTANCE_TOLERANCE * np.abs(true) + (_OF_ONE if distance_metric == "cosine" else 0.0)
     with np.errstate(invalid="ignore"):  # inf - inf, where no row is listed

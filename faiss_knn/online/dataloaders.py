@@ -54,7 +54,7 @@ def _dataloaders(trainer: Any) -> list[Any]:
 
 
 def _batch_counts(trainer: Any) -> list[float]:
-    """How many batches of each dataloader this rank will see; of those read at once, one number."""
+    """Count the batches of each dataloader that this rank will see; of those read at once, one number."""
     if trainer.sanity_checking:
         counts = list(trainer.num_sanity_val_batches)
     else:
@@ -72,7 +72,7 @@ def _reads_at_once(trainer: Any) -> bool:
 
 
 def _length(loader: Any) -> int | None:
-    """How many batches a dataloader has; None where it does not say."""
+    """Count the batches of a dataloader; None where it does not say."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):

@@ -315,7 +315,7 @@ class OnlineEvaluator(OnlineOptions):
 
 
 def _length(loader: Any) -> float:
-    """How many batches a dataloader has; inf where it does not say."""
+    """Count the batches of a dataloader; inf where it does not say."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):

@@ -115,12 +115,12 @@ def _signal_behind(error: BaseException) -> str | None:
 
 
 def _lost_contact(error: BaseException) -> bool:
-    """Whether a collective failed, which is another rank's doing or the network's."""
+    """Tell whether a collective failed, which is another rank's doing or the network's."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _reason(store: Any, before: int) -> str:
-    """What the other ranks said since they had said `before` words; those that can still speak are waited for."""
+    """Collect what other ranks said since they had said `before` words; those that can still speak are waited for."""
     _, size = rank_and_size()
     deadline = time.monotonic() + _PATIENCE
     while True:

@@ -64,7 +64,7 @@ def _flat(metrics: Mapping[Any, Any] | MetricCollection) -> Iterator[tuple[str, 
 
 
 def class_count(metrics: Mapping[str, Metric]) -> int | None:
-    """The width of scores that the metrics were made for, None if they do not say.
+    """Tell the width of scores that the metrics were made for, None if they do not say.
 
     Raises:
         ValueError: If they were made for different widths.
@@ -324,7 +324,7 @@ def _gather_after_meeting(gather: Callable[..., Any], state: Tensor, group: Any 
 
 
 def _gather_states(state: Tensor, group: Any = None) -> list[Tensor]:
-    """Every rank's state. torchmetrics' own gather aborts where a rank without a query has no idea of the shape."""
+    """Gather every rank's state. torchmetrics' own gather aborts where a rank without a query cannot tell the shape."""
     if state.ndim == 0:
         return list(gather_rows(state[None], group=group, device=state.device)[0])
     rows, counts = gather_rows(state, group=group, device=state.device)

@@ -123,7 +123,7 @@ class OnlineQueue(Callback):
         return storage.snapshot(self.queue_length, self.gather_distributed if gathered is None else gathered, until)
 
     def storage(self, trainer: Any) -> QueueStorage:
-        """The storage of this key in `trainer`, made or grown to `queue_length` as needed."""
+        """Return the storage of this key in `trainer`, made or grown to `queue_length` as needed."""
         storages = trainer_state(trainer).setdefault("queues", {})
         if self.key not in storages:
             module_device = getattr(trainer.lightning_module, "device", None)
@@ -194,7 +194,7 @@ class OnlineQueue(Callback):
             self._told_checkpoint_cost = True
 
     def _rows_of_all_ranks(self, trainer: Any) -> tuple[list[Tensor] | None, list[int]]:
-        """What a checkpoint holds, one tensor per rank, on rank zero, which writes it; and how many there ever were."""
+        """Gather what a checkpoint holds on rank zero, a tensor per rank; and how many rows there ever were."""
         ring, end = self.storage(trainer).ring, _common_end(trainer, self.key)
         if rank_and_size()[1] > 1 and trainer.interrupted:
             # Not every rank need have failed, and one alone would wait for the others for ever.
@@ -297,7 +297,7 @@ def _stand_before_checkpoints(callbacks: list[Any], queue: OnlineQueue) -> None:
 
 
 def _before_checkpoints(callbacks: Sequence[Any]) -> int:
-    """Where a queue must stand for a checkpoint at the end of a step to hold that step's rows."""
+    """Find where a queue must stand for a checkpoint at the end of a step to hold that step's rows."""
     saves = ("Checkpoint" in {base.__name__ for base in type(callback).__mro__} for callback in callbacks)
     return next((place for place, saving in enumerate(saves) if saving), len(callbacks))
 

@@ -222,7 +222,7 @@ class QueueStorage:
         self._gathered: tuple[Tensor, list[int]] | None = None
 
     def start_validation(self) -> None:
-        """From here to `end_validation` the rows stay as they are, and are read and gathered once."""
+        """Keep the rows as they are until `end_validation`; they are read and gathered once."""
         self.end_validation()  # a run that an exception ended left its snapshot behind
         self._validating = True
 

@@ -11,7 +11,7 @@ from faiss_knn.distributed import all_or_none, gather_rows, rank_and_size, send_
 
 
 def unpadded_rows(loader: Any, batch_idx: int, rows: int) -> int:
-    """How many leading rows of a batch are samples of their own, not the padding of a `DistributedSampler`.
+    """Count the leading rows of a batch that are samples of their own, not the padding of a `DistributedSampler`.
 
     That sampler deals sample p of the (padded) order to rank p mod R: position i of rank r is padding where
     i · R + r is beyond the data set, so that padding ends a rank's rows.

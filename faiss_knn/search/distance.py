@@ -167,9 +167,9 @@ def _without_range_errors(norms: Tensor, queries: Tensor, rows: Tensor) -> Tenso
         q, m = query[some], place[some]
         near = norms[q, m, None] < _LEAST_NORM
         scale = torch.where(near, norms.new_full((), _RESCALE), norms.new_full((), 1 / _RESCALE))
-        taken, asking = rows[0, m] if len(rows) == 1 else rows[q, m], queries[q]
+        compared, asking = rows[0, m] if len(rows) == 1 else rows[q, m], queries[q]
         # Far rows are scaled first: their differences may leave the range too.
-        differences = torch.where(near, (taken - asking) * scale, taken * scale - asking * scale)
+        differences = torch.where(near, (compared - asking) * scale, compared * scale - asking * scale)
         scaled = _per_pair(torch.zeros_like(differences), differences[:, None], 2.0)[:, 0]
         norms[q, m] = (scaled / scale[:, 0]).clamp(max=torch.finfo(norms.dtype).max)
     return norms

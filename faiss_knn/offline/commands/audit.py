@@ -128,7 +128,7 @@ def _read(given: argparse.Namespace) -> "tuple[Features, Features | None]":
 
 
 def _outliers(given: argparse.Namespace) -> Any:
-    """Which rows are known outliers: an array of the file that they are in, or a file of its own."""
+    """Read which rows are known outliers: an array of the file that they are in, or a file of its own."""
     from faiss_knn.offline.features import read_labels
 
     if given.outlier_labels is None:

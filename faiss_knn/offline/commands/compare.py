@@ -90,7 +90,7 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
 
 
 def _sides(text: str, *, leave_one_out: bool) -> tuple[str, str | None] | None:
-    """A run's BANK and QUERIES, which is None with leave-one-out; None for a folder of results.
+    """Find a run's BANK and QUERIES, which is None with leave-one-out; None for a folder of results.
 
     Raises:
         ValueError: If it is none of these.
@@ -118,18 +118,18 @@ def _is_results(text: str) -> bool:
 
 
 def _cuts(text: str) -> Iterator[tuple[str, str]]:
-    """All ways to read BANK:QUERIES, for paths and URLs may hold colons too."""
+    """Yield all ways to read BANK:QUERIES, for paths and URLs may hold colons too."""
     for colon in re.finditer(":(?!//)", text):
         yield text[: colon.start()], text[colon.end() :]
 
 
 def _is_there(text: str) -> bool:
-    """Whether a text can name features: a path that exists, or a URL, which is not asked for."""
+    """Tell whether a text can name features: a path that exists, or a URL, which is not asked for."""
     return re.match(r"[a-zA-Z][\w+.-]+://", text) is not None or (text != "" and Path(text).exists())
 
 
 def _evaluated(given: argparse.Namespace, files: tuple[str, str | None], name: str, *, first: bool) -> "EvalReport":
-    """What `eval` would say of a run's features under the same options; its neighbours are kept."""
+    """Evaluate a run's features as `eval` would under the same options; its neighbours are kept."""
     parser = Parser()
     eval_arguments.add_arguments(parser)
     options = vars(parser.parse_args([])) | {x: y for x, y in vars(given).items() if x not in ("out", "seed")}

@@ -250,7 +250,7 @@ def _sides(bank: "Features", queries: "Features | None") -> tuple[Any, Any, Any,
 
 
 def _notes(report: "EvalReport", ledger: "Ledger | None", looks: dict[str, Any]) -> list[str]:
-    """What --out lacks, in words."""
+    """Say what --out lacks, in words."""
     from faiss_knn.offline.report.mistakes_page import NOTHING_SHOWN
 
     notes = [] if ledger is None or ledger.warning is None else [ledger.warning]
@@ -258,7 +258,7 @@ def _notes(report: "EvalReport", ledger: "Ledger | None", looks: dict[str, Any])
 
 
 def _sizes(record: "Record") -> str:
-    """What was compared: rows and widths, in which a wrong choice of columns shows."""
+    """Say what was compared: rows and widths, in which a wrong choice of columns shows."""
     bank, queries, dim = record["n_bank"], record["n_queries"], record["dim"]
     return f"bank {bank:,} x {dim:,}, queries {queries:,} x {dim:,}"
 

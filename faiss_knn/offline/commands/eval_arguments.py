@@ -83,7 +83,7 @@ def _add_data(group: Any) -> None:
 
 
 def add_names(group: Any) -> None:
-    """Where features and labels are."""
+    """Add the arguments that say where features and labels are."""
     group.add_argument("--labels", type=location, metavar="FILE", help="the bank's labels, if not in BANK")
     group.add_argument("--query-labels", type=location, metavar="FILE", help="the queries' labels, if not in QUERIES")
     group.add_argument(
@@ -93,7 +93,7 @@ def add_names(group: Any) -> None:
 
 
 def _add_limits(group: Any) -> None:
-    """Which rows belong together, and which of the bank a query may not find: arrays in the same files."""
+    """Add the arrays that say which rows belong together, and which of the bank a query may not find."""
     group.add_argument(
         "--groups", metavar="KEY",
         help="array of groups (scene, patient): intervals are over the queries' groups; -1: a group of its own",
@@ -114,7 +114,7 @@ def _add_limits(group: Any) -> None:
 
 
 def add_vote(group: Any) -> None:
-    """How neighbours are found and vote."""
+    """Add the arguments that say how neighbours are found and vote."""
     group.add_argument(
         "--protocol", choices=list(protocols()), metavar="NAME",
         help="k, temperature, weighting and distance of another library, unless given (faiss-knn protocols lists them)",
@@ -238,7 +238,7 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
 
 
 def _check_relevance(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    """Lists of rows leave nothing to vote for."""
+    """Refuse what needs a vote: lists of rows leave nothing to vote for."""
     if given.queries is None:
         parser.error("--relevance is of the rows of QUERIES: name the file")
     names = ("temperature", "weighting", "protocol", "center", "pca", "whiten", "dims", "storage", "metric", "sweep",
@@ -253,7 +253,7 @@ def _check_relevance(parser: argparse.ArgumentParser, given: argparse.Namespace)
 
 
 def _check_explain(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    """Settings of a vote are what is looked for; nothing else is tried."""
+    """Refuse other options: settings of a vote are what is looked for, and nothing else is tried."""
     names = ("metric", "depth", "storage_dtype", "pca", "whiten", "dims", "storage", "groups", "own_rows",
              "ignored_rows", "relevance", "per_class", "nprobe", "target_recall", "sweep", "latency", "resume",
              "overwrite", "save_neighbors", "dry_run", *LOOKS)  # fmt: skip

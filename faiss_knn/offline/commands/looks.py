@@ -57,7 +57,7 @@ def read_looks(given: argparse.Namespace, rows: int, queries: int | None) -> dic
 
 
 def _names(path: Path | None, features: Path | str, count: int | None) -> list[str] | None:
-    """Names of rows, one a line or a JSON list."""
+    """Read names of rows, one a line or a JSON list."""
     from faiss_knn.offline.features import read_class_names
     from faiss_knn.offline.formats import DataError
 

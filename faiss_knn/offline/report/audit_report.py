@@ -30,7 +30,7 @@ class AuditReport(Findings):
         return warnings_of(self)
 
     def summary(self) -> str:
-        """The findings in a few lines, for a terminal."""
+        """Say the findings in a few lines, for a terminal."""
         return summary_of(self)
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class AuditReport(Findings):
 
 
 def _csv(lines: list[dict[str, Any]]) -> str:
-    """All findings as CSV, one column per value, lists as JSON."""
+    """Write all findings as CSV, one column per value, lists as JSON."""
     columns = list(dict.fromkeys(name for line in lines for name in line))
     return csv_lines([columns, *([_flat(line.get(name)) for name in columns] for line in lines)])
 

@@ -138,7 +138,7 @@ def warnings_of(report: Findings) -> list[str]:
 
 
 def lines_of(report: Findings, names: Names = None, query_names: Names = None) -> Iterator[dict[str, Any]]:
-    """A dict per finding: `kind`, the values of the finding, and names of rows where they are given."""
+    """Yield a dict per finding: `kind`, the values of the finding, and names of rows where they are given."""
 
     def named(side: str, numbers: Sequence[int]) -> dict[str, Any]:
         known = names if side == "row" else query_names

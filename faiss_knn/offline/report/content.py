@@ -133,7 +133,7 @@ def _prepared(record: Record) -> str:
 
 
 def _trust(report: Results) -> Section:
-    """What makes the numbers suspect, or that nothing was found."""
+    """Say what makes the numbers suspect, or that nothing was found."""
     checks, text = report.checks, []
     if checks:
         low, middle, high = checks["rows_per_class"]
@@ -202,7 +202,7 @@ def _of_classes(report: Results, first: Record) -> list[str]:
 
 
 def _of_draws(per_class: int | None, checks: Checks) -> list[str]:
-    """What few-shot draws are not, where classes have no more rows than a draw takes."""
+    """Say what few-shot draws are not, where classes have no more rows than a draw takes."""
     sentences = []
     if checks.get("classes_short"):
         sentences.append(
@@ -285,7 +285,7 @@ def _row_bytes(record: Record) -> str:
 
 
 def built_as(record: Record) -> str:
-    """The index that a spec came to, with the parameters it searched with."""
+    """Name the index that a spec came to, with the parameters it searched with."""
     used = {"nprobe": record["nprobe"]} | record["parameters"]
     said = record["settings"]
     more = [f"{name}={value}" for name, value in used.items() if value is not None and name not in said]

@@ -120,7 +120,7 @@ class Ledger:
             path.unlink()
 
     def _held(self) -> tuple[dict[str, Record], str | None]:
-        """The newest record of each key; what is no record, or half of one, is set aside."""
+        """Read the newest record of each key; what is no record, or half of one, is set aside."""
         path = self.folder / RECORDS
         held, odd = _records(path)
         if not odd:
@@ -139,7 +139,7 @@ class Ledger:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Two programs that write to one folder wait for each other."""
+        """Wait for other programs that write to the folder, and let them wait."""
         handle = os.open(self.folder, os.O_RDONLY)
         try:
             with suppress(OSError):  # some network file systems lock no folders
@@ -150,7 +150,7 @@ class Ledger:
 
 
 def read_folder(folder: Path) -> Results:
-    """All records of a folder, with the names and checks of what was added last; nothing is written.
+    """Read all records of a folder, with the names and checks of what was added last; nothing is written.
 
     Raises:
         ValueError: If its results.jsonl holds something else.
@@ -166,7 +166,7 @@ def read_folder(folder: Path) -> Results:
 
 
 def _told(results: Results, earlier: dict[str, Any]) -> dict[str, Any]:
-    """What the records of an evaluation do not say; of mistakes, those that say more of these and of earlier ones."""
+    """Collect what the records of an evaluation do not say; of mistakes, those that say more, these or earlier ones."""
     about = {"checks": results.checks, "class_names": results.class_names, "class_ids": results.class_ids}
     held = earlier.get("mistakes")
     is_new = results.mistakes is not None and (held is None or list(results.mistakes.rank) >= held["rank"])
@@ -240,7 +240,7 @@ def _by_task(held: dict[str, Record], classes: dict[str, Classes], tasks: dict[s
 
 
 def _records(path: Path) -> tuple[dict[str, Record], list[str]]:
-    """The newest record of each key, and the lines that are no records."""
+    """Read the newest record of each key, and the lines that are no records."""
     whole, odd = _lines(path)
     records = {record_key(one): one for one in whole if _is_record(one)}
     odd += [json.dumps(one) for one in whole if not _is_record(one)]
@@ -258,7 +258,7 @@ def _is_record(one: Any) -> TypeGuard[Record]:
 
 
 def _by_class(path: Path) -> tuple[dict[str, Classes], dict[str, dict[str, Any]]]:
-    """What is known of the classes by record, and what is told of each task."""
+    """Read scores by record, and what is told of each task."""
     lines = [one for one in _lines(path)[0] if isinstance(one, dict)]
     scored = [one for one in lines if isinstance(one.get("scores"), list)]
     classes = {one["record"]: Classes(one["scores"], one.get("retrieval") or {}) for one in scored}
@@ -266,7 +266,7 @@ def _by_class(path: Path) -> tuple[dict[str, Classes], dict[str, dict[str, Any]]
 
 
 def _lines(path: Path) -> tuple[list[Any], list[str]]:
-    """The JSON values of a file, one a line, and the lines that are none."""
+    """Read the JSON values of a file, one a line, and the lines that are none."""
     whole: list[Any] = []
     odd: list[str] = []
     if not path.exists():
@@ -292,7 +292,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Put None for NaN and infinity, which JSON does not have."""
     if isinstance(value, list):
         return [_plain(one) for one in value]
     if isinstance(value, dict):

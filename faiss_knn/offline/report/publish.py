@@ -140,7 +140,7 @@ def read_kept_neighbors(folder: Path, record: Record, name: str) -> npt.NDArray[
 
 
 def _kept_neighbors(added: Results, folder: Path) -> tuple[str, bytes]:
-    """neighbors.npz with those of further indexes, or where it is of another evaluation a file marked as of this."""
+    """Add neighbours of further indexes to neighbors.npz, or, of another evaluation, write a file marked as of this."""
     task = task_key(added.records[0])
     arrays: dict[str, Any] = {"evaluation": np.array(task)}
     for name in ("neighbors.npz", f"neighbors-{blake2b(task.encode(), digest_size=4).hexdigest()}.npz"):

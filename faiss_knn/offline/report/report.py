@@ -64,7 +64,7 @@ class EvalReport(Results):
         return warnings_of(self)
 
     def best(self, by: str = "top1") -> Record:
-        """The record with the highest value of a field; of equal ones the first.
+        """Return the record with the highest value of a field; of equal ones the first.
 
         Raises:
             ValueError: If no record has that field.
@@ -72,7 +72,7 @@ class EvalReport(Results):
         return best_of(self.records, by)
 
     def to_frame(self) -> Any:
-        """The records as a pandas DataFrame.
+        """Return the records as a pandas DataFrame.
 
         Raises:
             ImportError: If pandas is not installed.
@@ -82,7 +82,7 @@ class EvalReport(Results):
         return pandas.DataFrame(self.records)
 
     def table(self) -> str:
-        """One line per record, for a terminal."""
+        """Lay out one line per record, for a terminal."""
         return text_table(*rows_of(self.records))
 
     def __str__(self) -> str:

@@ -185,23 +185,23 @@ class Results:
 
 
 def vote_of(record: Record) -> tuple[int, float, str]:
-    """A record's k, temperature and weighting."""
+    """Return a record's k, temperature and weighting."""
     return record["k"], record["temperature"], record["weighting"]
 
 
 def record_key(record: Record) -> str:
-    """What a record is of, without what came out; equal for a record read back from a file."""
+    """Return what a record is of, without what came out; equal for a record read back from a file."""
     return json.dumps([value_of(record, name) for name in _IDENTITY], sort_keys=True)
 
 
 def task_key(record: Record) -> str:
-    """What a record's index, k, temperature and weighting were tried on; see `record_key`."""
+    """Return what a record's index, k, temperature and weighting were tried on; see `record_key`."""
     stored = (record.get("options") or {}).get("storage_dtype")
     return json.dumps([*(value_of(record, name) for name in _TASK), stored])
 
 
 def best_of(records: Sequence[Record], by: str) -> Record:
-    """The record with the highest value of a field; of equal ones the first.
+    """Find the record with the highest value of a field; of equal ones the first.
 
     Raises:
         ValueError: If no record has that field.
@@ -213,12 +213,12 @@ def best_of(records: Sequence[Record], by: str) -> Record:
 
 
 def newest_of_each(records: Iterable[Record]) -> list[Record]:
-    """The last record of each index, k, temperature and weighting: one made anew at another depth is no second row."""
+    """Keep the last record of each index, k, temperature and weighting: made anew at another depth is no second row."""
     return list({(index_name(record), *vote_of(record)): record for record in records}.values())
 
 
 def name_tasks(firsts: Sequence[Record]) -> list[str]:
-    """What tells tasks apart, in words, from a record of each: the fields in which they differ."""
+    """Say what tells tasks apart, from a record of each: the fields in which they differ."""
     differing = [name for name in _TASK_WORDS if len({str(value_of(record, name)) for record in firsts}) > 1]
     names = [
         ", ".join(word for name in differing if (word := _TASK_WORDS[name].format(_shown(value_of(record, name)))))
@@ -234,7 +234,7 @@ def _shown(value: Any) -> str:
 
 
 def index_name(record: Record) -> str:
-    """A record's index with its point of a sweep and what else was asked of it, as tables and plots call it."""
+    """Name a record's index with its point of a sweep and what else was asked of it, as tables and plots call it."""
     options = record.get("options") or {}
     asked = {"nprobe": options.get("nprobe")} if record.get("nprobe") is not None else {}
     asked |= {"target_recall": options.get("target_recall")} if record["spec"] in ("ivf", "fast", "auto") else {}
@@ -251,7 +251,7 @@ def searches(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def pareto_names(points: dict[str, tuple[float, float]]) -> set[str]:
-    """The names of points that no other one beats in both coordinates, higher being better.
+    """Return the names of points that no other one beats in both coordinates, higher being better.
 
     Example:
         >>> sorted(pareto_names({"a": (1.0, 2.0), "b": (2.0, 1.0), "c": (0.5, 1.0)}))
@@ -265,12 +265,12 @@ def pareto_names(points: dict[str, tuple[float, float]]) -> set[str]:
 
 
 def depth_of(record: Record) -> int:
-    """How many neighbours the search behind a record looked for."""
+    """Tell how many neighbours the search behind a record looked for."""
     return int((record.get("options") or {}).get("depth") or record["k"])
 
 
 def at_common_k(records: Iterable[Record]) -> dict[str, Record]:
-    """A record of each index whose recall and speed can be compared: of one k, from searches of one depth.
+    """Choose a record of each index so that recall and speed can be compared: of one k, from searches of one depth.
 
     These are the depth and k that the most indexes have; of equals the deepest, where recall is hardest to keep. An
     index that was only searched at other depths has no record here.

@@ -27,7 +27,7 @@ class Described(Protocol):
         """The bank's rows that are nearest, likewise."""
 
     def class_name(self, label: Any, /) -> str:
-        """What a class is called."""
+        """Name a class."""
 
 
 @dataclass(frozen=True)
@@ -83,25 +83,25 @@ class Rows:
         return any(album is not None for album in self.looks.albums.values())
 
     def name(self, side: str, number: int) -> str:
-        """What a row is called: by its name, or else its number."""
+        """Name a row: by its name, or else its number."""
         names = self.looks.names[side]
         return f"{side} {number}" if names is None else str(names[number])
 
     def tile(self, side: str, number: int, *, is_first: bool = False) -> Tile:
-        """A row with its label and picture."""
+        """Show a row with its label and picture."""
         label = self.report.labels.get((side, number))
         caption = self.name(side, number) + ("" if label is None else f" · {self.report.class_name(label)}")
         album = self.looks.albums[side]
         return Tile(caption, None if album is None else album.thumbnail(number), is_first)
 
     def beside(self, title: str, side: str, number: int) -> Strip:
-        """A row before its neighbours."""
+        """Show a row before its neighbours."""
         near = self.report.neighbors.get((side, number), [])
         tiles = (self.tile("row", row) for row in near[: MEMBERS - 1])
         return Strip(title, (self.tile(side, number, is_first=True), *tiles))
 
     def strips(self, findings: Iterable[Strip]) -> tuple[Strip, ...]:
-        """Strips where there are pictures; without, the table says the same."""
+        """Return strips where there are pictures; without, the table says the same."""
         return tuple(findings) if self.has_pictures else ()
 
     def with_broken(self, sections: list[Section]) -> list[Section]:

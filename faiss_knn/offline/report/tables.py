@@ -61,7 +61,7 @@ def rows_of(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 
 def extra_fields(records: Sequence[Record]) -> list[str]:
-    """What was measured on request: torchmetrics metrics, and the times of single queries."""
+    """List what was measured on request: torchmetrics metrics, and the times of single queries."""
     names = dict.fromkeys(name for record in records for name in record)
     return [name for name in names if name[:1].isupper() or name in _LATENCY]
 
@@ -77,7 +77,7 @@ def percent(value: float | None) -> str:
 
 
 def interval(record: Record) -> str:
-    """The 95 % interval of a record's top-1, in percent; a dash for records that were made without it."""
+    """Write the 95 % interval of a record's top-1, in percent; a dash for records that were made without it."""
     if record.get("top1_low") is None:
         return "–"
     return f"{percent(record['top1_low'])}–{percent(record['top1_high'])}"
@@ -137,7 +137,7 @@ def _flat(value: Any) -> Any:
 
 
 def csv_lines(rows: Iterable[Iterable[Any]]) -> str:
-    """Rows as CSV. Text that a spreadsheet would run as a formula is quoted with an apostrophe; numbers stay."""
+    """Write rows as CSV. Text that a spreadsheet would run as a formula is quoted with an apostrophe; numbers stay."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([_harmless(cell) for cell in row] for row in rows)
     return out.getvalue()
@@ -158,7 +158,7 @@ def _harmless(cell: Any) -> Any:
 
 
 def counted(count: int, word: str) -> str:
-    """A number with its word in the singular or plural.
+    """Write a number with its word in the singular or plural.
 
     Example:
         >>> counted(1, "group"), counted(1200, "group"), counted(2, "query")

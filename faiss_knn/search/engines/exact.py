@@ -129,8 +129,8 @@ class ExactEngine:
         """Return what a copy may take so that, with all else that is kept of it, the bank is held twice at most."""
         if self._lean:
             return 0
-        kept = 0 if self._duplicates is None else self._duplicates.bytes
-        return self._rows.bytes + _LEEWAY - kept - (8 * len(self._rows) if self._distance.normalized else 0)
+        duplicates_bytes = 0 if self._duplicates is None else self._duplicates.bytes
+        return self._rows.bytes + _LEEWAY - duplicates_bytes - (8 * len(self._rows) if self._distance.normalized else 0)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""

@@ -95,10 +95,10 @@ def measure(
             for left in range(0, width, columns):
                 chosen = ids[part, left : left + columns]
                 known = chosen.reshape(-1).clamp(min=0)
-                taken = rows.as_compared(known, distance, dtype) if distance.normalized else rows.take(known)
+                compared = rows.as_compared(known, distance, dtype) if distance.normalized else rows.take(known)
                 asking = queries[part] if of is None else queries[of[part]]
-                taken = taken.view(*chosen.shape, dim)
-                norms[part, left : left + columns] = pair_norms(asking, taken, distance, dtype, wide=wide)
+                compared = compared.view(*chosen.shape, dim)
+                norms[part, left : left + columns] = pair_norms(asking, compared, distance, dtype, wide=wide)
 
     threads = threads_for(ids.numel() * dim, _ALONE) if ids.device.type == "cpu" else 1
     run_together([measure_parts] * min(threads, max(1, -(-len(ids) // step))))
