@@ -146,12 +146,8 @@ class OnlineKNN(OnlineOptions, Callback):
             if self.bank_dataloader_idx is not None and trainer.val_dataloaders is not None:
                 check_bank_loader(trainer, self.name, self.bank_dataloader_idx)
             align_all(trainer)
-            if drop_rows_of_others(trainer, pl_module):
-                self._run(trainer).scorer.memory.warn_once(
-                    "dropped",
-                    f"{self.title}: the queue's rows were made by another module, or by other weights, than "
-                    "are trained from here on, and are dropped",
-                )
+            if complaint := drop_rows_of_others(trainer, pl_module):
+                self._run(trainer).scorer.memory.warn_once("dropped", f"{self.title}: {complaint}")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.bank_dataloader_idx is None and not was_skipped(pl_module, outputs):

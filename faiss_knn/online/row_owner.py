@@ -17,6 +17,9 @@ _SWAPPED = (
     "validation runs with averaged weights (EMA, SWA), and the queue's rows were made by the raw ones: the score says "
     "little. Fill the bank with the same weights, from a dataloader, with bank_dataloader_idx"
 )
+_DROPPED = (
+    "the queue's rows were made by another module, or by other weights, than are trained from here on, and are dropped"
+)
 AVERAGED = b"averaged"  # the weights of a checkpoint that are not those its rows were made by
 _VALUES = 8  # of each parameter
 _KEY = "weights"
@@ -79,12 +82,12 @@ class WeightsWatch:
         return complaint
 
 
-def drop_rows_of_others(trainer: Any, module: Any) -> bool:
-    """Empty the queues where they hold what an earlier fit of another module left; tell whether they did."""
+def drop_rows_of_others(trainer: Any, module: Any) -> str | None:
+    """Empty the queues where they hold what an earlier fit of another module left; return what to say of it."""
     rings = [storage.ring for storage in trainer_state(trainer).get("queues", {}).values()]
     others = remembered(trainer) not in (None, weights_fingerprint(module)) and any(map(len, rings))
     if others:
         for ring in rings:
             ring.replace(None)
     remember(trainer, None)
-    return others
+    return _DROPPED if others else None
