@@ -19,6 +19,7 @@ from faiss_knn.measures.uniformity import uniformity
 from faiss_knn.online.memory import LabelledFeatures, Memory
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.search.engines.rerank import drop_self
+from faiss_knn.search.engines.workers import run_alone
 from faiss_knn.search.index import KNNIndex
 
 SAMPLE_ROWS = 2048
@@ -63,7 +64,9 @@ class Diagnostics:
             samples = self._samples(rows)
             if rank_and_size()[0] == 0:
                 self._warn_of_collapse(rows.features)
-                found = {name: self._measured(name, sample) for name, sample in samples.items()}
+                # On one thread: those of a decomposition wait for each other thousands of times, each time as long as
+                # another process (a data loader) has the core of one of them.
+                found = run_alone(lambda: {name: self._measured(name, sample) for name, sample in samples.items()})
         if not samples:
             return {}
         return {name: value for name, value in broadcast_object(found).items() if not math.isnan(value)}

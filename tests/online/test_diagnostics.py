@@ -104,6 +104,20 @@ def test_a_sample_depends_on_the_rows_alone(dtype, with_ids, monkeypatch):
     assert values(rows, "effective_rank") != {"effective_rank": effective_rank(rows.features)}
 
 
+def test_they_are_computed_on_one_thread(monkeypatch):
+    seen = []
+    measure = lambda *_: seen.append(torch.get_num_threads()) or 0.0  # noqa: E731
+    monkeypatch.setitem(diagnostics_module._MEASURES, "effective_rank", measure)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        values(ALL, "effective_rank")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1]
+
+
 def test_with_ids_it_is_of_the_same_samples_each_time(monkeypatch):
     monkeypatch.setattr(diagnostics_module, "SAMPLE_ROWS", 30)
     memory = Memory(knn().new_index())
