@@ -94,8 +94,8 @@ class OnlineKNN(OnlineOptions, Callback):
         protocol: Name of one of `protocols`, for k, temperature, distance_metric and weighting that are not given;
             afterwards also names what differs from it, such as "dino, k=5".
         diagnostics: What else to log of the bank, from a sample of it: any of "effective_rank", "alignment",
-            "uniformity", "hubness", "neighbor_churn" (needs `id`) and "duplicate_share"; `docs/diagnostics.md` says
-            what each tells.
+            "uniformity", "hubness", "neighbor_churn" (needs `id`) and "duplicate_share"; of two inputs together
+            "view_alignment". `docs/diagnostics.md` says what each tells.
         gallery: Key of the images in the outputs or batch, or {"key": "image", "rows": 8}: the few queries of each
             validation that the vote got most wrong are handed to the trainer's loggers that take pictures (W&B,
             TensorBoard), captioned with label, vote and neighbours, as `eval/{name}_gallery`. Rank zero's; the bank's

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.distributed import all_or_none, broadcast_object, gather_rows, rank_and_size
-from faiss_knn.measures.alignment import label_alignment
+from faiss_knn.measures.alignment import alignment, label_alignment
 from faiss_knn.measures.churn import neighbor_churn
 from faiss_knn.measures.collapse import collapse_of
 from faiss_knn.measures.duplicate_share import duplicate_share
@@ -74,12 +74,32 @@ class Diagnostics:
     def _samples(self, rows: LabelledFeatures) -> Mapping[str, LabelledFeatures]:
         """Draw the sample for each diagnostic."""
         by_row = {name: rows.ids is None or name == "duplicate_share" for name in self._options.diagnostics}
-        drawn = {kind: self._drawn(rows, kind) for kind in sorted(set(by_row.values()))}
+        drawn = {kind: self._drawn(rows, kind, self._options.shards) for kind in sorted(set(by_row.values()))}
         return {name: drawn[kind] for name, kind in by_row.items()}
 
-    def _drawn(self, rows: LabelledFeatures, by_row: bool) -> LabelledFeatures:
-        """Return the rows of the smallest keys, over all ranks, the smallest first."""
-        shards = self._options.shards
+    def of_views(self, rows: LabelledFeatures) -> float:
+        """Return the alignment of two views; all ranks must call it together, and get the same.
+
+        Args:
+            rows: This rank's own: of the first view, and of the second in the place of labels.
+
+        Returns:
+            NaN without rows.
+        """
+        with all_or_none():
+            sample, value = self._drawn(rows, by_row=rows.ids is None, shards=True), math.nan
+            if rank_and_size()[0] == 0 and len(sample.features):
+                value = run_alone(lambda: alignment(sample.features, sample.labels))
+        return broadcast_object(value)
+
+    def _drawn(self, rows: LabelledFeatures, by_row: bool, shards: bool) -> LabelledFeatures:
+        """Return the rows of the smallest keys, over all ranks, the smallest first.
+
+        Args:
+            rows: What they are drawn from.
+            by_row: Whether keys are those of the rows' numbers.
+            shards: Whether the other ranks have others.
+        """
         if not shards and rank_and_size()[0] > 0:
             return rows  # rank zero has all of them, and measures
         keys = _row_keys(rows) if by_row or rows.ids is None else _mixed(rows.ids.cpu().numpy())

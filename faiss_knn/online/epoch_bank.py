@@ -65,16 +65,34 @@ class BankRows:
         labels = options.read_labels(rows[options.label_key])
         return features, labels, searchable(features, options.is_normalized) & options.is_labelled(labels)
 
+    def read_views(self) -> LabelledFeatures:
+        """Return this rank's rows of both keys of features, the second's in the place of labels.
+
+        Those that have a direction under both; with ids the newest of each. All ranks must call it together.
+        """
+        self._lengths = self._shared_lengths()
+        with all_or_none():
+            rows = {key: self._snapshot(key, gathered=False) for key in self._options.keys}
+            check_aligned(self._options.title, rows)
+            first, second = (flat_rows(rows[key]) for key in self._options.keys[:2])
+            chosen = (searchable(first, True) & searchable(second, True)).cpu()
+            ids = self._ids(rows)
+        if ids is not None:
+            chosen = _newest_of(ids, chosen)
+            ids = ids[chosen]
+        return LabelledFeatures(first[chosen.to(first.device)], second[chosen.to(second.device)], ids)
+
     def _newest(self) -> tuple[Tensor, Tensor]:
         """Tell which of this rank's rows are the newest usable ones of their sample over all ranks, and their ids."""
         with all_or_none():
             rows = {key: self._snapshot(key, gathered=False) for key in self._options.keys}
-            usable = self._usable(rows)[2].cpu()
-            key = str(self._options.id)
-            ids = sample_ids(rows[key], f"'{key}'")
-        newest = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
-        newest[usable] = newest_per_id(ids[usable])
-        return newest, ids
+            usable, ids = self._usable(rows)[2].cpu(), self._ids(rows)
+        assert ids is not None
+        return _newest_of(ids, usable), ids
+
+    def _ids(self, rows: Mapping[str, Tensor]) -> Tensor | None:
+        key = self._options.id
+        return None if key is None else sample_ids(rows[key], f"'{key}'")
 
     def _shared_lengths(self) -> list[list[int]]:
         """Tell how many rows each rank has of each key: a key that is younger than the others has fewer."""
@@ -104,6 +122,13 @@ class BankRows:
             self.skipped = skipped
         if skipped:
             warn_of_skipped(self._options, self._memory, skipped, rows, "bank")
+
+
+def _newest_of(ids: Tensor, usable: Tensor) -> Tensor:
+    """Tell which usable rows are the newest of their sample over all ranks, (n,) bool."""
+    newest = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
+    newest[usable] = newest_per_id(ids[usable])
+    return newest
 
 
 def warn_of_skipped(options: OnlineOptions, memory: Memory, skipped: int, rows: int, where: str) -> None:

@@ -64,6 +64,9 @@ class Evaluation:
         stored: The rows of the bank on this rank, by key; None: those that a dataloader will give, under
             `options.bank_dataloader_idx`.
 
+    Attributes:
+        stored: The rows of the bank, as given or as they come.
+
     Raises:
         ValueError: If the ranks cannot know how often each of them will search.
     """
@@ -85,7 +88,7 @@ class Evaluation:
         self._most_searches = self._count_searches({i: plan.batches[i] for i in scored})
         self._searches = 0
         self._expected_queries = plan.query_count(scored)
-        self._stored = stored or {key: QueueStorage(options.new_ring(key, device)) for key in options.keys}
+        self.stored = stored or {key: QueueStorage(options.new_ring(key, device)) for key in options.keys}
         self._collected = CollectedQueries()
         shows = options.gallery is not None and not plan.is_rehearsal and rank_and_size()[0] == 0
         self._gallery = Gallery(options.gallery.rows) if shows else None
@@ -137,7 +140,7 @@ class Evaluation:
                 self._make_bank()
 
     def _make_bank(self) -> None:
-        options, chosen = self._options, BankRows(self._options, self._memory, self._stored)
+        options, chosen = self._options, BankRows(self._options, self._memory, self.stored)
         self._rows = chosen.read()
         features, labels, _ = self._rows
         self._skipped += chosen.skipped
@@ -201,14 +204,14 @@ class Evaluation:
             )
         rows = find_rows(options, outputs, batch)
         own = unpadded_rows(self._plan.dataloaders[number], batch_idx, len(rows[options.feature_key]))
-        if len(self._stored[options.feature_key].ring) + own > options.queue_length:
+        if len(self.stored[options.feature_key].ring) + own > options.queue_length:
             self._memory.warn_once(
                 "full",
                 f"{options.title}: dataloader {number} has more than queue_length="
                 f"{options.queue_length} rows for the bank on each rank: only the last are kept. Raise queue_length",
             )
         for key, values in rows.items():
-            self._stored[key].ring.append(values[:own])
+            self.stored[key].ring.append(values[:own])
 
     def _read(self, bank: EpochBank, outputs: Any, batch: Any, batch_idx: int, number: int) -> BatchQueries:
         asked = read_batch(self._options, outputs, batch, self._plan.dataloaders[number], batch_idx)

@@ -27,6 +27,7 @@ from faiss_knn.search.inputs import as_choice, as_integer, as_key, as_positive, 
 _SETTLED: Any = None  # by the protocol, or below
 _DEFAULTS = {"k": 5, "temperature": 0.07, "weighting": "inverse", "distance_metric": "euclidean"}
 DIAGNOSTICS = ("effective_rank", "alignment", "uniformity", "hubness", "neighbor_churn", "duplicate_share")
+VIEW_ALIGNMENT = "view_alignment"  # of two inputs together, where the others are of each
 _BANK_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -144,6 +145,7 @@ class OnlineOptions:
         part.target = part.label_key = target
         part._inputs, part._targets, part._parts = (key,), {target: self._targets[target]}, []
         part.metrics = self._targets[target]
+        part.diagnostics = tuple(name for name in self.diagnostics if name != VIEW_ALIGNMENT)
         part._read_metrics()
         return part
 
@@ -214,7 +216,13 @@ class OnlineOptions:
     def _check_diagnostics(self) -> None:
         several = isinstance(self.diagnostics, Sequence) and not isinstance(self.diagnostics, str)
         given = self.diagnostics if several else [self.diagnostics]
-        self.diagnostics = tuple(dict.fromkeys(as_choice(one, DIAGNOSTICS, "`diagnostics`") for one in given))
+        known = (*DIAGNOSTICS, VIEW_ALIGNMENT)
+        self.diagnostics = tuple(dict.fromkeys(as_choice(one, known, "`diagnostics`") for one in given))
+        if VIEW_ALIGNMENT in self.diagnostics and len(self._inputs) != 2:
+            raise ValueError(
+                f"`diagnostics` with {VIEW_ALIGNMENT} compares two keys of features, row by row: give "
+                f'input=("first", "second"), got {", ".join(self._inputs)}'
+            )
         if "neighbor_churn" in self.diagnostics and self.id is None:
             raise ValueError(
                 "`diagnostics` with neighbor_churn needs to know which sample a row is of: give `id`, the key of the "
@@ -235,11 +243,17 @@ class OnlineOptions:
     def log_keys(self) -> set[str]:
         """What is logged, as far as is known before: keys without the stage."""
         if self._parts:
-            return {key for part in self._parts for key in part.log_keys}
+            views = {f"{self.name}_{VIEW_ALIGNMENT}"} if self.has_views else set()
+            return views.union(*(part.log_keys for part in self._parts))
         stems = [f"{self.name}_k{k}" for k in self.ks] if self.has_several_k else [self.name]
         return {f"{stem}_{value}" for stem in stems for value in self._value_names} | {
             f"{self.name}_{value}" for value in (*RESERVED, *self.diagnostics)
         }
+
+    @property
+    def has_views(self) -> bool:
+        """Whether two keys of features are compared, row by row."""
+        return VIEW_ALIGNMENT in self.diagnostics
 
     def check_first_step(self, labels: Tensor) -> None:
         """Find out by a training step's labels what would stop a validation much later: labels or metrics.

@@ -1,5 +1,6 @@
 """Scorer: a k-NN score through training steps and validations, whatever loop drives it."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 
 from faiss_knn.online.batch import find_rows, flat_rows
+from faiss_knn.online.diagnostics import Diagnostics
+from faiss_knn.online.epoch_bank import BankRows
 from faiss_knn.online.evaluation import Evaluation, Plan
 from faiss_knn.online.memory import Memory
-from faiss_knn.online.options import OnlineOptions
+from faiss_knn.online.options import VIEW_ALIGNMENT, OnlineOptions
 from faiss_knn.online.ring import QueueStorage
 from faiss_knn.online.unique_samples import check_sample_ids
 
@@ -36,7 +39,7 @@ class Scorer:
         stored: Mapping[str, QueueStorage] | None,
         memories: Sequence[Memory] | None = None,
     ) -> None:
-        self._parts = options.parts
+        self._options, self._parts = options, options.parts
         self.memories = list(memories or [Memory(part.new_index()) for part in self._parts])
         self.stored = stored
         self._evaluations: list[Evaluation] = []
@@ -75,8 +78,18 @@ class Scorer:
                 memory.index.check_spec(flat_rows(rows[part.feature_key]).shape[1])
                 part.check_first_step(rows[part.label_key])
             found |= rows
+        if not self._is_tried and self._options.has_views:
+            self._check_views(found)
         self._is_tried = True
         return found
+
+    def _check_views(self, rows: Mapping[str, Tensor]) -> None:
+        widths = {part.feature_key: flat_rows(rows[part.feature_key]).shape[1] for part in self._parts}
+        if len(set(widths.values())) > 1:
+            raise ValueError(
+                f"{self._options.title}: {VIEW_ALIGNMENT} needs two inputs of one width, got {widths}: leave it out of "
+                "`diagnostics`"
+            )
 
     def start(self, plan: Plan, device: torch.device) -> None:
         """Begin a validation; all ranks must call it together.
@@ -119,4 +132,13 @@ class Scorer:
         for part, evaluation in zip(self._parts, evaluations, strict=True):
             values, rest = evaluation.finish(f"{stage}/{part.name}")
             numbers, others = numbers | values, others | rest
+        if self._options.has_views:
+            numbers |= self._view_alignment(f"{stage}/{self._options.name}", evaluations)
         return numbers, others
+
+    def _view_alignment(self, prefix: str, evaluations: Sequence[Evaluation]) -> dict[str, Tensor]:
+        """Compare the two inputs of the bank's rows."""
+        stored = {key: rows for evaluation in evaluations for key, rows in evaluation.stored.items()}
+        views = BankRows(self._options, self.memory, stored).read_views()
+        value = Diagnostics(self._options, self.memory).of_views(views)
+        return {} if math.isnan(value) else {f"{prefix}_{VIEW_ALIGNMENT}": torch.tensor(value)}

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torchmetrics import MeanAbsoluteError
 from torchmetrics.classification import MulticlassAccuracy
 
 from faiss_knn import OnlineEvaluator, OnlineKNN
+from faiss_knn.online import diagnostics
 from tests.online.parts import Echo, loader, trainer
 from tests.online.test_evaluator import TRAIN, VAL
 
@@ -131,3 +133,109 @@ def test_what_cannot_be_meant_is_refused(options, message):
 def test_callbacks_that_would_log_one_key_are_refused():
     with pytest.raises(ValueError, match=r"would both log .*knn_teacher_acc"):
         fitted(knn("knn", ("embedding", "teacher")), knn("knn_teacher", "teacher"))
+
+
+def two_views(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 6, generator=generator)
+    return {"x": x, "other": x + 0.3 * torch.randn(n, 6, generator=generator), "label": torch.arange(n) % 3}
+
+
+def of_views(columns, **options):
+    evaluator = OnlineEvaluator(
+        "knn", ("x", "other"), "label", 500, num_classes=3, diagnostics=("uniformity", "view_alignment"), **options
+    )
+    evaluator.observe(**columns)
+    evaluator.start()
+    return evaluator.finish()
+
+
+def test_two_views_of_a_sample_are_aligned():
+    views = two_views(200, 0)
+    pairs = torch.nn.functional.normalize(views["x"].double()), torch.nn.functional.normalize(views["other"].double())
+    expected = (pairs[0] - pairs[1]).square().sum(1)
+    values = of_views(views)
+    assert set(values) == {"eval/knn_x_uniformity", "eval/knn_other_uniformity", "eval/knn_view_alignment"}
+    assert values["eval/knn_view_alignment"] == pytest.approx(expected.mean().item(), rel=1e-6)
+    views["x"][3], views["other"][7] = torch.nan, 0.0  # no direction, in one of them
+    views["label"][9] = -1
+    has = torch.ones(200, dtype=torch.bool).index_fill(0, torch.tensor([3, 7]), False)
+    assert of_views(views)["eval/knn_view_alignment"] == pytest.approx(expected[has].mean().item(), rel=1e-6)
+
+
+def test_views_of_a_sample_are_its_newest():
+    views = two_views(300, 0)
+    ids = torch.arange(300) % 200
+    pairs = (torch.nn.functional.normalize(views[key][100:].double()) for key in ("x", "other"))
+    expected = (next(pairs) - next(pairs)).square().sum(1).mean().item()
+    assert of_views({**views, "id": ids}, id="id")["eval/knn_view_alignment"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_of_many_views_a_sample_is_aligned(monkeypatch):
+    monkeypatch.setattr(diagnostics, "SAMPLE_ROWS", 50)
+    views = two_views(300, 0)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    one = of_views(views)["eval/knn_view_alignment"]
+    assert of_views({key: values[order] for key, values in views.items()})["eval/knn_view_alignment"] == one
+    monkeypatch.undo()
+    assert of_views(views)["eval/knn_view_alignment"] == pytest.approx(one, rel=0.3)
+    assert of_views(views)["eval/knn_view_alignment"] != one
+
+
+def test_the_callback_logs_the_alignment_of_its_banks_views():
+    train, val = two_views(200, 0), two_views(64, 1)
+    names = ("alignment", "view_alignment")
+    for options, loaders in (
+        ({}, loader(32, **val)),
+        ({"bank_dataloader_idx": 0}, [loader(32, **train), loader(32, **val)]),
+    ):
+        run = trainer(knn("knn", ("embedding", "other"), diagnostics=names, **options), num_sanity_val_steps=0)
+        run.fit(Echo(), loader(32, **train), loaders)
+        values = {key: value.item() for key, value in run.callback_metrics.items()}
+        assert values["eval/knn_view_alignment"] == of_views(train)["eval/knn_view_alignment"]
+        assert "eval/knn_embedding_alignment" in values
+
+
+def test_what_cannot_be_aligned_is_refused():
+    with pytest.raises(
+        ValueError, match=r'view_alignment compares two keys .*: give input=\("first", "second"\), got x'
+    ):
+        knn(given="x", diagnostics="view_alignment")
+    wide = knn(given=("x", "teacher"), diagnostics="view_alignment", kind=OnlineEvaluator)
+    with pytest.raises(ValueError, match=r"view_alignment needs two inputs of one width, got {'x': 64, 'teacher': 3}"):
+        wide.observe(**{**DATA, "teacher": DATA["teacher"][:, :3]})
+
+
+def test_diagnostics_and_pictures_of_several_inputs_and_targets_are_those_of_a_callback_each():
+    names = ("effective_rank", "alignment", "uniformity", "hubness", "neighbor_churn", "duplicate_share")
+    options = {"diagnostics": names, "gallery": {"key": "image", "rows": 3}, "id": "id", "kind": OnlineEvaluator}
+    targets = {"label": ACCURACY, "odd": TWO, "size": MeanAbsoluteError()}
+    train, val = (
+        {**part, "size": part["x"].norm(dim=1), "image": part["x"].view(-1, 8, 8)} for part in (DATA, QUERIES)
+    )
+    each = {
+        f"{given}_{target}": knn(f"knn_{given}_{target}", given, target, metrics, **options)
+        for given in ("x", "teacher")
+        for target, metrics in targets.items()
+    }
+    together = knn("knn", ("x", "teacher"), targets, None, **options)
+    for epoch in range(2):
+        values, results = {}, {}
+        for evaluator in (*each.values(), together):
+            evaluator.observe(**{**train, "x": train["x"].roll(epoch, 1)})
+            evaluator.start()
+            evaluator.score(**val)
+            if evaluator is not together:
+                values |= evaluator.finish()
+                results |= evaluator.results
+        assert together.finish() == values
+        assert len([key for key in values if key.endswith("neighbor_churn")]) == (6 if epoch else 0)
+        assert "eval/knn_x_size_alignment" not in values  # which is of classes
+        assert (
+            list(together.results)
+            == list(results)
+            == [f"eval/knn_{given}_{target}_gallery" for given in ("x", "teacher") for target in ("label", "odd")]
+        )
+        for key, pictures in results.items():
+            assert [p.caption for p in pictures] == [p.caption for p in together.results[key]]
+            assert len(pictures) == 3
