@@ -17,6 +17,7 @@ from faiss_knn.search.distance import get_distance
 from faiss_knn.search.engines.base import Engine, TooFewRowsError
 from faiss_knn.search.engines.choice import DEFAULT_K, EngineRequest, make_engine
 from faiss_knn.search.engines.rerank import Neighbors, ordered_by
+from faiss_knn.search.engines.scan import run_search
 from faiss_knn.search.engines.specs import check_alive, check_numbers
 from faiss_knn.search.engines.tuning import recall_sample
 from faiss_knn.search.inputs import as_count, as_integer, as_k, as_number, first_line, shown
@@ -281,10 +282,17 @@ class KNNIndex:
     def _search_parts(self, queries: Tensor | np.ndarray, k: int, *, is_checked: bool) -> Neighbors:
         with self._access.shared():
             rows, engine = self._built()
-            with full_precision(rows.device):
-                prepared = as_queries(queries, rows, self._distance, checked=is_checked)
-                parts = [engine.search(part, k) for part in torch.split(prepared, self._step)]
-        distances, indices = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+
+            def search() -> tuple[Tensor, Tensor]:
+                with full_precision(rows.device):
+                    prepared = as_queries(queries, rows, self._distance, checked=is_checked)
+                    parts = [engine.search(part, k) for part in torch.split(prepared, self._step)]
+                distances, indices = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+                return distances, indices
+
+            # All of it there: of what PyTorch divided before, its threads would still spin and take our threads' cores.
+            count = len(queries) if engine.backend == "torch" and getattr(queries, "ndim", 0) == 2 else 0
+            distances, indices = run_search(search, rows, count)
         device = queries.device if isinstance(queries, Tensor) else rows.device
         return Neighbors(distances.to(device), indices.to(device))
 

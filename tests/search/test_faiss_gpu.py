@@ -115,7 +115,11 @@ def test_where_no_part_is_small_enough_the_cpu_searches(monkeypatch, logged):
 
 
 def test_threads_that_run_out_of_memory_together_change_the_index_once(monkeypatch, logged):
-    rows, queries, threads = torch.randn(6000, 16), torch.randn(300, 16), 5
+    rows, queries, threads = (
+        torch.randn(3000, 16),
+        torch.randn(300, 16),
+        5,
+    )  # few: as on a GPU, each searches on its own
     index = KNNIndex().build(rows)
     expected = index.search(queries, 5)
     search, first, together = ExactEngine.search, index._engine, threading.Barrier(threads)

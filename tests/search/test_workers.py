@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from faiss_knn import KNNIndex
-from faiss_knn.search.engines.workers import numpy_threads, run_alone, run_together, threads_for
+from faiss_knn.search.engines.workers import numpy_threads, run_alone, run_apart, run_together, threads_for
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -64,13 +64,22 @@ class TestRunTogether:
             run_alone(lambda: run_together([fail, fail, fail]))
         assert run_alone(lambda: run_together([lambda: 1, lambda: 2])) == [1, 2]
 
+    def test_what_runs_apart_divides_nothing_further(self):
+        def search():
+            assert run_apart([lambda: threads_for(10, least=10), lambda: 7]) == [1, 7]
+            return threads_for(10, least=10)
 
+        assert run_alone(search) == 2
+
+
+@pytest.mark.parametrize("least_part", [0, 1 << 30], ids=["queries divided", "rows divided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_results_do_not_depend_on_the_number_of_threads(dtype, monkeypatch):
+def test_results_do_not_depend_on_the_number_of_threads(dtype, least_part, monkeypatch):
     monkeypatch.setattr("faiss_knn.search.engines.products.has_fast_bfloat16", lambda device: dtype == torch.bfloat16)
     monkeypatch.setattr("faiss_knn.search.engines.products.prefers_numpy", lambda: False)
-    for name in ("scan._ALONE", "rerank._ALONE", "scan._LEAST_WORK", "scan._LEAST_SECONDS"):
+    for name in ("scan._ALONE", "rerank._ALONE", "scan._LEAST_WORK"):
         monkeypatch.setattr(f"faiss_knn.search.engines.{name}", 0)
+    monkeypatch.setattr("faiss_knn.search.engines.scan._LEAST_PART", least_part)
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(30_000, 16, generator=generator), torch.randn(300, 16, generator=generator)
     bank[5000:5040] = bank[77]  # equal distances are ordered by index, whoever found them
@@ -98,7 +107,7 @@ def other():
     said.append(torch.get_num_threads()); asked.wait(); said.append(torch.get_num_threads()); answered.set()
 threading.Thread(target=other).start()
 from faiss_knn.search.engines import rerank, scan
-rerank._ALONE = scan._ALONE = scan._LEAST_WORK = scan._LEAST_SECONDS = 0
+rerank._ALONE = scan._ALONE = scan._LEAST_WORK = scan._LEAST_PART = 0
 bank = torch.randn(20000, 16)
 KNNIndex().build(bank).search(bank[:256], 5)
 asked.set(); answered.wait()

@@ -15,7 +15,7 @@ from faiss_knn.search.engines.oversampling import Oversampling
 from faiss_knn.search.engines.products import scan_dtype
 from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions, participation_ratio
 from faiss_knn.search.engines.rerank import measure, nearest
-from faiss_knn.search.engines.scan import best_scores, rows_at_least, run_search
+from faiss_knn.search.engines.scan import best_scores, rows_at_least, search_in_parts
 from faiss_knn.search.stored_rows import StoredRows
 
 _SMALL = 4  # a bank of fewer than this many times the candidates is measured whole
@@ -134,26 +134,19 @@ class ExactEngine:
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
-        return run_search(lambda: self._search(queries, k), self._rows, queries, self._dtype)
+        if len(self._rows) <= _SMALL * (k + max(20, k)):
+            return search_in_parts(
+                lambda part: self._measured_whole(part, k), queries, k, max(1, _WHOLE // len(self._rows))
+            )
+        most = max(1, min(_CHUNK, _KEPT // (k + self._now(k)[1].count)))
+        return search_in_parts(lambda part: self._search_part(part, k), queries, k, most, together=self._rows.streamed)
 
-    def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        small = len(self._rows) <= _SMALL * (k + max(20, k))
-        # Made first: among the parts' own, short-lived memory it would keep the heap from shrinking.
-        distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
-        ids = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-        done = 0
-        while done < len(queries):
-            bounds, oversampling = self._now(k)
-            count = oversampling.count
-            step = _WHOLE // len(self._rows) if small else min(_CHUNK, _KEPT // (k + count))
-            part = slice(done, done + max(1, step))
-            if small:
-                distances[part], ids[part] = self._measured_whole(queries[part], k)
-            else:
-                distances[part], ids[part], needed = self._search_chunk(queries[part], k, bounds, count)
-                del bounds  # so that a tighter one can take its place
-                self._learn(oversampling, needed, count)
-            done = part.stop
+    def _search_part(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        bounds, oversampling = self._now(k)
+        count = oversampling.count
+        distances, ids, needed = self._search_chunk(queries, k, bounds, count)
+        del bounds  # so that a tighter one can take its place
+        self._learn(oversampling, needed, count)
         return distances, ids
 
     def _search_chunk(self, queries: Tensor, k: int, bounds: Bounds, count: int) -> tuple[Tensor, Tensor, list[int]]:

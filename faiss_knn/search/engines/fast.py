@@ -3,7 +3,6 @@
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance
@@ -12,7 +11,7 @@ from faiss_knn.search.engines.costs import search_cost
 from faiss_knn.search.engines.products import scan_dtype
 from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions
 from faiss_knn.search.engines.rerank import measure_quickly, nearest
-from faiss_knn.search.engines.scan import best_scores, run_search
+from faiss_knn.search.engines.scan import best_scores, run_search, search_in_parts
 from faiss_knn.search.engines.tuning import HELD_OUT, RECHECK, RecallSample, recall_sample, recall_source
 from faiss_knn.search.stored_rows import StoredRows
 
@@ -201,17 +200,13 @@ class FastEngine:
             scores, ids = best_scores(bounds, prepared, len(self._rows), kept)
             return ids.gather(1, scores.float().argsort(dim=1, descending=True))
 
-        return run_search(scan, self._rows, queries, self._dtype)
+        return run_search(scan, self._rows, len(queries))
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return ((B, k) float64 distances, (B, k) int64 ids) of queries (B, d), k at most N."""
-        return run_search(lambda: self._search(queries, k), self._rows, queries, self._dtype)
-
-    def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         bounds, kept = self._bounds, min(self.tuned.candidates(k), len(self._rows))
-        step = max(1, min(_CHUNK, _KEPT // kept))
-        parts = [self._search_chunk(part, k, kept, bounds) for part in torch.split(queries, step)]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        most = max(1, min(_CHUNK, _KEPT // kept))
+        return search_in_parts(lambda part: self._search_chunk(part, k, kept, bounds), queries, k, most)
 
     def _search_chunk(self, queries: Tensor, k: int, kept: int, bounds: ProductBounds) -> tuple[Tensor, Tensor]:
         prepared = bounds.prepare(queries, bound=False)

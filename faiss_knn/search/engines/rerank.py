@@ -10,7 +10,7 @@ from faiss_knn.search.distance import Distance, get_distance, normalize, pair_no
 from faiss_knn.search.engines.workers import run_together, threads_for
 from faiss_knn.search.stored_rows import StoredRows
 
-_PAIR_BYTES = 4 << 20  # float64 rows gathered at once: more makes the heap shrink and grow with every search
+_PAIR_BYTES = 2 << 20  # float64 rows gathered at once: more makes the heap shrink and grow with every search
 _GPU_PAIR_BYTES = 128 << 20
 _ALONE = 1 << 18  # differences from which on threads share them
 _SHORT = 2048  # dimensions that float32 sums may have

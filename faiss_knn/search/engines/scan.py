@@ -1,5 +1,6 @@
 """One pass over a bank's scores: the best few of each query, without an (N, B) array and without sorting it."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -10,8 +11,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.engines.bounds import Bounds, PreparedQueries
-from faiss_knn.search.engines.products import multiply_add_seconds
-from faiss_knn.search.engines.workers import run_alone, run_together, threads_for
+from faiss_knn.search.engines.workers import run_alone, run_apart, run_together, threads_for
 from faiss_knn.search.stored_rows import StoredRows
 
 T = TypeVar("T")
@@ -22,23 +22,55 @@ _PER_KEPT = 64  # rows of a block for each that is kept: selection shall cost pe
 # Of scores at once: on a CPU what stays in cache between product and comparison. There the block of the first rows is
 # larger, for the least score that counts to be high from the start.
 _BLOCK_BYTES, _MIN_BLOCK, _MAX_BLOCK = 2 << 20, 1 << 10, 1 << 16
-_FIRST_BYTES, _FIRST_BLOCK = 30 << 20, 1 << 13
+_FIRST_BYTES, _FIRST_BLOCK = 16 << 20, 1 << 14
 _GPU_BLOCK_BYTES, _GPU_MIN_BLOCK, _GPU_MAX_BLOCK = 1 << 27, 1 << 13, 1 << 20  # a block costs a dozen kernel launches
 _FLAGS = 8  # bytes of a word
 _ROWS_OF_GROUPS = _GROUP * _FLAGS
 _CROWDED = 8  # one in so many groups reaching the least score: sorting the block is cheaper
-# Of products, from which on a search goes to threads of our own; below so many it is not even asked how long they take.
-_LEAST_SECONDS, _LEAST_WORK = 4e-3, 1 << 24
-_ALONE = 1 << 18  # scores from which on threads share them
+_LEAST_WORK = 1 << 24  # products from which on a search goes to threads of our own
+_LEAST_PART = 256  # queries for a thread of their own: of fewer the product would read the bank too often
+_ALONE = 1 << 20  # scores from which on threads share them
 _PENDING = 2  # for each score kept, how many wait for being compared with them
 
 
-def run_search(search: Callable[[], T], rows: StoredRows, queries: Tensor, dtype: torch.dtype) -> T:
-    """Run a search of queries (B, d) on threads of our own where that is worth going there."""
-    work = len(rows) * queries.numel()
-    if rows.device.type != "cpu" or work < _LEAST_WORK or work * multiply_add_seconds(dtype) < _LEAST_SECONDS:
-        return search()
-    return run_alone(search)
+def run_search(search: Callable[[], T], rows: StoredRows, queries: int) -> T:
+    """Run a search for so many queries on threads of our own where it is worth going there."""
+    is_long = len(rows) * rows.dim * queries >= _LEAST_WORK
+    return run_alone(search) if rows.device.type == "cpu" and is_long else search()
+
+
+def search_in_parts(
+    search: Callable[[Tensor], tuple[Tensor, Tensor]], queries: Tensor, k: int, most: int, *, together: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Search many queries in parts: each thread has parts of its own where they are large enough, else they share each.
+
+    Args:
+        search: Returns (b, k) float64 distances and (b, k) int64 ids of queries (b, d).
+        queries: (B, d).
+        k: Neighbours of each.
+        most: How many queries of a part.
+        together: Whether threads share each part however large: where every part reads the bank anew.
+    """
+    # Made first: among the parts' own, short-lived memory it would keep the heap from shrinking.
+    distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
+    ids = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+    threads = threads_for(len(queries), 2 * _LEAST_PART)
+    if together or len(queries) < threads * _LEAST_PART:
+        threads = 1
+    parts = threads * max(1, math.ceil(len(queries) / (threads * most)))
+    step = max(1, math.ceil(len(queries) / parts))
+    starts = iter(range(0, len(queries), step))  # one for all threads
+
+    def search_parts() -> None:
+        for start in starts:
+            part = slice(start, start + step)
+            distances[part], ids[part] = search(queries[part])
+
+    if threads > 1:
+        run_apart([search_parts] * threads)
+    else:
+        search_parts()
+    return distances, ids
 
 
 def best_scores(bounds: Bounds, prepared: PreparedQueries, rows: int, kept: int) -> tuple[Tensor, Tensor]:
@@ -79,8 +111,9 @@ def _best_above_a_threshold(bounds: Bounds, prepared: PreparedQueries, rows: int
     """Scan in blocks that stay in cache, and look at those scores alone that reach the lowest of the best so far."""
     row_bytes = prepared.vectors.element_size() * max(1, len(prepared.vectors))
     first = min(rows, max(_PER_KEPT * kept, min(_FIRST_BLOCK, _FIRST_BYTES // row_bytes)))
-    step = min(max(_BLOCK_BYTES // row_bytes // _ROWS_OF_GROUPS * _ROWS_OF_GROUPS, _MIN_BLOCK), _MAX_BLOCK)
     threads = threads_for(rows * len(prepared.vectors), _ALONE)
+    step = min(_BLOCK_BYTES // row_bytes, math.ceil((rows - first) / threads))
+    step = min(max(math.ceil(step / _ROWS_OF_GROUPS) * _ROWS_OF_GROUPS, _MIN_BLOCK), _MAX_BLOCK)
     found = _best_of_first(bounds, prepared, first, kept, threads)
     least = found[0].amin(1)  # what one thread found, all go by
     starts = iter(range(first, rows, step))  # one for all threads: who is done takes the next

@@ -15,6 +15,7 @@ from faiss_knn.search.distance import Distance
 from faiss_knn.search.engines.bounds import ProductBounds
 from faiss_knn.search.engines.exact import ExactEngine
 from faiss_knn.search.engines.rerank import drop_self
+from faiss_knn.search.engines.scan import run_search
 from faiss_knn.search.stored_rows import StoredRows
 
 _MOST_TWINS = 64
@@ -84,7 +85,7 @@ def recall_sample(
     exact = ExactEngine(rows, distance, lean=True, bounds=bounds)
     if known_queries is None:
         return _held_out(rows, exact, distance, k, count)
-    _, neighbors = exact.search(known_queries, min(k, len(rows)))
+    _, neighbors = run_search(lambda: exact.search(known_queries, min(k, len(rows))), rows, len(known_queries))
     return RecallSample(known_queries, neighbors.new_full((len(known_queries), 1), -2), neighbors)
 
 
@@ -98,7 +99,8 @@ def _held_out(rows: StoredRows, exact: ExactEngine, distance: Distance, k: int, 
     ids = rows.random_ids(count)
     queries = rows.take(ids)
     k = max(1, min(k, len(rows) - 1))
-    distances, near = exact.search(queries, min(k + 1 + _MOST_TWINS, len(rows)))
+    most = min(k + 1 + _MOST_TWINS, len(rows))
+    distances, near = run_search(lambda: exact.search(queries, most), rows, len(queries))
     distances, near = drop_self(distances, near, ids)
     spare = 0 if distance.norm == 0 else near.shape[1] - k  # by products no row is near another
     twins = _twins(distance.to_norm(distances), spare)

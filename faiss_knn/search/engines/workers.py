@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from threading import Barrier
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class _Here(threading.local):
-    count = 0  # of our threads, on one of them
+    count = 0  # of our threads that may share its work, on one of them
 
 
 _here = _Here()
@@ -62,6 +62,23 @@ def run_together(tasks: Sequence[Callable[[], T]]) -> list[T]:
     # What no other thread has begun is done by this one, which they may be waiting for in turn. The last come first.
     waiting = reversed(list(zip(tasks, futures, strict=True)))
     return [task() if future.cancel() else future.result() for task, future in waiting][::-1]
+
+
+def run_apart(tasks: Sequence[Callable[[], T]]) -> list[T]:
+    """Run tasks at once as `run_together` does, but divide nothing of theirs: each is one thread's own.
+
+    Raises:
+        Exception: One of the tasks' own.
+    """
+
+    def undivided(task: Callable[[], T]) -> T:
+        count, _here.count = _here.count, 1
+        try:
+            return task()
+        finally:
+            _here.count = count
+
+    return run_together([partial(undivided, task) for task in tasks])
 
 
 def _submitted(task: Callable[[], T], count: int) -> Future[T]:
