@@ -22,8 +22,10 @@ def main() -> dict[str, float]:
     if ranks > 1:
         dist.init_process_group("gloo")
     sets = [Digits("train"), Digits("val")]
-    samplers = [DistributedSampler(data, shuffle=False) if ranks > 1 else None for data in sets]
-    train, val = (DataLoader(data, BATCH // ranks, sampler=s) for data, s in zip(sets, samplers, strict=True))
+    train, val = (
+        DataLoader(data, BATCH // ranks, sampler=DistributedSampler(data, shuffle=False) if ranks > 1 else None)
+        for data in sets
+    )
     model: torch.nn.Module = Autoencoder()
     if ranks > 1:
         model = DistributedDataParallel(model)

@@ -10,6 +10,7 @@ bash scripts/setup.sh
 out=${OUT:-results/digits}
 case ${OUT:-} in '' | /*) ;; *) out=$called_from/$OUT ;; esac
 mkdir -p "$out"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a network this small waits for more threads longer than they save
 stopped() { echo "demo: $1; what was written by then is in $out" >&2; exit "$2"; }
 trap 'stopped "failed at: $BASH_COMMAND" 1' ERR
 trap 'stopped interrupted 130' INT TERM

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that a visit to a GPU can tell, in one text file and in under nine minutes: the card, the versions, the tests of
-# tests/gpu, and the GPU's tables of scripts/benchmark.py.
+# tests/gpu, and the GPU's tables of benchmarks/benchmark.py.
 # Usage: bash scripts/gpu_report.sh [FILE]     FILE: default results/gpu_report.txt
 # Environment: PYTHON (default .venv/bin/python, else python3); STAND_IN=1: without a GPU, the tables at toy size on the
 # CPU; TEST_SECONDS and TABLE_SECONDS (defaults 210 and 310): when each half is stopped, with what it had written kept.
@@ -41,7 +41,7 @@ for name in ("torch", "numpy", "lightning", "torchmetrics", "faiss-gpu", "faiss-
 import torch
 print("CUDA", torch.version.cuda, [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])'
     part "tests" "${TEST_SECONDS:-210}" "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests/gpu
-    part "tables" "${TABLE_SECONDS:-310}" "$PYTHON" scripts/benchmark.py --tables gpu --out "$file.tables" \
+    part "tables" "${TABLE_SECONDS:-310}" "$PYTHON" benchmarks/benchmark.py --tables gpu --out "$file.tables" \
         ${STAND_IN:+--stand-in}
     if [ "$failed" -eq 0 ]; then echo "gpu_report: all parts done"; else echo "gpu_report: a part failed or was stopped"; fi
     return "$failed"

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,8 +8,9 @@ from threadpoolctl import threadpool_limits
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each of several workers one thread, so that they do not wait for each other's cores."""
+    """Give each of several workers, and what they start, one thread, so that none waits for another's core."""
     if hasattr(config, "workerinput"):
+        os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
         threadpool_limits(1)
 

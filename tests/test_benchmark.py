@@ -13,12 +13,12 @@ import torch
 from faiss_knn import KNNIndex
 from tests.reference import brute_force
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import benchmark
 import benchmark_cuda
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+GPU_REPORT = Path(__file__).parent.parent / "scripts/gpu_report.sh"
 CPU = torch.device("cpu")
 CASES = [(8, 5), (3, 5), (8, 10)]
 PRECISIONS = ("fp32", "TF32", "bf16")
@@ -231,7 +231,7 @@ def gpu_report(tmp_path, python):
     command.chmod(0o755)
     out = tmp_path / "told.txt"
     environment = os.environ | {"PYTHON": str(command), "STAND_IN": "1", "TABLE_SECONDS": "1"}
-    done = subprocess.run(["bash", SCRIPTS / "gpu_report.sh", out], env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", GPU_REPORT, out], env=environment, capture_output=True, text=True)
     assert done.stdout == out.read_text()
     return done
 
@@ -240,7 +240,7 @@ def test_one_script_tells_all_of_a_gpu_in_one_file(tmp_path):
     done = gpu_report(tmp_path, 'echo "ran $*"')
     assert done.returncode == 0
     assert "tests/gpu" in done.stdout
-    assert "scripts/benchmark.py --tables gpu" in done.stdout
+    assert "benchmarks/benchmark.py --tables gpu" in done.stdout
     assert done.stdout.rstrip().endswith("gpu_report: all parts done")
 
 

@@ -1,4 +1,4 @@
-"""The GPU's tables of scripts/benchmark.py: our search there against the bare product, PyTorch's ways and FAISS's.
+"""The GPU's tables of benchmarks/benchmark.py: our search there against the bare product, PyTorch's ways and FAISS's.
 
 Every search is timed in turns with the bare TF32 product and with one read of the bank, the GPU waited for after each.
 The data are made on the device: unit vectors of 1,000 classes, of equal spread in all directions ("clusters"), of a

@@ -1,7 +1,7 @@
 """How fast is the search, against the bare matrix product, the naive way and FAISS as it comes?
 
-    python scripts/benchmark.py            # some minutes on 2 cores
-    python scripts/benchmark.py --quick    # under a minute
+    python benchmarks/benchmark.py            # some minutes on 2 cores
+    python benchmarks/benchmark.py --quick    # under a minute
 
 Every ratio is the median of runs in turns, ours and the others, so that a busy machine slows all alike: `ratio` to
 PyTorch's float32 product `queries @ bank.T`, `to_fastest` to the fastest float32 product found here, of PyTorch's and
