@@ -25,6 +25,11 @@ class Protocol:
         top: The n of its top-n accuracies.
         source: Where its rule is written, a file of a repository or a section of a paper.
         quirks: What to know of it, and where it differs from here.
+        excludes_self: Whether it is made for queries that are the bank's rows, none of which is its own neighbour.
+        draws: Rows per class and number of the few-shot banks that it draws; None: the whole bank.
+
+    What is done to rows and votes is settled by a protocol's name; which queries and banks there are is asked for, with
+    `leave_one_out`, `per_class` and `tries`.
 
     Example:
         >>> dino = protocols()["dino"]
@@ -42,6 +47,8 @@ class Protocol:
     top: tuple[int, ...]
     source: str
     quirks: str
+    excludes_self: bool = False
+    draws: tuple[int, int] | None = None
 
 
 def _cosine(
@@ -135,6 +142,7 @@ _PROTOCOLS = {
         "Of scikit-learn's KNeighborsClassifier by cosine and by euclidean distance the better accuracy is reported: "
         "evaluate the second with distance_metric='euclidean' beside it. Banks hold 8 or 16 rows per class, drawn ten "
         "times: per_class=8, tries=10.",
+        draws=(8, 10),
     ),
     "stable-pretraining": Protocol(
         (5,), 0.07, "inverse", "euclidean", False, False, _LOWEST, (1, 5),
@@ -148,6 +156,7 @@ _PROTOCOLS = {
         "there. Its testers normalise embeddings first, its AccuracyCalculator does not. r_precision and "
         "mean_average_precision_at_r are retrieval_r_precision and retrieval_map_r of the records, at a depth of the "
         "largest class.",
+        excludes_self=True,
     ),
 }  # fmt: skip
 

@@ -141,7 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         with _ranks():
-            return _COMMANDS[given.command].run(given, first=_is_first())
+            return _flushed(_COMMANDS[given.command].run(given, first=_is_first()))
+    except BrokenPipeError:  # the reader, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except MemoryError as error:
         return _failed(f"not enough memory: {error}")
     except (ValueError, OSError) as error:
@@ -149,6 +152,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"faiss-knn: stopped{_kept(given)}", file=sys.stderr)
         return 130
+
+
+def _flushed(status: int) -> int:
+    """Show what was printed now, while a reader that has gone is no error."""
+    sys.stdout.flush()
+    return status
 
 
 def _kept(given: argparse.Namespace) -> str:

@@ -105,7 +105,7 @@ class Comparison:
     def save(self, folder: str | Path) -> Path:
         """Write compare.jsonl, .csv, .md and .html, compare_classes.csv, and with matplotlib compare.png.
 
-        Where neighbours were kept there is compare_neighbors.csv too.
+        Where neighbours were kept there are compare_neighbors.csv and compare_changed.csv too.
 
         Args:
             folder: Made if it is not there; what an earlier comparison wrote is replaced.

@@ -334,6 +334,8 @@ def test_runs_that_kept_their_neighbours_are_compared_by_them(runs, tmp_path):
     assert "Do they see the same neighbours?" in (out / "compare.html").read_text()
     table = list(csv.DictReader((out / "compare_neighbors.csv").read_text().splitlines()))
     assert [float(row["mean"]) for row in table] == [row["mean"] for row in comparison.overlaps]
+    table = list(csv.DictReader((out / "compare_changed.csv").read_text().splitlines()))
+    assert [int(row["row"]) for row in table] == [row["row"] for row in comparison.changed]
 
 
 def test_neighbours_of_another_bank_or_of_none_are_not_compared(runs):

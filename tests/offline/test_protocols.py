@@ -118,6 +118,8 @@ def test_there_is_a_rule_for_every_protocol_and_each_says_where_it_is_from():
         assert protocol.source
         assert protocol.quirks.endswith(".")
         assert protocol.tie_break
+    assert {name: one.draws for name, one in protocols().items() if one.draws} == {"mteb": (8, 10)}
+    assert [name for name, one in protocols().items() if one.excludes_self] == ["pytorch-metric-learning"]
     with pytest.raises(AttributeError):
         protocols()["dino"].k = (5,)
 
@@ -248,8 +250,19 @@ def test_protocols_are_listed_without_torch(capsys):
         row = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
         assert all(word in row for word in (protocol.weighting, protocol.distance_metric, *map(str, protocol.k)))
         assert protocol.source.split(",")[0] in printed
+    assert "8 per class, 10 draws" in printed
+    assert "without the query" in printed
     code = "import sys; from faiss_knn.offline.cli import main; main(['protocols']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    program = subprocess.Popen(
+        [sys.executable, "-m", "faiss_knn", "protocols"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    program.stdout.close()
+    assert (program.stderr.read(), program.wait()) == (b"", 0)
+    program.stderr.close()
 
 
 def test_the_public_name_is_the_function_whatever_was_imported_before():

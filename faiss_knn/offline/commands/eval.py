@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -268,11 +267,7 @@ def _show(report: "EvalReport", out: Path | None, notes: list[str]) -> None:
         notes = [*notes, "the report is without plots, which need matplotlib: pip install 'faiss-knn-eval[plot]'"]
     for note in (*report.warnings, *notes):
         print(f"faiss-knn: warning: {note}", file=sys.stderr)
-    try:
-        print(_sizes(report.records[0]))
-        print(report.table())
-        if out is not None:
-            print(f"\nwritten to {out}: report.html")
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(_sizes(report.records[0]))
+    print(report.table())
+    if out is not None:
+        print(f"\nwritten to {out}: report.html")

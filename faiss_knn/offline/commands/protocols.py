@@ -6,7 +6,7 @@ from textwrap import fill
 from faiss_knn.protocol import Protocol, protocols
 
 _WIDTH = 100
-_COLUMNS = ("protocol", "k", "T", "weighting", "distance", "features", "top")
+_COLUMNS = ("protocol", "k", "T", "weighting", "distance", "features", "top", "bank")
 
 
 def run(given: argparse.Namespace, *, first: bool) -> int:
@@ -33,7 +33,14 @@ def _row(name: str, protocol: Protocol) -> tuple[str, ...]:
         protocol.distance_metric,
         ", ".join(step for step, taken in steps.items() if taken) or "as they are",
         " ".join(map(str, protocol.top)),
+        _bank(protocol),
     )
+
+
+def _bank(protocol: Protocol) -> str:
+    if protocol.draws is not None:
+        return "{} per class, {} draws".format(*protocol.draws)
+    return "without the query" if protocol.excludes_self else "whole"
 
 
 def _notes() -> list[str]:

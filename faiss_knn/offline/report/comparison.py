@@ -109,7 +109,7 @@ def comparison_files(
         "compare.html": page(title, shown, {"runs": pictures[1]} if pictures else {}),
     }
     if overlaps:
-        files["compare_neighbors.csv"] = _csv(overlaps)
+        files |= {"compare_neighbors.csv": _csv(overlaps), "compare_changed.csv": _csv(changed)}
     return files | ({"compare.png": pictures[0]} if pictures else {})
 
 
