@@ -136,8 +136,8 @@ def recall_fields(
     Distances between compressed rows are others, so that a row of the same distance cannot be told: `by_id` alone.
     """
     shares = []
-    for task, result, wanted in zip(draws, results, exact, strict=True):
-        near, all_near = result.first(min(k, task.reachable)), wanted.first(min(k, task.reachable))
+    for task, result, exact_result in zip(draws, results, exact, strict=True):
+        near, all_near = result.first(min(k, task.reachable)), exact_result.first(min(k, task.reachable))
         by_distance, same = recalls(near.distances, near.indices, all_near.distances, all_near.indices)
         shares.append({"recall": same if by_id else by_distance, "recall_ids": same})
     return mean_values(shares)

@@ -59,17 +59,17 @@ class Diagnostics:
         Returns:
             Value by diagnostic; without those that have none, such as the churn of a first validation.
         """
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         with all_or_none():
             samples = self._samples(rows)
             if rank_and_size()[0] == 0:
                 self._warn_of_collapse(rows.features)
                 # On one thread: those of a decomposition wait for each other thousands of times, each time as long as
                 # another process (a data loader) has the core of one of them.
-                found = run_alone(lambda: {name: self._measured(name, sample) for name, sample in samples.items()})
+                values = run_alone(lambda: {name: self._measured(name, sample) for name, sample in samples.items()})
         if not samples:
             return {}
-        return {name: value for name, value in broadcast_object(found).items() if not math.isnan(value)}
+        return {name: value for name, value in broadcast_object(values).items() if not math.isnan(value)}
 
     def _samples(self, rows: LabelledFeatures) -> Mapping[str, LabelledFeatures]:
         """Draw the sample for each diagnostic."""
@@ -193,8 +193,8 @@ _UNDEFINED = {
 
 def _neighbors(features: Tensor, options: OnlineOptions) -> Tensor:
     """Find each row's nearest others (n, 10), exactly."""
-    found = KNNIndex(distance_metric=options.distance_metric).build(features).search(features, NEIGHBORS + 1)
-    return drop_self(*found, torch.arange(len(features)))[1]
+    neighbors = KNNIndex(distance_metric=options.distance_metric).build(features).search(features, NEIGHBORS + 1)
+    return drop_self(*neighbors, torch.arange(len(features)))[1]
 
 
 def _smallest(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:

@@ -175,22 +175,22 @@ class Evaluation:
             self._build()
         if self._bank is None:
             return None
-        asked: BatchQueries | None = None
+        batch_queries: BatchQueries | None = None
         with self.defer_error():
-            asked = self._read(self._bank, outputs, batch, batch_idx, dataloader_idx)
+            batch_queries = self._read(self._bank, outputs, batch, batch_idx, dataloader_idx)
             if self._options.search == "epoch":
-                self._collected.keep(asked, dataloader_idx, self._width)
+                self._collected.keep(batch_queries, dataloader_idx, self._width)
         if self._options.search == "epoch":
             return None
         with self.defer_error():
             with self._clock.measure("search"):
-                neighbors = self._search(self._bank, None if asked is None else asked.queries)
-            if asked is not None and neighbors is not None and self._error is None:
+                neighbors = self._search(self._bank, None if batch_queries is None else batch_queries.queries)
+            if batch_queries is not None and neighbors is not None and self._error is None:
                 with self._clock.measure("vote"):
-                    predictions = self._score(self._bank, asked, neighbors, dataloader_idx, self._width)
+                    predictions = self._score(self._bank, batch_queries, neighbors, dataloader_idx, self._width)
                 if self._gallery is not None:
                     images = find_tensor(self._options.gallery.key, outputs, batch, self._options.title)
-                    self._show(self._bank, asked, neighbors, predictions, images)
+                    self._show(self._bank, batch_queries, neighbors, predictions, images)
                 return predictions
         return None
 
@@ -214,20 +214,20 @@ class Evaluation:
             self.stored[key].ring.append(values[:own])
 
     def _read(self, bank: EpochBank, outputs: Any, batch: Any, batch_idx: int, number: int) -> BatchQueries:
-        asked = read_batch(self._options, outputs, batch, self._plan.dataloaders[number], batch_idx)
-        self._check_width(asked, bank)
-        self._width = max(self._width, bank.bank.num_classes, asked.selection.highest + 1)
-        self._sample.draw(asked.queries)
-        if asked.selection.skipped:
-            self._skipped += asked.selection.skipped
-            warn_of_skipped(self._options, self._memory, asked.selection.skipped, asked.own, "query")
-        return asked
+        batch_queries = read_batch(self._options, outputs, batch, self._plan.dataloaders[number], batch_idx)
+        self._check_width(batch_queries, bank)
+        self._width = max(self._width, bank.bank.num_classes, batch_queries.selection.highest + 1)
+        self._sample.draw(batch_queries.queries)
+        if batch_queries.selection.skipped:
+            self._skipped += batch_queries.selection.skipped
+            warn_of_skipped(self._options, self._memory, batch_queries.selection.skipped, batch_queries.own, "query")
+        return batch_queries
 
-    def _check_width(self, asked: BatchQueries, bank: EpochBank) -> None:
-        options, queries, features = self._options, asked.queries, bank.features
-        if options.is_regression and options.width_of(asked.labels) not in (0, bank.bank.num_classes):
+    def _check_width(self, batch_queries: BatchQueries, bank: EpochBank) -> None:
+        options, queries, features = self._options, batch_queries.queries, bank.features
+        if options.is_regression and options.width_of(batch_queries.labels) not in (0, bank.bank.num_classes):
             raise ValueError(
-                f"{options.title}: '{options.label_key}' has {options.width_of(asked.labels)} numbers a row in "
+                f"{options.title}: '{options.label_key}' has {options.width_of(batch_queries.labels)} numbers a row in "
                 f"validation, and {bank.bank.num_classes} in the bank: give the targets that training gives"
             )
         if len(features) and queries.shape[1] != features.shape[1]:
@@ -271,43 +271,47 @@ class Evaluation:
                     for batch, own in dealt_out(neighbors, group):
                         self._score(bank, batch.asked, own, batch.number, batch.width)
 
-    def _score(self, bank: EpochBank, asked: BatchQueries, neighbors: Any, number: int, width: int) -> Tensor:
+    def _score(self, bank: EpochBank, batch_queries: BatchQueries, neighbors: Any, number: int, width: int) -> Tensor:
         """Update the dataloader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance.
 
         Of numbers, means like the labels in shape, NaN for such rows.
         """
         options = self._options
-        predictions, shares = asked.queries, {}
+        predictions, shares = batch_queries.queries, {}
         for k in sorted(options.ks):
             votes = bank.bank.votes(neighbors.first(k), temperature=options.temperature, weighting=options.weighting)
             shares[k] = _widened(votes.shares, width)
             blank = torch.nan if options.is_regression else 0.0
-            predictions = votes.scores.new_full((len(asked.labels), bank.bank.num_classes), blank)
-            predictions[asked.selection.searched] = votes.scores
+            predictions = votes.scores.new_full((len(batch_queries.labels), bank.bank.num_classes), blank)
+            predictions[batch_queries.selection.searched] = votes.scores
         if options.is_regression:
-            predictions = predictions.reshape(asked.labels.shape)
+            predictions = predictions.reshape(batch_queries.labels.shape)
 
         def count(rows: Tensor | slice) -> None:
             for k, of_classes in shares.items():
-                self._table.update(number, k, of_classes[asked.among_searched(rows)], asked.labels[rows])
+                self._table.update(
+                    number, k, of_classes[batch_queries.among_searched(rows)], batch_queries.labels[rows]
+                )
 
-        if asked.ids is None:
-            count(asked.selection.counted)
+        if batch_queries.ids is None:
+            count(batch_queries.selection.counted)
         else:
-            self._unique[number].add(asked.ids, lambda new: count(asked.counted_of(new)))
-        asked.hand_out(predictions_key(options), predictions)
+            self._unique[number].add(batch_queries.ids, lambda new: count(batch_queries.counted_of(new)))
+        batch_queries.hand_out(predictions_key(options), predictions)
         return predictions
 
-    def _show(self, bank: EpochBank, asked: BatchQueries, neighbors: Any, predictions: Tensor, images: Tensor) -> None:
+    def _show(
+        self, bank: EpochBank, batch_queries: BatchQueries, neighbors: Any, predictions: Tensor, images: Tensor
+    ) -> None:
         """Let the gallery look through a batch."""
         assert self._gallery is not None
-        if asked.labels.ndim > 1 or self._options.is_regression:
+        if batch_queries.labels.ndim > 1 or self._options.is_regression:
             self._memory.warn_once(
                 "gallery", f"{self._options.title}: no gallery is shown of labels (B, C) nor of numbers"
             )
             return
-        searched, labels = asked.selection.searched, torch.full_like(asked.labels, -1)
-        labels[asked.selection.counted] = asked.labels[asked.selection.counted]
+        searched, labels = batch_queries.selection.searched, torch.full_like(batch_queries.labels, -1)
+        labels[batch_queries.selection.counted] = batch_queries.labels[batch_queries.selection.counted]
         shares = _widened(predictions / predictions.sum(1, keepdim=True).clamp(min=1e-30), self._width)
         check_images(images, len(labels))
         self._gallery.look(

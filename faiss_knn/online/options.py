@@ -294,7 +294,7 @@ class OnlineOptions:
         return is_finite(labels) if self.is_regression else is_labelled(labels)
 
     def width_of(self, labels: Tensor) -> int:
-        """How many columns the scores of labels need, as they were read; 0 without labels."""
+        """Count the columns that scores of labels need, as they were read; 0 without labels."""
         if not self.is_regression:
             return width_of(labels)
         return columns_of(labels) if len(labels) else 0

@@ -69,7 +69,7 @@ class Scorer:
         Raises:
             ValueError: For tensors that are missing, do not fit together, or that no validation could score.
         """
-        found: dict[str, Tensor] = {}
+        rows_by_key: dict[str, Tensor] = {}
         for part, memory in zip(self._parts, self.memories, strict=True):
             rows = find_rows(part, outputs, batch)
             if part.id is not None:
@@ -77,11 +77,11 @@ class Scorer:
             if not self._is_tried:
                 memory.index.check_spec(flat_rows(rows[part.feature_key]).shape[1])
                 part.check_first_step(rows[part.label_key])
-            found |= rows
+            rows_by_key |= rows
         if not self._is_tried and self._options.has_views:
-            self._check_views(found)
+            self._check_views(rows_by_key)
         self._is_tried = True
-        return found
+        return rows_by_key
 
     def _check_views(self, rows: Mapping[str, Tensor]) -> None:
         widths = {part.feature_key: flat_rows(rows[part.feature_key]).shape[1] for part in self._parts}

@@ -275,10 +275,12 @@ def at_common_k(records: Iterable[Record]) -> dict[str, Record]:
     These are the depth and k that the most indexes have; of equals the deepest, where recall is hardest to keep. An
     index that was only searched at other depths has no record here.
     """
-    found: dict[tuple[int, int], dict[str, Record]] = {}
+    by_point: dict[tuple[int, int], dict[str, Record]] = {}
     for record in records:
-        found.setdefault((depth_of(record), record["k"]), {}).setdefault(index_name(record), record)
-    return found[max(found, key=lambda depth_and_k: (len(found[depth_and_k]), *depth_and_k))] if found else {}
+        by_point.setdefault((depth_of(record), record["k"]), {}).setdefault(index_name(record), record)
+    return (
+        by_point[max(by_point, key=lambda depth_and_k: (len(by_point[depth_and_k]), *depth_and_k))] if by_point else {}
+    )
 
 
 def pareto_front(records: Iterable[Record]) -> set[str]:
