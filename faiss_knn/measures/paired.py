@@ -80,16 +80,16 @@ def pair_outcomes(
 
     Args:
         correct_a: (Q,) bool, or (T, Q) of T draws.
-        correct_b: The same of the second; both in the same draws.
+        correct_b: The same of the second, in the same draws; (Q,) beside (T, Q) is the same in all of them.
         groups: (Q,) of the queries, None where each is one of its own.
 
     Example:
         >>> pair_outcomes(np.array([True, True]), np.array([True, False]))
         Pairs(only_a=1, only_b=0, total=2)
     """
-    if correct_a.ndim == 1 and groups is None:
+    if correct_a.ndim == correct_b.ndim == 1 and groups is None:
         return count_pairs(correct_a, correct_b)
-    a, b = np.atleast_2d(correct_a), np.atleast_2d(correct_b)
+    a, b = np.broadcast_arrays(np.atleast_2d(correct_a), np.atleast_2d(correct_b))
     own = np.arange(a.shape[1]) if groups is None else groups
     return GroupedPairs(a.sum(0, dtype=np.int64) - b.sum(0, dtype=np.int64), len(a), own)
 

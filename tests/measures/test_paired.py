@@ -53,6 +53,14 @@ def test_draws_of_a_query_count_together():
     assert pairs.p() == sign_flip_p(more)
 
 
+def test_a_bank_that_is_the_same_in_all_draws_is_compared_with_each():
+    a, b = outcomes(4)
+    for one, other in ((pair_outcomes(a, b[0]), pair_outcomes(a, np.stack([b[0]] * 3))),
+                       (pair_outcomes(a[0], b), pair_outcomes(np.stack([a[0]] * 3), b))):  # fmt: skip
+        assert one.difference == other.difference == pytest.approx(one.more.mean() / 3)
+        assert one.p() == other.p()
+
+
 def test_queries_of_a_group_count_together():
     a, b = (one[0] for one in outcomes(2))
     groups = np.arange(60) // 4 * 10 + 3
