@@ -278,9 +278,7 @@ def at_common_k(records: Iterable[Record]) -> dict[str, Record]:
     by_point: dict[tuple[int, int], dict[str, Record]] = {}
     for record in records:
         by_point.setdefault((depth_of(record), record["k"]), {}).setdefault(index_name(record), record)
-    return (
-        by_point[max(by_point, key=lambda depth_and_k: (len(by_point[depth_and_k]), *depth_and_k))] if by_point else {}
-    )
+    return max(by_point.items(), key=lambda item: (len(item[1]), *item[0]), default=((0, 0), {}))[1]
 
 
 def pareto_front(records: Iterable[Record]) -> set[str]:
