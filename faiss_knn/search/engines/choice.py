@@ -29,7 +29,7 @@ _TUNING_SCANS = 4  # scans of the held-out queries that a first tuning takes
 _DIRECTION_PASSES = 8  # products of the sample with half as many directions as dimensions, and what goes with them
 _SAMPLE = 4096  # rows to foretell a tuning from; of a small bank no more than a quarter
 _LEAST_SHARE = 8  # of the dimensions "fast" scans at least one in so many
-_SURE = 0.85  # of the cost of "flat": what "fast" is foretold to cost, for it to be tried
+_SURE = 0.8  # of the cost of "flat": what "fast" is foretold to cost, for exactness to be given up
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def prefers_fast(
 
     def pays(scans: Scans) -> bool:
         flat = search_cost(rows, dim, scans.flat_dims, k + k // 4 + 4, dtype)
-        fast = search_cost(rows, dim, scans.fast_dims, scans.candidates, dtype)
+        fast = search_cost(rows, dim, scans.fast_dims, scans.candidates, dtype, is_quick=True)
         return _tuning_cost(rows, dim, k, dtype, warm=warm) + queries * fast < _SURE * queries * flat
 
     narrowest = Scans(dim, max(1, dim // _LEAST_SHARE), k)

@@ -53,6 +53,7 @@ class FastEngine:
         stands_for: How many rows to choose for, where the bank is a sample of them.
 
     Example:
+        >>> import torch
         >>> from faiss_knn.search.distance import get_distance
         >>> bank = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
         >>> engine = FastEngine(StoredRows(bank), get_distance("euclidean"), k=5, target=0.99)
@@ -178,7 +179,7 @@ class FastEngine:
         return leading_directions(sample - sample.median(0).values, max(1, self._rows.dim // 2))[0]
 
     def _cost(self, dims: int, candidates: float) -> float:
-        return search_cost(self._stands_for, self._rows.dim, dims, int(candidates), self._dtype)
+        return search_cost(self._stands_for, self._rows.dim, dims, int(candidates), self._dtype, is_quick=True)
 
     def _least_factor(self, bounds: ProductBounds, sample: RecallSample) -> tuple[float, float, bool]:
         """Return the smallest factor that meets the target, or the largest; the recall with it; whether it is met."""
