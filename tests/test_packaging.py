@@ -9,6 +9,7 @@ import yaml
 
 import faiss_knn
 from faiss_knn.offline.formats import OPENERS
+from tests.conftest import SLOW
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -152,6 +153,13 @@ def test_what_contributors_are_told_of_is_there():
         assert name == "faiss_knn/offline/commands/NAME.py" or any((place / name).is_file() for place in places), name
     for script, word in re.findall(r"^bash (\S+)(?: +(\w+))?", text, re.MULTILINE):
         assert not word or f"= {word} ]" in (ROOT / script).read_text(), word
+
+
+def test_what_is_called_slow_is_there():
+    for name in SLOW:
+        path, _, test = name.partition("::")
+        assert (ROOT / "tests" / path).exists(), name
+        assert not test or f"def {test}(" in (ROOT / "tests" / path).read_text(), name
 
 
 def test_what_may_happen_is_said_of_every_format():
