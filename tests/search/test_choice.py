@@ -11,8 +11,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from faiss_knn import KNNIndex, OnlineKNN
 from faiss_knn.search.engines import choice
 from faiss_knn.search.engines.choice import prefers_fast
+from faiss_knn.search.engines.fast import FastEngine
 from faiss_knn.search.engines.products import has_fast_bfloat16
 from tests.online.parts import Echo, clusters, loader, trainer
+from tests.reference import brute_force
 
 LEAST_FAST = 4096
 MANY = 10**9  # queries: whatever a build costs is nothing against them
@@ -128,6 +130,31 @@ def test_the_spectrum_decides_and_is_looked_at_only_where_it_may_pay():
     half = same._replace(fast_dims=64)
     assert prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half)
     assert not prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half._replace(flat_dims=32))
+
+
+def test_a_large_bank_is_projected_to_what_was_best_for_a_sample_of_it_or_not_at_all(monkeypatch):
+    monkeypatch.setattr("faiss_knn.search.engines.fast._LEAST_FORETOLD", 0)
+    projected, make = [], FastEngine._made
+
+    def made(self, basis):
+        if basis is not None:
+            projected.append((len(self._rows), basis.shape[1]))
+        return make(self, basis)
+
+    monkeypatch.setattr(FastEngine, "_made", made)
+    noise = KNNIndex("fast").build(bank(20_000, 256)).stats
+    assert noise.parameters["scan_dims"] == 256
+    assert noise.recall >= 0.99
+    assert {rows for rows, _ in projected} == {4096}  # the sample alone
+    projected.clear()
+    rows, queries = decayed(20_000), decayed(200, seed=1)
+    index = KNNIndex("fast").build(rows)
+    dims = index.stats.parameters["scan_dims"]
+    assert dims < 128
+    assert [width >= dims for count, width in projected if count == 20_000] == [True]  # once
+    _, expected = brute_force(queries.numpy(), rows.numpy(), 20)
+    found = index.search(queries, 20).indices.numpy()
+    assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(found, expected, strict=True)]) >= 0.98
 
 
 class Endless(IterableDataset):

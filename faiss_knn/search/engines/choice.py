@@ -13,7 +13,7 @@ from faiss_knn.search.engines.base import Engine, TooFewRowsError
 from faiss_knn.search.engines.costs import search_cost
 from faiss_knn.search.engines.exact import ExactEngine
 from faiss_knn.search.engines.faiss_engine import FaissEngine
-from faiss_knn.search.engines.fast import SPARE, FastEngine, Tuned
+from faiss_knn.search.engines.fast import FastEngine, Tuned, foretell, sample_of
 from faiss_knn.search.engines.products import multiply_add_seconds, scan_dtype
 from faiss_knn.search.engines.projection import SAMPLE_ROWS
 from faiss_knn.search.engines.tuning import HELD_OUT, RECHECK
@@ -25,9 +25,8 @@ _UNMET = 0.005  # below the target, where "auto" searches exactly instead
 _FAST_ROWS = 4096  # below, the exact search takes about as long as any other
 _LEAST_ROWS_PER_LIST = 39  # by FAISS's own advice
 _BUILD_VALUE = 8e-9  # seconds per value that a build writes: centred, cast
-_TUNING_SCANS = 4  # scans of the held-out queries that a first tuning takes
-_DIRECTION_PASSES = 8  # products of the sample with half as many directions as dimensions, and what goes with them
-_SAMPLE = 4096  # rows to foretell a tuning from; of a small bank no more than a quarter
+_TUNING_SCANS = 3  # scans of the held-out queries that a first tuning takes
+_DIRECTION_PASSES = 24  # products of the sample with half as many directions as dimensions, and what goes with them
 _LEAST_SHARE = 8  # of the dimensions "fast" scans at least one in so many
 _SURE = 0.8  # of the cost of "flat": what "fast" is foretold to cost, for exactness to be given up
 
@@ -169,20 +168,16 @@ def _tuning_cost(rows: int, dim: int, k: int, dtype: torch.dtype, *, warm: bool)
     projected = _BUILD_VALUE + dim // 2 * multiply_add_seconds(dtype)
     if warm:
         return RECHECK * search_cost(rows, dim, dim, 2 * k, dtype) + rows * dim * projected
-    scans = _TUNING_SCANS * HELD_OUT * search_cost(rows, dim, dim, 2 * k + SPARE, dtype)
+    scans = _TUNING_SCANS * HELD_OUT * search_cost(rows, dim, dim, k, dtype)
     directions = _DIRECTION_PASSES * SAMPLE_ROWS * dim * (dim // 2) * multiply_add_seconds(dtype)
-    return scans + directions + 2 * rows * dim * projected
+    return scans + directions + rows * dim * projected
 
 
 def _foretold(request: EngineRequest, rows: StoredRows, distance: Distance, tuned: Tuned | None) -> Scans:
     """Foretell the scans by an earlier tuning, or by that of a sample of the bank."""
-    count = min(_SAMPLE, len(rows) // 4)
-    sample = StoredRows(rows.take(rows.random_ids(count)))
-    sample.check(distance)
-    flat_dims = ExactEngine(sample, distance).parameters["scan_dims"]
+    flat_dims = ExactEngine(sample_of(rows, distance), distance).parameters["scan_dims"]
     if tuned is None:
-        k = max(1, min(request.expected_k, count // 100))
-        tuned = FastEngine(sample, distance, k, request.target, stands_for=len(rows)).tuned
+        tuned = foretell(rows, distance, request.expected_k, request.target)
     dims = rows.dim if tuned.basis is None else tuned.basis.shape[1]
     return Scans(cast(int, flat_dims), dims, tuned.candidates(request.expected_k))
 

@@ -1,6 +1,7 @@
 """index="fast": a scan of estimates over the leading directions, and exact distances of the best."""
 
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,7 +18,9 @@ from faiss_knn.search.stored_rows import StoredRows
 
 _SHARES = (0.125, 0.25, 0.375, 0.5)  # of the dimensions, scanned instead of all
 _FACTORS = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0)
-SPARE = 280  # candidates beyond k that a factor may ask for: selecting more takes longer than measuring them
+_SPARE = 280  # candidates beyond k that a factor may ask for: selecting more takes longer than measuring them
+_SAMPLE = 4096  # rows to foretell a tuning from; of a small bank no more than a quarter
+_LEAST_FORETOLD = 1 << 16  # rows; below, to try all takes no longer
 _CHUNK = 512
 _KEPT = 1 << 18
 
@@ -139,31 +142,52 @@ class FastEngine:
     def tune(self, k: int) -> None:
         """Choose directions and candidates: the cheapest by the cost model among those that meet the target.
 
-        The fewer directions, the cheaper their scan: it begins with the fewest, and ends where even the least number of
-        candidates would make more of them too dear.
+        A large bank is projected to as many directions as were best for a sample of it, or not at all. Else it begins
+        with the fewest, and ends where even the least number of candidates would make more of them too dear.
         """
         whole = self._bounds = self._made(None)
         sample = self._sample(whole, k, HELD_OUT)
         k = sample.neighbors.shape[1]
-        basis = self._directions()
-        rotated = self._made(basis)
-        best: tuple[float, ProductBounds, Tuned] | None = None
-        for dims in self._widths():
-            if best is not None and self._cost(dims, k) >= best[0]:
-                break
-            bounds = rotated.narrowed(dims)
-            factor, recall, is_met = self._least_factor(bounds, sample)
-            if is_met and (best is None or self._cost(dims, factor * k) < best[0]):
-                best = self._cost(dims, factor * k), bounds, Tuned(basis[:, :dims].contiguous(), factor, k)
-                self.recall = recall
-        if best is None or self._cost(self._rows.dim, k) < best[0]:
+        least, best = math.inf, None
+
+        def may_pay(dims: int) -> bool:
+            return self._cost(dims, k) < least
+
+        for basis, widths in self._projections(k, may_pay):
+            rotated = self._made(basis)
+            for dims in widths:
+                if not may_pay(dims):
+                    break
+                bounds = rotated.narrowed(dims)
+                factor, recall, is_met = self._least_factor(bounds, sample)
+                if is_met and (cost := self._cost(dims, factor * k)) < least:
+                    least, best = cost, (bounds, Tuned(basis[:, :dims].contiguous(), factor, k), recall)
+        if may_pay(self._rows.dim):
             factor, recall, _ = self._least_factor(whole, sample)
-            if best is None or self._cost(self._rows.dim, factor * k) < best[0]:
-                self.tuned, self.recall = Tuned(None, factor, k), recall
-                return
-        self.tuned = best[2]
+            if self._cost(self._rows.dim, factor * k) < least:
+                best = None
+        if best is None:
+            self.tuned, self.recall = Tuned(None, factor, k), recall
+            return
+        bounds, self.tuned, self.recall = best
         del whole, self._bounds
-        self._bounds = best[1].compact()
+        self._bounds = bounds.compact()
+
+    def _projections(self, k: int, may_pay: Callable[[int], bool]) -> Iterator[tuple[Tensor, list[int]]]:
+        """Yield directions (d, m), and how many of them may be scanned, ascending, while more of them may pay."""
+        widths = self._widths()
+        if self._stands_for == len(self._rows) >= _LEAST_FORETOLD:
+            foretold = foretell(self._rows, self._distance, k, self._target)
+            if foretold.basis is not None:
+                most = foretold.basis.shape[1]
+                yield foretold.basis, [width for width in widths if width <= most][-2:]
+            return
+        half = len(widths) // 2
+        sample = self._rows.sample(SAMPLE_ROWS, self._distance)
+        sample -= sample.median(0).values
+        for some in (widths[:half], widths[half:]):  # the time to find them grows with the square of their number
+            if some and may_pay(some[0]):
+                yield leading_directions(sample, some[-1])[0], some
 
     def _widths(self) -> list[int]:
         """Return how many directions may be scanned, ascending, with the other columns multiples of 32."""
@@ -174,17 +198,13 @@ class FastEngine:
     def _sample(self, bounds: ProductBounds | None, k: int, count: int) -> RecallSample:
         return recall_sample(self._rows, self._distance, k, self._known_queries, count=count, bounds=bounds)
 
-    def _directions(self) -> Tensor:
-        sample = self._rows.sample(SAMPLE_ROWS, self._distance)
-        return leading_directions(sample - sample.median(0).values, max(1, self._rows.dim // 2))[0]
-
     def _cost(self, dims: int, candidates: float) -> float:
         return search_cost(self._stands_for, self._rows.dim, dims, int(candidates), self._dtype, is_quick=True)
 
     def _least_factor(self, bounds: ProductBounds, sample: RecallSample) -> tuple[float, float, bool]:
         """Return the smallest factor that meets the target, or the largest; the recall with it; whether it is met."""
         k = sample.neighbors.shape[1]
-        factors = [factor for factor in _FACTORS if factor * k <= k + SPARE]
+        factors = [factor for factor in _FACTORS if factor * k <= k + _SPARE]
         most = min(math.ceil(factors[-1] * k) + sample.further, len(self._rows))
         found = sample.counted(self._scan(bounds, sample.queries, most), most)
         for factor in factors:
@@ -213,3 +233,16 @@ class FastEngine:
         prepared = bounds.prepare(queries, bound=False)
         _, ids = best_scores(bounds, prepared, len(self._rows), kept)
         return nearest(measure_quickly(queries, self._rows, ids, self._distance), ids, k)
+
+
+def sample_of(rows: StoredRows, distance: Distance) -> StoredRows:
+    """Return rows of a bank, at random, that foretell what is best for all."""
+    sample = StoredRows(rows.take(rows.random_ids(min(_SAMPLE, len(rows) // 4))))
+    sample.check(distance)
+    return sample
+
+
+def foretell(rows: StoredRows, distance: Distance, k: int, target: float) -> Tuned:
+    """Choose for a bank by a sample of it."""
+    sample = sample_of(rows, distance)
+    return FastEngine(sample, distance, max(1, min(k, len(sample) // 100)), target, stands_for=len(rows)).tuned
