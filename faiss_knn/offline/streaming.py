@@ -63,11 +63,16 @@ class Bank:
             yield waiting[0], self._index
             return
         for span, block in zip(waiting, _read_ahead(self.rows, waiting), strict=True):
-            if span[0]:  # the index counts from its own first row
-                check_rows(block, self.distance, "features", span[0])
-            self._index.build(block)
+            self._build(block, span[0])
             self._indexed = span
             yield span, self._index
+
+    def _build(self, block: Any, start: int) -> None:
+        try:
+            self._index.build(block)
+        except ValueError:
+            check_rows(block, self.distance, "features", start)  # the index counts from its own first row
+            raise
 
 
 class Keeper(Protocol):
