@@ -62,10 +62,20 @@ class Bank:
         if waiting == [self._indexed]:
             yield waiting[0], self._index
             return
-        for span, block in zip(waiting, _read_ahead(self.rows, waiting), strict=True):
-            self._build(block, span[0])
-            self._indexed = span
-            yield span, self._index
+        with ThreadPoolExecutor(1) as reader:
+            ahead = [reader.submit(self._read, *span) for span in waiting[:1]]
+            for span, following in zip(waiting, [*waiting[1:], None], strict=True):
+                self._build(ahead.pop().result(), span[0])
+                self._indexed = span
+                if following is not None:  # only now: a thread that reads would keep the threads that build waiting
+                    ahead.append(reader.submit(self._read, *following))
+                yield span, self._index
+
+    def _read(self, start: int, stop: int) -> Any:
+        if is_plain(self.rows) and not is_memmap(self.rows):
+            return self.rows[start:stop]
+        block = read_rows(self.rows, start, stop)
+        return np.array(block) if is_memmap(block) else block
 
     def _build(self, block: Any, start: int) -> None:
         try:
@@ -164,26 +174,6 @@ class _Part:
         self.searched = stop
         if self.keeper is not None:
             self.keeper.save(self.span[0], stop, self.found)
-
-
-def _read_ahead(rows: RowSource, waiting: list[Span]) -> Iterator[Any]:
-    """Read blocks, the next one while the last is worked on."""
-    if is_plain(rows) and not is_memmap(rows):
-        yield from (rows[start:stop] for start, stop in waiting)
-        return
-    with ThreadPoolExecutor(1) as reader:
-        begun = [reader.submit(_in_memory, rows, *span) for span in waiting[:1]]
-        for following in [*waiting[1:], None][: len(waiting)]:
-            block = begun.pop().result()
-            if following is not None:
-                begun.append(reader.submit(_in_memory, rows, *following))
-            yield block
-            del block
-
-
-def _in_memory(rows: RowSource, start: int, stop: int) -> Any:
-    block = read_rows(rows, start, stop)
-    return np.array(block) if is_memmap(block) else block
 
 
 def _bar(progress: bool | None, total: int) -> Any:
