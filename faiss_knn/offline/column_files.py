@@ -8,7 +8,6 @@ import csv
 import json
 import re
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from faiss_knn.offline.remote import FilePath
 
 UNKNOWN = -1  # a length that only reading tells
 LABEL_NAMES = ("labels", "label", "targets", "target", "y", "classes", "class")
@@ -48,25 +45,6 @@ class Member:
 
 
 Read = Callable[[list[str], bool], Any]  # names, and whether they are numbers, to a pyarrow table
-
-
-def open_parquet(path: FilePath) -> dict[str, Member]:
-    """Open a Parquet file."""
-    from pyarrow import parquet  # an extra
-
-    with _source(path) as source, parquet.ParquetFile(source) as file:
-        schema, length = file.schema_arrow, file.metadata.num_rows
-
-    def read(names: list[str], _: bool) -> Any:
-        with _source(path) as source, parquet.ParquetFile(source, memory_map=True) as file:
-            return file.read(columns=names).select(names)
-
-    return members(schema, length, read)
-
-
-def _source(path: FilePath) -> Any:
-    """Open what pyarrow reads from, as a context: the path, or an open file of another file system."""
-    return nullcontext(path) if isinstance(path, Path) else path.open()
 
 
 def open_arrow(path: Path) -> dict[str, Member]:
@@ -219,8 +197,8 @@ def _columns_reader(read: Read, names: list[str]) -> Callable[[], npt.NDArray[An
     return stacked
 
 
-def column_array(name: str, column: Any) -> npt.NDArray[Any]:
-    """Read a column as (N,), or (N, d) for lists.
+def column_array(name: str, column: Any, first: int = 0) -> npt.NDArray[Any]:
+    """Read a column as (N,), or (N, d) for lists; its first row is number `first`.
 
     Raises:
         ValueError: If an entry is missing, or lists differ in length.
@@ -230,12 +208,12 @@ def column_array(name: str, column: Any) -> npt.NDArray[Any]:
     column.validate(full=True)  # offsets of a damaged file may point anywhere
     if types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    _refuse_rows(f"column {name!r} has {{}} nulls", _missing(column))
+    _refuse_rows(f"column {name!r} has {{}} nulls", _missing(column), first)
     if types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
-        return _vectors(name, column)
+        return _vectors(name, column, first)
     values = np.asarray(column.to_numpy())
     is_empty = np.asarray([word == "" for word in values]) if values.dtype.kind == "O" else np.zeros(0, bool)
-    _refuse_rows(f"column {name!r} has {{}} empty entries", is_empty)
+    _refuse_rows(f"column {name!r} has {{}} empty entries", is_empty, first)
     return values
 
 
@@ -265,14 +243,14 @@ def _missing(column: Any) -> npt.NDArray[np.bool_]:
     return np.asarray(column.is_null()) if column.null_count else np.zeros(0, bool)
 
 
-def _refuse_rows(what: str, bad: npt.NDArray[np.bool_]) -> None:
-    rows = np.flatnonzero(bad)
+def _refuse_rows(what: str, bad: npt.NDArray[np.bool_], first: int = 0) -> None:
+    rows = first + np.flatnonzero(bad)
     if len(rows):
         shown = ", ".join(map(str, rows[:_SHOWN_ROWS])) + (", …" if len(rows) > _SHOWN_ROWS else "")
         raise ValueError(f"{what.format(len(rows))}, in rows {shown}")
 
 
-def _vectors(name: str, column: Any) -> npt.NDArray[Any]:
+def _vectors(name: str, column: Any, first: int) -> npt.NDArray[Any]:
     """Read lists of one length as rows, chunk by chunk: all together can be more than their offsets can count."""
     from pyarrow import types
 
@@ -288,12 +266,14 @@ def _vectors(name: str, column: Any) -> npt.NDArray[Any]:
         lengths = chunk.value_lengths().to_numpy(zero_copy_only=False)
         values = chunk.flatten()
         if (lengths != width).any():
-            row = start + int(np.flatnonzero(lengths != width)[0])
-            raise ValueError(f"column {name!r} holds vectors of different lengths, {width} in row 0, but not in {row}")
+            row = first + start + int(np.flatnonzero(lengths != width)[0])
+            raise ValueError(
+                f"column {name!r} holds vectors of different lengths, {width} in row {first}, but not in {row}"
+            )
         if values.null_count:
             holes = np.asarray(values.is_null()).reshape(-1, width).any(1)
             _refuse_rows(
-                f"column {name!r} has nulls within {{}} vectors", np.concatenate([np.zeros(start, bool), holes])
+                f"column {name!r} has nulls within {{}} vectors", np.concatenate([np.zeros(start, bool), holes]), first
             )
         out[start : start + len(chunk)] = values.to_numpy(zero_copy_only=False).reshape(-1, width)
         start += len(chunk)

@@ -29,6 +29,7 @@ _FEATURES = (
 _BOOKKEEPING = re.compile(r"(.*[_. -])?(id|ids|idx|index|row|fold|split)|unnamed: 0|__index_level_\d+__|level_0|", re.I)
 _NAMED_FORMATS = (".npz", ".safetensors", ".h5", ".hdf5")
 _LISTED = 20
+_DOUBTED = 1 << 20  # rows that may make columns doubtful
 _HELD_BYTES = 1 << 30  # of a folder, in memory: of formats that are read as a whole, further files are read again
 _COLUMNS_HINT = " (columns belong together where their names differ in a number at the end, or list them: a,b,c)"
 
@@ -408,7 +409,7 @@ def _as_rows(path: FilePath, member: Member, was_named: bool) -> RowSource:
         raise DataError(f"{path}: features must be (N, d), got shape {tuple(rows.shape)}: flatten or pool each row")
     if 0 in rows.shape:
         raise DataError(f"{path}: features are empty, shape {tuple(rows.shape)}")
-    reason = member.doubt(rows) if member.doubt is not None and not was_named else None
+    reason = member.doubt(rows[:_DOUBTED]) if member.doubt is not None and not was_named else None
     if reason is not None:
         raise DataError(f"{path}: {reason}: say which columns are the features with --features-key")
     checked: RowSource = rows

@@ -6,6 +6,7 @@ import os
 import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,7 +16,8 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 import numpy as np
 import numpy.typing as npt
 
-from faiss_knn.offline.column_files import UNKNOWN, Member, open_arrow, open_csv, open_json_lines, open_parquet, parsed
+from faiss_knn.offline.column_files import UNKNOWN, Member, open_arrow, open_csv, open_json_lines, parsed
+from faiss_knn.offline.parquet_rows import ParquetRows, open_parquet
 from faiss_knn.offline.remote import FilePath, RemotePath, RemoteRows, on_this_machine
 
 _SAFE_TORCH = "2.10"
@@ -284,21 +286,21 @@ def _open_hdf5(path: FilePath) -> Arrays:
     return arrays | {name: arrays.get(target[1:]) or _leaves_file(name) for name, target in links.items()}
 
 
-class _Dataset:
-    """An HDF5 data set whose damaged parts are told as such when they are read."""
+class _Parts:
+    """An array of a file that is read in parts, of which damaged ones are told as such when they are read."""
 
-    def __init__(self, path: FilePath, dataset: Any) -> None:
+    def __init__(self, path: FilePath, array: Any) -> None:
         self.path = path
-        self.dataset = dataset
-        self.shape: tuple[int, ...] = dataset.shape
-        self.dtype = dataset.dtype
+        self.array = array
+        self.shape: tuple[int, ...] = array.shape
+        self.dtype = array.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> npt.NDArray[Any]:
         with readable(self.path):
-            return np.asarray(self.dataset[rows])
+            return np.asarray(self.array[rows])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return np.asarray(self[...], dtype)
@@ -314,11 +316,19 @@ def _hdf5_member(path: FilePath, name: str, dataset: Any) -> Member:
         ):
             raise ValueError(f"{name!r} was not written to its end")
         if dataset.dtype.kind not in "OS":
-            return _Dataset(path, dataset)
+            return _Parts(path, dataset)
         check_memory(dataset.shape, dataset.dtype)
         return np.asarray(dataset.asstr()[...], dtype=str)
 
     return Member(tuple(dataset.shape), dataset.dtype, read)
+
+
+def _open_parquet(path: FilePath) -> Arrays:
+    def read(member: Member) -> Any:
+        rows = member.read()
+        return _Parts(path, rows) if isinstance(rows, ParquetRows) else rows
+
+    return {name: replace(member, read=partial(read, member)) for name, member in open_parquet(path).items()}
 
 
 def _leaves_file(name: str) -> Member:
@@ -403,7 +413,7 @@ OPENERS: dict[str, Callable[[Path], Arrays]] = {
     ".pt": _open_torch,
     ".pth": _open_torch,
     ".safetensors": _open_safetensors,
-    ".parquet": open_parquet,
+    ".parquet": _open_parquet,
     ".arrow": open_arrow,
     ".feather": open_arrow,
     ".csv": open_csv,
@@ -422,7 +432,7 @@ OPENERS: dict[str, Callable[[Path], Arrays]] = {
 # Files elsewhere that are read a slice at a time; of others a copy is made on this machine.
 _REMOTE_OPENERS: dict[str, Callable[[RemotePath], Arrays]] = {
     ".npy": _open_remote_npy,
-    ".parquet": open_parquet,
+    ".parquet": _open_parquet,
     ".h5": _open_hdf5,
     ".hdf5": _open_hdf5,
     ".fvecs": lambda path: _open_remote_vecs(path, np.float32),

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from faiss_knn import evaluate, exact_neighbors, extract, read_features
 from faiss_knn.offline import features as reader
-from faiss_knn.offline import formats, remote, streaming
+from faiss_knn.offline import formats, parquet_rows, remote, streaming
 from faiss_knn.offline.cli import main
 from faiss_knn.offline.features import open_features
 from faiss_knn.offline.formats import DataError
@@ -172,3 +172,68 @@ def test_of_a_folder_beyond_memory_one_file_at_a_time_is_held(tmp_path, monkeypa
     found = exact_neighbors(rows, DIGITS[:40], 5, distance_metric="cosine")
     np.testing.assert_array_equal(found.indices, exact_neighbors(DIGITS, DIGITS[:40], 5, distance_metric="cosine")[1])
     assert opened == [f"part-{number}.{ending}" for number in range(2, 6)]  # each once in a pass
+
+
+def parquet_of(path, rows, row_group_size, kind):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {f"x{i}": column for i, column in enumerate(rows.T)} if kind == "columns" else {"emb": list(rows)}
+    if kind == "fixed":
+        flat = pa.array(rows.ravel())
+        columns = {"emb": pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])}
+    table = pa.table(columns | {"label": np.arange(len(rows)) % 3})
+    parquet.write_table(table, path, row_group_size=row_group_size)
+
+
+@pytest.mark.parametrize("row_group_size", [70, 1000])
+@pytest.mark.parametrize("kind", ["lists", "fixed", "columns"])
+def test_a_parquet_file_beyond_memory_is_decoded_once_a_pass(tmp_path, monkeypatch, kind, row_group_size):
+    parquet_of(tmp_path / "bank.parquet", DIGITS, row_group_size, kind)
+    monkeypatch.setattr(parquet_rows, "_HELD_BYTES", DIGITS.nbytes - 1)
+    monkeypatch.setattr(parquet_rows, "_DECODED_BYTES", 4 * 64 * 20)
+    monkeypatch.setattr(streaming, "BANK_BLOCK_BYTES", 4 * 64 * 50)
+    decoded = []
+    rows_of = parquet_rows.ParquetRows._rows
+    counted = lambda self, batch, first: decoded.append(batch.num_rows) or rows_of(self, batch, first)  # noqa: E731
+    monkeypatch.setattr(parquet_rows.ParquetRows, "_rows", counted)
+    rows = open_features(tmp_path / "bank.parquet")
+    assert (rows.shape, rows.dtype) == ((300, 64), np.float32)
+    decoded.clear()
+    found = exact_neighbors(rows, DIGITS[:40], 5, distance_metric="cosine")
+    np.testing.assert_array_equal(found.indices, exact_neighbors(DIGITS, DIGITS[:40], 5, distance_metric="cosine")[1])
+    assert sum(decoded) == 300
+    assert max(decoded) <= 20
+    for place in (slice(200, 260), slice(0, 5), slice(10, 10), slice(7, 290, 3), np.array([3, 8, 299]), ...):
+        np.testing.assert_array_equal(rows[place], DIGITS[place])
+    decoded.clear()
+    np.testing.assert_array_equal(rows[290:], DIGITS[290:])
+    assert sum(decoded) <= (70 if row_group_size == 70 else 300) + 20
+    assert read_features(tmp_path / "bank.parquet").labels.tolist() == [i % 3 for i in range(300)]
+
+
+def test_what_is_wrong_in_a_row_far_within_a_parquet_file_is_named(tmp_path, monkeypatch):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    monkeypatch.setattr(parquet_rows, "_HELD_BYTES", 0)
+    monkeypatch.setattr(parquet_rows, "_DECODED_BYTES", 4 * 64 * 20)
+    for wrong, message in {
+        "null": (None, "column 'emb' has 1 nulls, in rows 233"),
+        "short": (DIGITS[0, :63], "'emb' holds vectors of different lengths, 64 in row 220, but not in 233"),
+        "hole": ([*DIGITS[0, :63], None], "column 'emb' has nulls within 1 vectors, in rows 233"),
+    }.values():
+        lists = [*DIGITS[:233], wrong, *DIGITS[234:]]
+        parquet.write_table(pa.table({"emb": lists}), tmp_path / "bank.parquet", row_group_size=100)
+        with pytest.raises(DataError, match=rf"bank\.parquet: cannot be read as \.parquet: .*{message}"):
+            open_features(tmp_path / "bank.parquet")[:]
+    parquet.write_table(pa.table({"emb": [*DIGITS[:240], *DIGITS[240:, :63]]}), tmp_path / "bank.parquet")
+    with pytest.raises(DataError, match="'emb' holds vectors of different lengths, 64 in row 0, but not in 240"):
+        open_features(tmp_path / "bank.parquet")[:]
+
+
+def test_a_parquet_file_elsewhere_is_decoded_in_parts(place, monkeypatch):
+    monkeypatch.setattr(parquet_rows, "_HELD_BYTES", 0)
+    rows = open_features(place[1]("bank", "parquet", DIGITS))
+    assert not isinstance(rows, np.ndarray)
+    np.testing.assert_array_equal(rows[100:200], DIGITS[100:200])
