@@ -20,7 +20,8 @@ from faiss_knn.offline.remote import FilePath
 
 _HELD_BYTES = 1 << 30  # up to which an array is read as a whole
 _DECODED_BYTES = 16 << 20  # at once
-_PAGES_BYTES = 1 << 20  # that are read at once of a column
+_READ_BYTES = 64 << 20  # at once, of all columns together; of each one
+_LEAST_READ, _MOST_READ = 1 << 16, 4 << 20
 
 
 def open_parquet(path: FilePath) -> dict[str, Member]:
@@ -70,7 +71,9 @@ class ParquetRows:
     def __init__(self, path: FilePath, names: list[str], length: int, dtype: np.dtype[Any]) -> None:
         from pyarrow import parquet  # an extra
 
-        self._file = parquet.ParquetFile(path if isinstance(path, Path) else path.open(), buffer_size=_PAGES_BYTES)
+        buffer_size = min(_MOST_READ, max(_LEAST_READ, _READ_BYTES // len(names)))
+        source = path if isinstance(path, Path) else path.open()
+        self._file = parquet.ParquetFile(source, buffer_size=buffer_size, pre_buffer=False)  # which would hold it all
         self._names, self._lock = names, Lock()
         groups = (self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups))
         self._starts = [0, *accumulate(groups)][:-1]

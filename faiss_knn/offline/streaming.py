@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,7 +65,7 @@ class Bank:
             return
         with ThreadPoolExecutor(1) as reader:
             ahead = [reader.submit(self._read, *span) for span in waiting[:1]]
-            for span, following in zip(waiting, [*waiting[1:], None], strict=True):
+            for span, following in zip_longest(waiting, waiting[1:]):
                 self._build(ahead.pop().result(), span[0])
                 self._indexed = span
                 if following is not None:  # only now: a thread that reads would keep the threads that build waiting

@@ -1,6 +1,8 @@
 """`faiss-knn neighbors` and `faiss-knn verify` as their user meets them."""
 
 import json
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from faiss_knn import exact_neighbors
-from faiss_knn.offline import kept_lists
+from faiss_knn.offline import kept_lists, streaming
 from faiss_knn.offline.cli import main
 
 DIGITS = load_digits().data[:500]
@@ -77,6 +79,39 @@ def test_a_stopped_run_says_what_goes_on(files, capsys, monkeypatch):
     assert capsys.readouterr().err == "faiss-knn: stopped: gt.npz.parts has what was found, the same command goes on\n"
     monkeypatch.setattr(kept_lists.KeptLists, "save", save)
     assert main(command) == 0
+    assert not (files / "gt.npz.parts").exists()
+
+
+KILLED = """
+import os, signal, sys
+from faiss_knn.offline import kept_lists, streaming
+from faiss_knn.offline.cli import main
+streaming.BANK_BLOCK_BYTES = 4 * 64 * 100
+save = kept_lists.KeptLists.save
+def killed(self, first, searched, found):
+    save(self, first, searched, found)
+    if searched == 200:
+        os.kill(os.getpid(), signal.SIGKILL)
+kept_lists.KeptLists.save = killed
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(files, monkeypatch):
+    rows = np.lib.format.open_memmap("mapped.npy", "w+", np.float32, (400, 64))
+    rows[:] = DIGITS[:400]
+    rows.flush()
+    monkeypatch.setattr(streaming, "BANK_BLOCK_BYTES", 4 * 64 * 100)
+    command = ["neighbors", "mapped.npy", "queries.npz", "--k", "5", "--out"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *command, "gt.npz"], cwd=files, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (files / "gt.npz").exists()
+    with np.load("gt.npz.parts/queries-0000000000.npz") as held:
+        assert held["searched"] == 200
+    assert main([*command, "gt.npz"]) == 0
+    assert main([*command, "whole.npz"]) == 0
+    assert (files / "gt.npz").read_bytes() == (files / "whole.npz").read_bytes()
     assert not (files / "gt.npz.parts").exists()
 
 
