@@ -8,9 +8,10 @@ fail() { echo "setup: $*" >&2; exit 1; }
 trap 'echo "setup: stopped at line $LINENO: $BASH_COMMAND" >&2' ERR
 
 python=${PYTHON:-python3}
+# From 3.11.5, for the pinned tools that build the documentation.
 command -v "$python" >/dev/null || fail "no '$python' on the PATH: install Python 3.11 to 3.14, or name one in PYTHON"
-"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' ||
-    fail "Python 3.11 to 3.14 is needed, '$python' is $("$python" -V 2>&1): name another in PYTHON"
+"$python" -c 'import sys; sys.exit(not (3, 11, 5) <= sys.version_info < (3, 15))' ||
+    fail "Python 3.11.5 to 3.14 is needed, '$python' is $("$python" -V 2>&1): name another in PYTHON"
 "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "'$python' cannot make virtual environments: install its venv package (Debian: apt-get install python3-venv)"
 
 extra=${FAISS_KNN_EXTRA:-}
