@@ -28,7 +28,9 @@ _BUILD_VALUE = 8e-9  # seconds per value that a build writes: centred, cast
 _TUNING_SCANS = 3  # scans of the held-out queries that a first tuning takes
 _DIRECTION_PASSES = 24  # products of the sample with half as many directions as dimensions, and what goes with them
 _LEAST_SHARE = 8  # of the dimensions "fast" scans at least one in so many
-_SURE = 0.8  # of the cost of "flat": what "fast" is foretold to cost, for exactness to be given up
+# Of the cost of "flat", as foretold, which is rough: what a query of "fast" may cost for exactness to be given up, and
+# what build and queries together may.
+_FASTER, _SURE = 0.8, 0.9
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def prefers_fast(
     def pays(scans: Scans) -> bool:
         flat = search_cost(rows, dim, scans.flat_dims, k + k // 4 + 4, dtype)
         fast = search_cost(rows, dim, scans.fast_dims, scans.candidates, dtype, is_quick=True)
-        return _tuning_cost(rows, dim, k, dtype, warm=warm) + queries * fast < _SURE * queries * flat
+        total = _tuning_cost(rows, dim, k, dtype, warm=warm) + queries * fast
+        return fast < _FASTER * flat and total < _SURE * queries * flat
 
     narrowest = Scans(dim, max(1, dim // _LEAST_SHARE), k)
     return pays(narrowest) and (foretell is None or pays(foretell()))
