@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from faiss_knn import KNNIndex, OnlineKNN
-from faiss_knn.search.engines import choice
+from faiss_knn.search.engines import choice, costs
 from faiss_knn.search.engines.choice import prefers_fast
 from faiss_knn.search.engines.fast import FastEngine
 from faiss_knn.search.engines.products import has_fast_bfloat16
@@ -115,7 +115,9 @@ def decayed(n, d=256, seed=0):
     return bank(n, d, seed=seed) * torch.arange(1, d + 1) ** -1.0
 
 
-def test_the_spectrum_decides_and_is_looked_at_only_where_it_may_pay():
+def test_the_spectrum_decides_and_is_looked_at_only_where_it_may_pay(monkeypatch):
+    for module in (choice, costs):
+        monkeypatch.setattr(module, "multiply_add_seconds", lambda dtype: 1e-11)  # 200 GFLOP/s a thread
     index = KNNIndex("auto")
     assert index.build(bank(20_000, 256), expected_queries=10**6).stats.spec == "flat"
     assert index.build(decayed(20_000), expected_queries=500).stats.spec == "flat"
@@ -125,6 +127,7 @@ def test_the_spectrum_decides_and_is_looked_at_only_where_it_may_pay():
         raise AssertionError("asked")
 
     assert not prefers_fast(20_000, 256, 500, 20, DTYPE, warm=False, foretell=never)
+    assert not prefers_fast(20_000, 256, 8_000, 20, DTYPE, warm=False, foretell=never)  # would take long beside them
     same = choice.Scans(flat_dims=256, fast_dims=256, candidates=20)
     assert not prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: same)
     half = same._replace(fast_dims=64)

@@ -31,6 +31,8 @@ _LEAST_SHARE = 8  # of the dimensions "fast" scans at least one in so many
 # Of the cost of "flat", as foretold, which is rough: what a query of "fast" may cost for exactness to be given up, and
 # what build and queries together may.
 _FASTER, _SURE = 0.8, 0.9
+# Seconds of a thread that a forecast takes beside finding directions, and how much of the searches it may cost.
+_FORETELLING, _FORECAST = 0.2, 0.15
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def prefers_fast(
         k: Neighbours of each.
         dtype: That a scan computes in.
         warm: Whether an earlier tuning is at hand, which need only be checked.
-        foretell: Says what the bank's spectrum allows; asked only if the narrowest scan would pay. None: that it does.
+        foretell: Says what the bank's spectrum allows; asked only if the narrowest scan would pay and the answer takes
+            little beside the searches. None: that it does.
     """
 
     def pays(scans: Scans) -> bool:
@@ -162,8 +165,13 @@ def prefers_fast(
         total = _tuning_cost(rows, dim, k, dtype, warm=warm) + queries * fast
         return fast < _FASTER * flat and total < _SURE * queries * flat
 
-    narrowest = Scans(dim, max(1, dim // _LEAST_SHARE), k)
-    return pays(narrowest) and (foretell is None or pays(foretell()))
+    if not pays(Scans(dim, max(1, dim // _LEAST_SHARE), k)):
+        return False
+    if foretell is None:
+        return True
+    searches = queries * search_cost(rows, dim, dim, k, dtype)
+    is_affordable = warm or _FORETELLING + _directions_cost(dim, dtype) <= _FORECAST * searches
+    return is_affordable and pays(foretell())
 
 
 def _tuning_cost(rows: int, dim: int, k: int, dtype: torch.dtype, *, warm: bool) -> float:
@@ -172,8 +180,12 @@ def _tuning_cost(rows: int, dim: int, k: int, dtype: torch.dtype, *, warm: bool)
     if warm:
         return RECHECK * search_cost(rows, dim, dim, 2 * k, dtype) + rows * dim * projected
     scans = _TUNING_SCANS * HELD_OUT * search_cost(rows, dim, dim, k, dtype)
-    directions = _DIRECTION_PASSES * SAMPLE_ROWS * dim * (dim // 2) * multiply_add_seconds(dtype)
-    return scans + directions + rows * dim * projected
+    return scans + _directions_cost(dim, dtype) + rows * dim * projected
+
+
+def _directions_cost(dim: int, dtype: torch.dtype) -> float:
+    """Return the seconds of a thread that finding the leading directions of a sample takes."""
+    return _DIRECTION_PASSES * SAMPLE_ROWS * dim * (dim // 2) * multiply_add_seconds(dtype)
 
 
 def _foretold(request: EngineRequest, rows: StoredRows, distance: Distance, tuned: Tuned | None) -> Scans:
