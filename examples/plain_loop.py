@@ -19,8 +19,16 @@ from faiss_knn import OnlineEvaluator
 
 def main() -> dict[str, float]:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        dist.init_process_group("gloo")
+    if ranks == 1:
+        return train_and_score(ranks)
+    dist.init_process_group("gloo")
+    values = train_and_score(ranks)
+    gc.collect()  # the model, which holds on to the group: threads of a group that outlives Python would abort it
+    dist.destroy_process_group()
+    return values
+
+
+def train_and_score(ranks: int) -> dict[str, float]:
     sets = [Digits("train"), Digits("val")]
     train, val = (
         DataLoader(data, BATCH // ranks, sampler=DistributedSampler(data, shuffle=False) if ranks > 1 else None)
@@ -49,10 +57,6 @@ def main() -> dict[str, float]:
         values = knn.finish()  # the same on every rank
         if ranks == 1 or dist.get_rank() == 0:
             print(f"epoch {epoch + 1}", {key: round(value, 4) for key, value in values.items()})
-
-    if ranks > 1:
-        dist.destroy_process_group()
-        gc.collect()  # gloo lets go of its last tensors meanwhile: after the end of Python it would abort
     return values
 
 
