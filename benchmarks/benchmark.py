@@ -55,7 +55,7 @@ FULL = [  # N, d, B, k, data
 QUICK = [FULL[4], FULL[5]]
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 _NUMPY_BLOCK = 1024
-_REST = 0.06  # seconds after which the threads of the last run, which wait spinning, have gone to sleep
+_REST = 0.15  # seconds after which the threads of the last run have gone to sleep: OpenBLAS's spin for 0.1
 _EXPECTED = (500, 5_000, 50_000)  # queries
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")  # its distributions
 
