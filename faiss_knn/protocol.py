@@ -2,12 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 _LONGEST = 60
 _SORTED = "unspecified there (an unstable sort); here the lowest class id"
 _LOWEST = "the lowest class id"
 _ZERO_WEIGHT = "its top-5 also counts classes without a vote, here none of them is a hit"
+
+
+class OwnRule(NamedTuple):
+    """How a library's own code votes in float32 and ranks classes, where that can change a number.
+
+    All classes are ranked, also those without a vote.
+
+    Attributes:
+        weights: "exp" of s / T, which may overflow; "softmax" of s / T over the largest k, cut for smaller ones;
+            "inverse", 1 / (d + T).
+        top5_within_k: Whether top-5 looks at the first min(5, k) classes alone.
+    """
+
+    weights: str
+    top5_within_k: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,7 @@ class Protocol:
         quirks: What to know of it, and where it differs from here.
         excludes_self: Whether it is made for queries that are the bank's rows, none of which is its own neighbour.
         draws: Rows per class and number of the few-shot banks that it draws; None: the whole bank.
+        own_rule: What `with_quirks=True` reproduces of its code; None where nothing would change.
 
     What is done to rows and votes is settled by a protocol's name; which queries and banks there are is asked for, with
     `leave_one_out`, `per_class` and `tries`.
@@ -49,13 +65,13 @@ class Protocol:
     quirks: str
     excludes_self: bool = False
     draws: tuple[int, int] | None = None
+    own_rule: OwnRule | None = None
 
 
-def _cosine(
-    k: tuple[int, ...], temperature: float, source: str, quirks: str, top: tuple[int, ...] = (1, 5)
-) -> Protocol:
+def _cosine(k: tuple[int, ...], temperature: float, source: str, quirks: str, own_rule: OwnRule | None) -> Protocol:
     """Describe a vote by exp(cos / T): the softmax of minus the cosine distance but for a factor of the query's own."""
-    return Protocol(k, temperature, "softmax", "cosine", True, False, _SORTED, top, source, quirks)
+    top = (1,) if own_rule is None else (1, 5)
+    return Protocol(k, temperature, "softmax", "cosine", True, False, _SORTED, top, source, quirks, own_rule=own_rule)
 
 
 _VISSL = _cosine(
@@ -64,6 +80,7 @@ _VISSL = _cosine(
     "facebookresearch/vissl, vissl/utils/knn_utils.py",
     f"Sums exp(cos / T); {_ZERO_WEIGHT}; 0 for fewer than five classes. Features are normalised with its option "
     "L2_NORM_FEATS, which is off by default: without it the rule is that of lightly-raw.",
+    OwnRule("exp"),
 )
 
 _PROTOCOLS = {
@@ -73,6 +90,7 @@ _PROTOCOLS = {
         "facebookresearch/dino, eval_knn.py",
         f"Sums exp(cos / T), which float32 holds down to T = 0.0113; {_ZERO_WEIGHT}; a k above the bank's rows ends "
         "it.",
+        OwnRule("exp", top5_within_k=True),
     ),
     "dinov2": _cosine(
         (10, 20, 100, 200),
@@ -81,6 +99,7 @@ _PROTOCOLS = {
         "The softmax runs over the largest k and is sliced for smaller ones: their scores are smaller by a factor of "
         f"the query's own, their order is the same; {_ZERO_WEIGHT}; few-shot banks are scored at k up to their rows "
         "per class, and at that.",
+        OwnRule("softmax"),
     ),
     "dinov3": _cosine(
         (10, 20, 100, 200),
@@ -88,6 +107,7 @@ _PROTOCOLS = {
         "facebookresearch/dinov3, dinov3/eval/knn.py",
         "As dinov2, but a k above the bank's rows becomes their number; skip_first_nn drops the nearest row whatever "
         f"it is, leave-one-out here the query itself; {_ZERO_WEIGHT}.",
+        OwnRule("softmax"),
     ),
     "swav": _VISSL,
     "vissl": _VISSL,
@@ -96,26 +116,30 @@ _PROTOCOLS = {
         0.1,
         "facebookresearch/moco, colab/moco_cifar10_demo.ipynb (branch colab-notebook), knn_predict",
         "Sums exp(cos / T) on normalised features; a k above the bank's rows ends it.",
-        (1,),
+        None,
     ),
     "instdisc": _cosine(
         (200,),
         0.1,
         "zhirongw/lemniscate.pytorch, test.py, kNN; Wu et al. 2018 (arXiv 1805.01978), section 3.4, has T = 0.07",
         f"The bank is the training's memory of moving averages, unless it is computed anew; {_ZERO_WEIGHT}.",
+        OwnRule("exp"),
     ),
     "lightly": _cosine(
         (200,),
         0.1,
         "lightly-ai/lightly, lightly/utils/benchmarking/knn_classifier.py, with the k and T of knn_predict",
-        "KNNClassifier normalises by default; its benchmarks took T = 0.1, later 0.07. For knn_predict on features as "
-        "they are see lightly-raw.",
+        f"KNNClassifier normalises by default; {_ZERO_WEIGHT}; its benchmarks took T = 0.1, later 0.07. For "
+        "knn_predict on features as they are see lightly-raw.",
+        OwnRule("exp"),
     ),
     "lightly-raw": Protocol(
         (200,), 0.1, "softmax", "dot", False, False, _SORTED, (1, 5),
         "lightly-ai/lightly, lightly/utils/benchmarking/knn.py, knn_predict",
         "Inner products of features as they are. Before 1.6.1 exp(q·x / T) overflows float32 from q·x / T = 88.7 on: "
-        "votes are then infinite or no number, and the prediction means nothing; here nothing overflows.",
+        "votes are then infinite or no number, and the prediction means nothing; here nothing overflows; "
+        f"{_ZERO_WEIGHT}.",
+        own_rule=OwnRule("exp"),
     ),
     "solo-learn": _cosine(
         (20,),
@@ -123,18 +147,20 @@ _PROTOCOLS = {
         "vturrisi/solo-learn, solo/utils/knn.py, WeightedKNNClassifier",
         "Version 1.0.2 and others leave it to the caller to normalise. A k above the bank's rows becomes their number; "
         f"{_ZERO_WEIGHT}.",
+        OwnRule("exp", top5_within_k=True),
     ),
     "solo-learn-online": Protocol(
         (20,), 1e-5, "inverse", "euclidean", False, False, _SORTED, (1, 5),
         "vturrisi/solo-learn, solo/methods/base.py, WeightedKNNClassifier with distance_fx='euclidean'",
-        "What it logs while training: weights 1 / (d + 1e-5) of features as they are.",
+        f"What it logs while training: weights 1 / (d + 1e-5) of features as they are; {_ZERO_WEIGHT}.",
+        own_rule=OwnRule("inverse", top5_within_k=True),
     ),
     "simsiam": _cosine(
         (200,),
         0.1,
         "PatrickHua/SimSiam, tools/knn_monitor.py; Chen & He 2021 (arXiv 2011.10566) name no k",
         "MoCo's knn_predict on normalised features.",
-        (1,),
+        None,
     ),
     "mteb": Protocol(
         (3,), 0.07, "uniform", "cosine", False, False, _LOWEST, (1,),

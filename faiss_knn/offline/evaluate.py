@@ -21,6 +21,7 @@ from faiss_knn.offline.outcomes import (
     query_fingerprint,
 )
 from faiss_knn.offline.preparation import prepare
+from faiss_knn.offline.quirks import make_quirks_judge
 from faiss_knn.offline.record import (
     accuracy_fields,
     mean_values,
@@ -35,7 +36,7 @@ from faiss_knn.offline.record import (
 from faiss_knn.offline.report.findings import Mistakes
 from faiss_knn.offline.report.report import EvalReport
 from faiss_knn.offline.report.results import Classes, Outcome, Record, record_key
-from faiss_knn.offline.scores import make_judge
+from faiss_knn.offline.scores import Judge, make_judge
 from faiss_knn.offline.search import EXACT, SearchResult, Variant, search_task
 from faiss_knn.offline.task import EvalTask, Limits, check_values, few_shot_facts, make_task, warning_facts
 from faiss_knn.search.inputs import as_switch, shown
@@ -74,6 +75,7 @@ def evaluate(
     keep_outcomes: bool | None = None,
     progress: bool | None = False,
     protocol: str | None = None,
+    with_quirks: bool = False,
     center: bool = False,
     groups: Any = None,
     exclude_same_group: bool = False,
@@ -131,6 +133,8 @@ def evaluate(
         progress: Show a bar; None: if stderr is a terminal.
         protocol: Name of one of `protocols`, which settles k, temperature, weighting, distance and whether features are
             normalised or centred. What is given beside it counts, and is named in the records' `protocol`.
+        with_quirks: Vote by the float32 rule of the protocol's own code, with its quirks, to reproduce a number that
+            was made with them: top-5 counts classes without a vote, exp(s / T) overflows. Named in the records.
         center: Subtract the mean of the bank's labelled rows from all features.
         groups: (Q,) integers or names of groups that queries are of (scene, patient, product; -1: a group of its own):
             the 95 % interval of top-1 and the standard errors are then over groups, which are drawn whole. Or a pair,
@@ -164,6 +168,7 @@ def evaluate(
         **vote_settings(
             protocol, k=k, temperature=temperature, weighting=weighting, distance_metric=distance_metric,
             center=as_switch(center, "`center`"), pca=pca, whiten=as_switch(whiten, "`whiten`"),
+            with_quirks=as_switch(with_quirks, "`with_quirks`"),
         ),
         index=several(index), num_classes=num_classes, class_names=class_names, leave_one_out=leave_one_out,
         per_class=per_class, tries=tries, seed=seed, metrics=several(metrics), depth=depth,
@@ -308,10 +313,8 @@ class _Evaluation:
         They come in the order of the votes.
         """
         exact = self._exact
-        judges = [make_judge(draw, result) for draw, result in zip(self.draws, results, strict=True)]
-        exact_judges = judges
-        if results is not exact:
-            exact_judges = [make_judge(draw, result) for draw, result in zip(self.draws, exact, strict=True)]
+        judges = self._judges(results)
+        exact_judges = judges if results is exact else self._judges(exact)
         retrieval, by_class = retrieval_of(self.draws, results, self.options.k)
         recall = {k: recall_fields(self.draws, results, exact, k, by_id=variant.is_compressed) for k in self.options.k}
         cost = mean_values([result.cost for result in results])
@@ -336,6 +339,12 @@ class _Evaluation:
             outcome = outcome_of(hits, self._queries) if self._queries is not None else None
             classes = Classes(class_scores.tolist(), retrieval_classes_at(by_class, vote.k))
             yield cast("Record", fields), classes, outcome
+
+    def _judges(self, results: list[SearchResult]) -> list[Judge]:
+        draws = zip(self.draws, results, strict=True)
+        if self.options.with_quirks is not None:
+            return [make_quirks_judge(draw, result, self.options) for draw, result in draws]
+        return [make_judge(draw, result) for draw, result in draws]
 
     @property
     def _exact(self) -> list[SearchResult]:

@@ -10,7 +10,7 @@ import torch
 from faiss_knn.classify.vote import check_vote_options
 from faiss_knn.offline.compression import as_dims, as_storage, check_compression
 from faiss_knn.offline.search import SearchOptions, Variant, has_parameter
-from faiss_knn.protocol import choose_settings, get_protocol
+from faiss_knn.protocol import choose_settings, get_protocol, protocols
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.inputs import as_count, as_integer, as_key, as_number, as_switch, shown
 
@@ -39,6 +39,7 @@ class EvalOptions:
     Attributes:
         protocol: What the settings are called, a protocol's name and what differs from it; see `vote_settings`.
         normalize: Whether rows are divided by their lengths.
+        with_quirks: The protocol by whose own rule neighbours vote, or None.
         length: How long the lists are: `depth`, but at least the largest k.
         variants: The indexes to evaluate: each spec of `index`, at each point of `sweep`, and flat with each of `dims`
             and `storage`.
@@ -84,6 +85,7 @@ class EvalOptions:
     whiten: bool = False
     dims: tuple[int | str, ...] = ()
     storage: tuple[str, ...] = ()
+    with_quirks: str | None = None
     length: int = field(init=False)
     variants: tuple[Variant, ...] = field(init=False)
     search: SearchOptions = field(init=False)
@@ -97,6 +99,8 @@ class EvalOptions:
         self.class_names = _checked_names(self.class_names)
         self.ignore_index = None if self.ignore_index is None else as_integer(self.ignore_index, "`ignore_index`")
         self.pca = None if self.pca is None else as_count(self.pca, "`pca`")
+        if self.metrics and self.with_quirks is not None:
+            raise ValueError("`metrics` are of shares of the votes, which with_quirks=True has none of: leave out one")
         self._check_votes()
         self._check_draws()
         self._check_search()
@@ -164,11 +168,12 @@ def vote_settings(
     center: bool = False,
     pca: int | None = None,
     whiten: bool = False,
+    with_quirks: bool = False,
 ) -> dict[str, Any]:
     """Settle what a protocol decides, unless it is given: arguments of `EvalOptions`.
 
     Raises:
-        ValueError: If there is no such protocol.
+        ValueError: If there is no such protocol, or with_quirks does not go with it.
 
     Example:
         >>> vote_settings("dino", k=5)["protocol"]
@@ -183,9 +188,30 @@ def vote_settings(
     )
     unit = protocol is not None and get_protocol(protocol).normalize and settled["distance_metric"] != "cosine"
     turned = {"pca": pca, "whiten": whiten}
+    if with_quirks:
+        _check_quirks(protocol, settled)
     if label is not None:
-        label = ", ".join([label, *(f"{name}={value}" for name, value in turned.items() if value)])
-    return settled | turned | {"protocol": label, "normalize": unit, "center": bool(settled["center"])}
+        named = turned | {"with_quirks": with_quirks}
+        label = ", ".join([label, *(f"{name}={value}" for name, value in named.items() if value)])
+    quirks = protocol if with_quirks else None
+    return settled | turned | {
+        "protocol": label, "normalize": unit, "center": bool(settled["center"]), "with_quirks": quirks
+    }  # fmt: skip
+
+
+def _check_quirks(name: str | None, settled: Mapping[str, Any]) -> None:
+    """Raise ValueError if no rule of a protocol's own could be reproduced with these settings."""
+    having = ", ".join(known for known, protocol in protocols().items() if protocol.own_rule is not None)
+    if name is None:
+        raise ValueError(f"with_quirks=True needs a protocol, one of {having}: give `protocol` too")
+    protocol = get_protocol(name)
+    if protocol.own_rule is None:
+        raise ValueError(f"with_quirks=True: {name} has no quirk that changes a number, others have ({having})")
+    if (settled["weighting"], settled["distance_metric"]) != ((protocol.weighting,), protocol.distance_metric):
+        raise ValueError(
+            f"with_quirks=True is {name}'s own rule, with the weighting {protocol.weighting!r} and the distance "
+            f"{protocol.distance_metric!r}: leave out `weighting` and `distance_metric`"
+        )
 
 
 def several(given: Any) -> tuple[Any, ...]:

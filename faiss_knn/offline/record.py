@@ -67,6 +67,7 @@ def setup_fields(task: EvalTask, options: EvalOptions, variant: Variant, vote: V
             "storage_dtype": None if stored is None else str(stored).removeprefix("torch."),
             "depth": options.length,
             "metrics": list(dict.fromkeys(options.metrics)),
+            **({} if options.with_quirks is None else {"with_quirks": options.with_quirks}),
         },
         "data": task.fingerprint,
         "num_classes": task.num_classes,

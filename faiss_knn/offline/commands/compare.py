@@ -62,7 +62,7 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
         parser.error(f"--names must name each of the {len(given.runs)} runs, got {len(given.names)}")
     if all(_is_results(text) for text in given.runs):
         for name in ("leave_one_out", "labels", "query_labels", "features_key", "labels_key", "protocol", "k",
-                     "temperature", "weighting", "center", "distance"):  # fmt: skip
+                     "with_quirks", "temperature", "weighting", "center", "distance"):  # fmt: skip
             if getattr(given, name):
                 parser.error(f"--{name.replace('_', '-')} is for features, but every RUN is a folder of results")
 

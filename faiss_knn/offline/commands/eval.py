@@ -178,6 +178,7 @@ def _vote_settings(given: argparse.Namespace) -> dict[str, Any]:
         center=given.center,
         pca=given.pca,
         whiten=given.whiten,
+        with_quirks=given.with_quirks,
     )
 
 

@@ -119,6 +119,10 @@ def add_vote(group: Any) -> None:
         "--protocol", choices=list(protocols()), metavar="NAME",
         help="k, temperature, weighting and distance of another library, unless given (faiss-knn protocols lists them)",
     )  # fmt: skip
+    group.add_argument(
+        "--with-quirks", action=argparse.BooleanOptionalAction, default=False,
+        help="vote by the protocol's own float32 code, with its quirks: to reproduce a number made with them",
+    )  # fmt: skip
     group.add_argument("--k", type=positive, nargs="+", help="default 1 5 10 20")
     group.add_argument("--temperature", type=temperature, nargs="+", metavar="T", help="default 0.07")
     group.add_argument("--weighting", nargs="+", choices=WEIGHTINGS, help="default inverse")
@@ -242,9 +246,9 @@ def _check_relevance(parser: argparse.ArgumentParser, given: argparse.Namespace)
     if given.queries is None:
         parser.error("--relevance is of the rows of QUERIES: name the file")
     names = ("temperature", "weighting", "protocol", "center", "pca", "whiten", "dims", "storage", "metric", "sweep",
-             "nprobe", "target_recall", "groups", "own_rows", "ignored_rows", "per_class", "latency", "storage_dtype",
-             "labels", "query_labels", "labels_key", "class_names", "ignore_index", "num_classes", "skip_bad_rows",
-             "resume", "overwrite", "save_neighbors", "dry_run", *LOOKS)  # fmt: skip
+             "with_quirks", "nprobe", "target_recall", "groups", "own_rows", "ignored_rows", "per_class", "latency",
+             "storage_dtype", "labels", "query_labels", "labels_key", "class_names", "ignore_index", "num_classes",
+             "skip_bad_rows", "resume", "overwrite", "save_neighbors", "dry_run", *LOOKS)  # fmt: skip
     for name in names:
         if getattr(given, name):
             parser.error(f"--{name.replace('_', '-')} does not go with --relevance, which ranks without a vote")
@@ -255,8 +259,8 @@ def _check_relevance(parser: argparse.ArgumentParser, given: argparse.Namespace)
 def _check_explain(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """Refuse other options: settings of a vote are what is looked for, and nothing else is tried."""
     names = ("metric", "depth", "storage_dtype", "pca", "whiten", "dims", "storage", "groups", "own_rows",
-             "ignored_rows", "relevance", "per_class", "nprobe", "target_recall", "sweep", "latency", "resume",
-             "overwrite", "save_neighbors", "dry_run", *LOOKS)  # fmt: skip
+             "with_quirks", "ignored_rows", "relevance", "per_class", "nprobe", "target_recall", "sweep", "latency",
+             "resume", "overwrite", "save_neighbors", "dry_run", *LOOKS)  # fmt: skip
     for name in names:
         if getattr(given, name):
             parser.error(

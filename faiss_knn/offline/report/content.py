@@ -12,6 +12,7 @@ from faiss_knn.offline.report.results import (
     depth_of,
     index_name,
     pareto_front,
+    quirks_of,
     record_key,
     searches,
     value_of,
@@ -75,7 +76,12 @@ def headline(report: Results) -> Record:
 
 def setting(record: Record) -> str:
     """Say in words how the neighbours of a record vote."""
-    return f"k = {record['k']}, T = {record['temperature']:g}, {record['weighting']} weights"
+    return f"k = {record['k']}, T = {record['temperature']:g}, {record['weighting']} weights{_quirks(record)}"
+
+
+def _quirks(record: Record) -> str:
+    name = quirks_of(record)
+    return "" if name is None else f", with the quirks of {name}"
 
 
 def sections(report: Results, mistakes: Sequence[Section] = ()) -> list[Section]:
@@ -156,6 +162,17 @@ def warnings_of(report: Results) -> list[str]:
         *(_of_classes(report, first) if report.checks else []),
         *_of_draws(first["per_class"], report.checks),
         *_of_rows(first, report.checks),
+        *_of_quirks(first),
+    ]
+
+
+def _of_quirks(first: Record) -> list[str]:
+    name = quirks_of(first)
+    if name is None:
+        return []
+    return [
+        f"Classes are ranked by {name}'s own float32 rule, with its quirks: top-1 and top-5 reproduce its numbers, and "
+        "are not those of this vote."
     ]
 
 

@@ -37,7 +37,8 @@ class Record(TypedDict, total=False):
     per_class: int | None  # rows of each class in a few-shot bank
     tries: int | None  # few-shot banks drawn
     seed: int
-    options: dict[str, Any]  # nprobe, target_recall, latency, storage_dtype, depth and metrics, as asked for
+    options: dict[str, Any]  # nprobe, target_recall, latency, storage_dtype, depth and metrics, as asked for;
+    # with_quirks names the protocol by whose own float32 rule neighbours voted, if they did
     data: str  # fingerprint of all features and labels
     num_classes: int
     n_bank: int
@@ -133,7 +134,7 @@ _TASK_WORDS = {
     "bank_file": "bank {}", "query_file": "queries {}", "leave_one_out": "leave-one-out: {}",
     "distance_metric": "{} distance", "per_class": "rows per class: {}", "tries": "draws: {}", "seed": "seed {}",
     "center": "centred: {}", "pca": "PCA: {}", "whiten": "whitened: {}", "normalize": "normalised: {}",
-    "exclude_same_group": "own group left out: {}", "n_groups": "groups: {}",
+    "protocol": "protocol {}", "exclude_same_group": "own group left out: {}", "n_groups": "groups: {}",
     "num_classes": "{} classes", "storage_dtype": "stored as {}",
 }  # fmt: skip
 
@@ -189,6 +190,12 @@ def vote_of(record: Record) -> tuple[int, float, str]:
     return record["k"], record["temperature"], record["weighting"]
 
 
+def quirks_of(record: Record) -> str | None:
+    """Name the protocol by whose own rule, with its quirks, the neighbours of a record voted, if they did."""
+    name: str | None = (record.get("options") or {}).get("with_quirks")
+    return name
+
+
 def record_key(record: Record) -> str:
     """Return what a record is of, without what came out; equal for a record read back from a file."""
     return json.dumps([value_of(record, name) for name in _IDENTITY], sort_keys=True)
@@ -196,8 +203,8 @@ def record_key(record: Record) -> str:
 
 def task_key(record: Record) -> str:
     """Return what a record's index, k, temperature and weighting were tried on; see `record_key`."""
-    stored = (record.get("options") or {}).get("storage_dtype")
-    return json.dumps([*(value_of(record, name) for name in _TASK), stored])
+    stored, quirks = (record.get("options") or {}).get("storage_dtype"), quirks_of(record)
+    return json.dumps([*(value_of(record, name) for name in _TASK), stored, *([] if quirks is None else [quirks])])
 
 
 def best_of(records: Sequence[Record], by: str) -> Record:
