@@ -19,7 +19,7 @@ from faiss_knn.offline.manifest import MANIFEST
 from faiss_knn.offline.remote import FilePath, as_location
 from faiss_knn.search.inputs import as_choice, as_key, as_switch, is_memmap
 
-__all__ = ["Features", "digits", "extract", "read_class_names", "read_features"]
+__all__ = ["Features", "arrays_in", "digits", "extract", "read_class_names", "read_features"]
 
 _FEATURES = (
     *("features", "embeddings", "embedding", "embeds", "embed", "emb", "feats", "feat"),
@@ -388,6 +388,24 @@ def _only(path: FilePath, arrays: Arrays) -> npt.NDArray[Any]:
     if len(arrays) != 1:
         raise DataError(f"{path}: one array was expected, it holds {_listed(arrays)}")
     return np.asarray(read_array(path, next(iter(arrays.values()))))
+
+
+def arrays_in(path: str | FilePath) -> str:
+    """List the arrays of a file with their shapes, as the end of a message; nothing of a folder.
+
+    Raises:
+        DataError: If the file cannot be read.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> folder = Path(mkdtemp())
+        >>> np.savez(folder / "a.npz", x=np.zeros((2, 3)), names=np.zeros(2))
+        >>> arrays_in(folder / "a.npz")
+        ': it holds x (2, 3), names (2,)'
+    """
+    place = as_location(path, "`path`")
+    return "" if place.is_dir() else f": it holds {_listed(open_arrays(place))}"
 
 
 def _listed(arrays: Arrays) -> str:

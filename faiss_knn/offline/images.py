@@ -56,5 +56,7 @@ def _only(path: Path, arrays: Arrays) -> Any:
 
 def _named(path: FilePath, arrays: Arrays, source: str) -> Any:
     if source not in arrays:
-        raise DataError(f"{path}: no array {source!r} for the pictures, and no file of that name")
+        raise DataError(
+            f"{path}: no array {source!r} for the pictures, and no file of that name: it holds {', '.join(arrays)}"
+        )
     return read_array(path, arrays[source])

@@ -52,7 +52,8 @@ def check_format(path: Path, graph: Graph | None, symmetric: bool, is_own: bool)
     """Check, before anything is searched, that lists can be written as this file.
 
     Raises:
-        DataError: If the ending names no format, or the graph asked for is none that it can hold.
+        DataError: If the ending names no format, the graph asked for is none that it can hold, or a folder of the path
+            is a file.
     """
     if path.suffix.lower() not in _WRITERS:
         raise DataError(f"{path}: neighbours are not written as {path.suffix!r}: choose one of {' '.join(_WRITERS)}")
@@ -60,6 +61,9 @@ def check_format(path: Path, graph: Graph | None, symmetric: bool, is_own: bool)
         raise DataError(f"{path}: a sparse graph is written as .npz: name it so, or leave --graph out")
     if symmetric and (graph is None or not is_own):
         raise DataError(f"{path}: only a --graph of the bank's own rows can be symmetric: leave QUERIES out")
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"{path}: {folder} is a file, not a folder: choose another place")
 
 
 def write_neighbors(

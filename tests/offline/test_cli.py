@@ -132,11 +132,12 @@ def test_version_and_help_answer_at_once(capsys):
 BAD_DATA = {
     "no such file": (["nothing.npz", "nothing.npz"], "nothing.npz: no such file"),
     "no labels": (["bare.npy", "bare.npy"], "bare.npy: holds no labels: give them with --labels"),
+    "no labels among the arrays": (["plain.npz", "bank.npz"], "--labels-key: it holds features (120, 8), sizes (5,)"),
     "no query labels": (["bank.npz", "bare.npy"], "bare.npy: holds no labels: give them with --query-labels"),
     "NaN": (["nan.npz", "nan.npz"], "`bank_features` must be finite, and not zero under cosine: row 2 is not"),
     "another dimension": (["bank.npz", "narrow.npz"], "`query_features` must have the bank's dimension 8, got 3"),
     "truncated": (["cut.npz", "bank.npz"], "cut.npz: cannot be read as .npz"),
-    "no such index": (["bank.npz", "bank.npz", "--index", "IVG4"], "got 'IVG4'"),
+    "no such index": (["bank.npz", "bank.npz", "--index", "IVG4"], "error: --index must be 'flat',"),
     "nprobe above nlist": (["bank.npz", "bank.npz", "--index", "IVF4,Flat", "--nprobe", "9"], "nprobe"),
     "no such metric": (["bank.npz", "bank.npz", "--metric", "Quality"], "`metrics` must name"),
     "a metric of two classes": (
@@ -161,6 +162,7 @@ def test_bad_data_is_one_line_and_exit_1(files, tmp_path, monkeypatch, capsys, c
     good = dict(np.load(files[0]))
     np.savez("bank.npz", **good)
     np.save("bare.npy", good["features"])
+    np.savez("plain.npz", features=good["features"], sizes=np.arange(5))
     broken = good["features"].copy()
     broken[2, 1] = np.nan
     np.savez("nan.npz", features=broken, labels=good["labels"])

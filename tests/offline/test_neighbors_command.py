@@ -142,6 +142,7 @@ def test_another_distance_than_that_of_the_lists_is_suspected(files, capsys):
         ("neighbors bank.npy queries.npz --out a.npz --graph distances --symmetric", 2, "leave QUERIES out"),
         ("neighbors bank.npy queries.npz --out a.npz --include-self", 2, "leave QUERIES out"),
         ("neighbors bank.npy --out a.txt", 1, "a.txt: neighbours are not written as '.txt'"),
+        ("neighbors bank.npy --out bank.npy/a.npz", 1, "a.npz: bank.npy is a file, not a folder"),
         ("neighbors none.npy --out a.npz", 1, "none.npy: no such file"),
         ("verify bank.npy bank.npy", 1, "`indices` must be a (Q, K) array of row numbers"),
         ("verify none.bin bank.npy", 1, "none.bin: no such file"),

@@ -165,7 +165,7 @@ def test_the_command_takes_an_array_or_paths(tmp_path, capsys):
         assert main(command) == 0
         assert (tmp_path / out / "audit.html").read_text().count("<img") > 50
     assert main(["audit", str(tmp_path / "data.npz"), "--images", "photos", "--out", str(tmp_path / "c")]) == 1
-    assert "no array 'photos' for the pictures, and no file of that name" in capsys.readouterr().err
+    assert "no array 'photos' for the pictures, and no file of that name: it holds " in capsys.readouterr().err
     (tmp_path / "paths.txt").write_text("a.png\nb.png\n")
     command = [
         "audit",

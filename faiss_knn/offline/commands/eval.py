@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,14 +45,15 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
             print(_dry_run(given, bank, queries))
         return 0
     options = _options(given, bank.class_names, progress=None if first else False)
-    report = evaluate_with(
-        options,
-        task_for(options, *_sides(bank, queries), limits),
-        _files(given),
-        done=broadcast_object(ledger.done if ledger is not None else []),
-        on_record=None if ledger is None else ledger.add,
-        on_outcome=None if ledger is None else ledger.add_outcome,
-    )
+    with _index_as_option():
+        report = evaluate_with(
+            options,
+            task_for(options, *_sides(bank, queries), limits),
+            _files(given),
+            done=broadcast_object(ledger.done if ledger is not None else []),
+            on_record=None if ledger is None else ledger.add,
+            on_outcome=None if ledger is None else ledger.add_outcome,
+        )
     if ledger is not None:
         report.save(given.out, **({} if report.mistakes is None else looks))
     if first:
@@ -75,7 +78,19 @@ def evaluate_files(given: argparse.Namespace, *, first: bool) -> "EvalReport":
     with all_or_none():
         bank, queries = _read(given)
     options = _options(given, bank.class_names, progress=None if first else False)
-    return evaluate_with(options, task_for(options, *_sides(bank, queries)), _files(given))
+    with _index_as_option():
+        return evaluate_with(options, task_for(options, *_sides(bank, queries)), _files(given))
+
+
+@contextmanager
+def _index_as_option() -> Iterator[None]:
+    """Call what is wrong with a `spec` by the option that it came from."""
+    try:
+        yield
+    except ValueError as error:
+        if "`spec`" not in str(error):
+            raise
+        raise ValueError(str(error).replace("`spec`", "--index")) from error
 
 
 def _files(given: argparse.Namespace) -> dict[str, str | None]:
@@ -193,22 +208,24 @@ def _read(given: argparse.Namespace) -> "tuple[Features, Features | None]":
 
 
 def _open_sides(given: argparse.Namespace) -> "tuple[Features, Features | None]":
-    from faiss_knn.offline.features import digits, read_features
+    from faiss_knn.offline.features import arrays_in, digits, read_features
     from faiss_knn.offline.formats import DataError
 
     keys = {"features_key": given.features_key, "labels_key": given.labels_key, "allow_partial": given.allow_partial}
     if given.bank is None:
         bank, queries = digits()
         return bank, None if given.leave_one_out else queries
-    read = [(read_features(given.bank, "bank", labels=given.labels, **keys), "--labels")]
+    read = [(given.bank, read_features(given.bank, "bank", labels=given.labels, **keys), "--labels")]
     if not given.leave_one_out:
-        read.append((read_features(given.queries, "queries", labels=given.query_labels, **keys), "--query-labels"))
-    for features, option in read:
+        queries = read_features(given.queries, "queries", labels=given.query_labels, **keys)
+        read.append((given.queries, queries, "--query-labels"))
+    for path, features, option in read:
         if features.labels is None:
             raise DataError(
                 f"{features.source}: holds no labels: give them with {option}, or name them with --labels-key"
+                f"{arrays_in(path)}"
             )
-    return read[0][0], None if given.leave_one_out else read[1][0]
+    return read[0][1], None if given.leave_one_out else read[1][1]
 
 
 def _limits(given: argparse.Namespace) -> "Limits":
