@@ -118,7 +118,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Exits with status 2 and one line on stderr if they cannot be used.
     """
     parser = make_parser(arguments)
-    given = parser.parse_args(arguments)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        Parser(prog=f"{parser.prog} {given.command}").error(f"unrecognized arguments: {' '.join(unknown)}")
     if given.command == "eval" and given.config is not None:
         options, files = config_options(parser, given.config)
         given = parser.parse_args(["eval", *options, *arguments[1:]])

@@ -49,11 +49,11 @@ def open_arrays(path: FilePath) -> dict[str, Member]:
             damaged, truncated or pickled.
     """
     opener = OPENERS.get(path.suffix.lower())
-    if opener is None:
-        raise DataError(f"{path}: unknown format {path.suffix!r}: one of {' '.join(OPENERS)} is read")
     with readable(path):
         if not path.exists():
             raise DataError(f"{path}: no such file")
+        if opener is None:
+            raise DataError(f"{path}: unknown format {path.suffix!r}: one of {' '.join(OPENERS)} is read")
         if not path.is_file():
             raise DataError(f"{path}: is no regular file: pipes, devices and folders of that name are not read")
         if isinstance(path, RemotePath) and path.suffix.lower() in _REMOTE_OPENERS:

@@ -131,6 +131,7 @@ def test_version_and_help_answer_at_once(capsys):
 
 BAD_DATA = {
     "no such file": (["nothing.npz", "nothing.npz"], "nothing.npz: no such file"),
+    "no such file of labels": (["bank.npz", "bank.npz", "--labels", "lable"], "lable: no such file"),
     "no labels": (["bare.npy", "bare.npy"], "bare.npy: holds no labels: give them with --labels"),
     "no labels among the arrays": (["plain.npz", "bank.npz"], "--labels-key: it holds features (120, 8), sizes (5,)"),
     "no query labels": (["bank.npz", "bare.npy"], "bare.npy: holds no labels: give them with --query-labels"),
@@ -197,7 +198,7 @@ BAD_USAGE = {
     "overwrite what": (["eval", "--overwrite"], "--overwrite needs --out"),
     "a word for a number": (["eval", "--temperature", "warm"], "must be a number, got 'warm'"),
     "unknown weighting": (["eval", "--weighting", "loud"], "invalid choice: 'loud'"),
-    "unknown option": (["eval", "--colour", "red"], "unrecognized arguments"),
+    "unknown option": (["eval", "--colour", "red"], "unrecognized arguments: --colour (see faiss-knn eval --help)"),
     "unknown sweep": (["eval", "--sweep", "speed=1"], "must be nprobe=1,4,16"),
     "recall above one": (["eval", "--target-recall", "1.5"], "must be in (0, 1]"),
     "resume what": (["eval", "--resume"], "--resume needs --out"),
