@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from faiss_knn import evaluate
-from faiss_knn.offline.report.content import sections
+from faiss_knn.offline.report.content import Table, sections
+from faiss_knn.offline.report.html import html_table
 from faiss_knn.offline.report.ledger import Ledger
 from faiss_knn.offline.report.results import Classes, index_name, pareto_front, pareto_names
 from faiss_knn.offline.report.tables import text_table
@@ -254,3 +255,10 @@ def test_the_page_in_a_browser(folder, tmp_path, width, dark):
     assert seen["smallest"] >= 14
     assert seen["dark"] == dark
     assert seen["paper"] == ("rgb(18, 22, 28)" if dark else "rgb(255, 255, 255)")
+
+
+def test_a_long_name_has_room_in_the_page():
+    name = "x" * 80
+    shown = html_table(Table(["row", "votes"], [[name, "1"], ["cat", "2"]]))
+    assert f'<td class="word prose">{name}</td>' in shown
+    assert "<td class=word>cat</td>" in shown

@@ -7,6 +7,7 @@ from faiss_knn.offline.report.content import Section, Strip, Table, Tile
 
 _LONG = 24  # rows that a table shows without being asked
 _SENTENCE = 4  # spaces from which on a cell is read as one
+_LONG_NAME = 24  # letters: more than a narrow column has in two lines
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --paper: #ffffff; --line: #dde3ea; --tint: #f4f6f9;
@@ -32,17 +33,20 @@ th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap }
 th { color: var(--soft); font-weight: 600; background: var(--tint) }
 tr + tr td { border-top: 1px solid var(--line) }
 .word { text-align: left }
+.prose { min-width: 14rem; max-width: 30rem; white-space: normal; overflow-wrap: anywhere }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--tint) }
 @media (max-width: 40rem) { th, td { padding: .35rem .5rem }
   .word { min-width: 4.5rem; max-width: 32vw; white-space: normal; overflow-wrap: break-word }
-  .prose { min-width: 11rem; max-width: 60vw }
-  th:first-child, td:first-child { min-width: 6.5rem; max-width: 40vw; white-space: normal; overflow-wrap: anywhere } }
+  .prose { min-width: 11rem; max-width: 60vw; overflow-wrap: anywhere }
+  th:first-child, td:first-child { min-width: 6.5rem; max-width: 40vw; white-space: normal; overflow-wrap: anywhere }
+  td.prose:first-child { min-width: 10rem; max-width: 50vw } }
 img { display: block; width: 100%; max-width: 30rem; height: auto; margin: .9rem 0 }
 .strips { display: flex; flex-wrap: wrap; gap: .9rem 2rem; margin: .9rem 0 }
  .strip p { margin: 0 0 .3rem; color: var(--soft); font-size: .875rem }
 .tiles { display: flex; flex-wrap: wrap; gap: .5rem }
 figure { margin: 0; width: 6rem; padding: .25rem; border: 1px solid var(--line); border-radius: 6px; font-size: .75rem;
   line-height: 1.3 }
+figure:not(:has(img)) { width: 14rem }
 figure.first { border-color: var(--accent); background: var(--tint) }
 figure img { width: 100%; height: 5.5rem; object-fit: contain; margin: 0 0 .2rem }
 @media (max-width: 40rem) { figure { width: 4.6rem } figure img { height: 4.1rem } }
@@ -72,8 +76,9 @@ def _row(tag: str, cells: list[str], words: int) -> str:
 
 
 def _kind(cell: str) -> str:
-    """Mark a cell of words; a sentence is wider where there is little room."""
-    return ' class="word prose"' if cell.count(" ") >= _SENTENCE else " class=word"
+    """Mark a cell of words; a sentence or a long name has room, and lines enough to leave some to the numbers."""
+    is_long = cell.count(" ") >= _SENTENCE or len(cell) > _LONG_NAME
+    return ' class="word prose"' if is_long else " class=word"
 
 
 def _section(section: Section, plots: dict[str, tuple[str, str]]) -> str:
