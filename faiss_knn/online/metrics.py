@@ -350,5 +350,5 @@ def _by_class(metrics: list[Metric]) -> dict[str, Metric]:
 
 def _checked(metric: Any, where: str) -> Metric:
     if not isinstance(metric, Metric):
-        raise ValueError(f"metric {where} is not a torchmetric, got {shown(metric)}: give a torchmetrics.Metric")  # noqa: TRY004
+        raise ValueError(f"metric {where} is no a torchmetric, got {shown(metric)}: give a torchmetrics.Metric")  # noqa: TRY004
     return metric

@@ -149,8 +149,8 @@ class TestMetricForms:
         [
             ("acc", "metrics can only be a torchmetric of list/tuple of torchmetrics.*got str"),
             (5, "metrics can only be a torchmetric of list/tuple of torchmetrics.*got int"),
-            ([accuracy(), 3], r"metric metrics\[1\] is not a torchmetric, got 3"),
-            ({"acc": MulticlassAccuracy}, r"metrics\['acc'\] is not a torchmetric"),
+            ([accuracy(), 3], r"metric metrics\[1\] is no a torchmetric, got 3"),
+            ({"acc": MulticlassAccuracy}, r"metrics\['acc'\] is no a torchmetric"),
             ([accuracy(), accuracy()], "MulticlassAccuracy more than once"),
             ({"a": accuracy(4), "b": accuracy(5)}, "must agree on num_classes"),
         ],
@@ -575,7 +575,7 @@ def test_approximate_indexes_score_too(index):
         ({"bank_device": "gpu"}, "bank_device must be a torch device or its name, got 'gpu'"),
         ({"bank_device": 3.5}, "bank_device must be a torch device or its name, got 3.5"),
         ({"input_dim": ()}, "input_dim must be positive, got 0"),
-        ({"metrics": {"t": MetricTracker(MulticlassAccuracy(4))}}, "is not a torchmetric, got MetricTracker: give"),
+        ({"metrics": {"t": MetricTracker(MulticlassAccuracy(4))}}, "is no a torchmetric, got MetricTracker: give"),
     ],
 )
 def test_bad_arguments_are_named_at_once(options, message):
