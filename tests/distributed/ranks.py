@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import tempfile
 import time
@@ -115,6 +116,7 @@ def _start_server() -> None:
 
 def _serve(pipe: Connection) -> None:
     """What each process does: jobs, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests behind itself has it ignored
     while True:
         try:
             function, args, job = pipe.recv()  # imports the function's module
