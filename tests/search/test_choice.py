@@ -150,7 +150,7 @@ def test_a_large_bank_is_projected_to_what_was_best_for_a_sample_of_it_or_not_at
     assert noise.recall >= 0.99
     assert {rows for rows, _ in projected} == {4096}  # the sample alone
     projected.clear()
-    rows, queries = decayed(20_000), decayed(200, seed=1)
+    rows, queries = decayed(20_000), decayed(50, seed=1)
     index = KNNIndex("fast").build(rows)
     dims = index.stats.parameters["scan_dims"]
     assert dims < 128
