@@ -11,7 +11,7 @@ from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.distributed import all_gather_object, all_or_none, broadcast_object, gather_rows, rank_and_size
 from faiss_knn.online.batch import check_aligned, flat_rows, searchable
 from faiss_knn.online.memory import LabelledFeatures, Memory
-from faiss_knn.online.options import OnlineOptions
+from faiss_knn.online.options import OnlineOptions, named_as_index
 from faiss_knn.online.ring import QueueStorage
 from faiss_knn.online.unique_samples import newest_per_id, sample_ids
 from faiss_knn.search.index import KNNIndex, TooFewRowsError
@@ -198,12 +198,13 @@ class EpochBank:
         return bank
 
     def _indexed(self) -> FeatureBank:
-        return FeatureBank(self.features, self._labels, index=self.index, **self._hints)
+        with named_as_index():
+            return FeatureBank(self.features, self._labels, index=self.index, **self._hints)
 
     def _sharded(self) -> ShardedBank:
         """Index this rank's rows; exactly on all ranks, where one of them has too few for the index asked for."""
         failure: TooFewRowsError | None = None
-        with all_or_none():
+        with all_or_none(), named_as_index():
             try:
                 if len(self.features):
                     self.index.build(self.features, expected_k=self._hints["expected_k"])

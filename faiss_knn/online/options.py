@@ -1,6 +1,7 @@
 """What a k-NN score is asked for: the arguments, checked in one place, and what follows from them alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import combinations
@@ -102,7 +103,8 @@ class OnlineOptions:
             raise ValueError("`gallery` needs search='batch': an epoch's images are not kept until its end")
         self._read_metrics()
         self._parts = self._new_parts() if self.has_several else []
-        self.new_index()  # a bad index option is an error here, not at the first validation
+        with named_as_index():
+            self.new_index()  # a bad index option is an error here, not at the first validation
 
     def _read_metrics(self) -> None:
         self._metrics_class_count = class_count(self.metrics)
@@ -389,6 +391,17 @@ class OnlineOptions:
     def known_width(self) -> int | None:
         """How many classes are scored, where that is known before any label is seen."""
         return self.num_classes or self._metrics_class_count
+
+
+@contextmanager
+def named_as_index() -> Iterator[None]:
+    """Call what is wrong with a `spec` by the argument that it came from."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("`spec`"):
+            raise
+        raise ValueError(str(error).replace("`spec`", "`index`", 1)) from error
 
 
 def _keys(given: Any, argument: str) -> tuple[str, ...]:

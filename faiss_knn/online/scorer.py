@@ -13,7 +13,7 @@ from faiss_knn.online.diagnostics import Diagnostics
 from faiss_knn.online.epoch_bank import BankRows
 from faiss_knn.online.evaluation import Evaluation, Plan
 from faiss_knn.online.memory import Memory
-from faiss_knn.online.options import VIEW_ALIGNMENT, OnlineOptions
+from faiss_knn.online.options import VIEW_ALIGNMENT, OnlineOptions, named_as_index
 from faiss_knn.online.ring import QueueStorage
 from faiss_knn.online.unique_samples import check_sample_ids
 
@@ -75,7 +75,8 @@ class Scorer:
             if part.id is not None:
                 check_sample_ids(rows[part.id], f"'{part.id}'")
             if not self._is_tried:
-                memory.index.check_spec(flat_rows(rows[part.feature_key]).shape[1])
+                with named_as_index():
+                    memory.index.check_spec(flat_rows(rows[part.feature_key]).shape[1])
                 part.check_first_step(rows[part.label_key])
             rows_by_key |= rows
         if not self._is_tried and self._options.has_views:

@@ -537,6 +537,11 @@ def test_approximate_indexes_score_too(index):
     assert keep.scores[0]["eval/knn_acc"] > 0.9
 
 
+def test_an_index_that_faiss_cannot_make_is_called_by_the_argument():
+    with pytest.raises(ValueError, match=r"^`index` must be .*, got 'PQ3'"):
+        fit(knn(index="PQ3"), clusters(64), clusters(32, seed=1))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -554,6 +559,8 @@ def test_approximate_indexes_score_too(index):
         ({"distance_metric": "hamming"}, "`distance_metric` must be one of .*got 'hamming'"),
         ({"weighting": "rank"}, "`weighting` must be one of .*got 'rank'"),
         ({"gather": "all"}, "`gather` must be 'replicate' or 'shard', got 'all'"),
+        ({"index": ""}, "^`index` must be 'flat'"),
+        ({"index": "HNSW0"}, "^`index` must have numbers above"),
         ({"nprobe": 0}, "`nprobe` must be a positive integer"),
         ({"target_recall": 2.0}, r"`target_recall` must be in \(0, 1\]"),
         ({"input_dim": -3}, "input_dim must be positive, got -3"),

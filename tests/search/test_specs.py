@@ -65,6 +65,6 @@ def test_a_bad_string_ends_a_run_at_its_first_step():
 
     module = Counting()
     callback = OnlineKNN("knn", "embedding", "label", 64, distance_metric="manhattan", index="RaBitQ")
-    with pytest.raises(ValueError, match="ends the whole process"):
+    with pytest.raises(ValueError, match=r"^`index` must be .*ends the whole process"):
         trainer(callback).fit(module, loader(**clusters(64)), loader(**clusters(16, seed=1)))
     assert module.steps == 1
