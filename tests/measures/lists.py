@@ -1,7 +1,8 @@
 """Lists of neighbours in float64, and the digits that they are of."""
 
+import numpy as np
+from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
-from sklearn.neighbors import NearestNeighbors
 
 
 def digits():
@@ -10,5 +11,8 @@ def digits():
 
 
 def own_lists(rows, k):
-    """Distances and row numbers of each row's k nearest others."""
-    return NearestNeighbors(n_neighbors=k, algorithm="brute").fit(rows).kneighbors()
+    """Distances and row numbers of each row's k nearest others, equal ones by number on any machine."""
+    distances = cdist(rows, rows)
+    np.fill_diagonal(distances, np.inf)
+    order = distances.argsort(axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, order, 1), order
