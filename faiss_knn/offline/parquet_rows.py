@@ -89,8 +89,8 @@ class ParquetRows:
     def __getitem__(self, rows: slice | EllipsisType | npt.NDArray[np.integer]) -> npt.NDArray[Any]:
         with self._lock:  # of one place in the file
             if isinstance(rows, (slice, EllipsisType)):
-                start, stop, step = (slice(None) if rows is ... else rows).indices(len(self))
-                return self._span(start, max(start, stop))[::step]
+                span = range(len(self))[slice(None) if rows is ... else rows]
+                return self._span(min(span), max(span) + 1)[:: span.step] if span else self._span(0, 0)
             picked = [self._span(row, row + 1) for row in np.asarray(rows).tolist()]
             return np.concatenate(picked) if picked else np.empty((0, self.shape[1]), self.dtype)
 

@@ -82,8 +82,11 @@ class Evaluation:
         self._options, self._memory, self._plan, self._device = options, memory, plan, device
         self._clock = Clock(device, options.seconds or bool(options.verbose))
         scored = [i for i in range(len(plan.batches)) if i != options.bank_dataloader_idx]
-        kind = NumberTable if options.is_regression else MetricTable
-        self._table = kind(options.metrics, options.ks, scored, device)
+        self._table = (
+            NumberTable(options.metrics, options.ks, scored)
+            if options.is_regression
+            else MetricTable(options.metrics, options.ks, scored, device)
+        )
         self._unique = {i: UniqueSamples() for i in scored} if options.id is not None else {}
         self._most_searches = self._count_searches({i: plan.batches[i] for i in scored})
         self._searches = 0

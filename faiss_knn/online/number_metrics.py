@@ -70,28 +70,35 @@ def _in_float64(metric: Metric) -> Metric:
     return alone(metric).set_dtype(torch.float64)
 
 
+def has_standard_error(metric: Metric) -> bool:
+    """Tell whether a metric is a mean over queries, or the root of one.
+
+    Example:
+        >>> from torchmetrics import MeanAbsoluteError, R2Score
+        >>> has_standard_error(MeanAbsoluteError()), has_standard_error(R2Score())
+        (True, False)
+    """
+    return type(metric).__name__ in ("MeanAbsoluteError", "MeanSquaredError")
+
+
 class NumberTable:
     """Metrics of regression per scored loader and k, for one validation run: `MetricTable` for numbers.
 
     Sums of floats depend on their order, and so on batches and ranks. So the numbers themselves are kept, 2·D a query,
-    and each metric judges all of them at the end, on every rank, in an order that depends on the numbers alone, in
-    float64.
+    where they are, and each metric judges all of them at the end, on every rank's CPU, in an order that depends on the
+    numbers alone, in float64.
 
     Args:
         metrics: Name to metric.
         ks: The numbers of neighbours that are scored.
         loaders: Numbers of the dataloaders that are scored.
-        device: Of `MetricTable`; here rows stay where they are, and metrics judge them on the CPU.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric], ks: Sequence[int], loaders: Sequence[int], device: Any) -> None:  # noqa: ARG002
+    has_standard_error = staticmethod(has_standard_error)
+
+    def __init__(self, metrics: Mapping[str, Metric], ks: Sequence[int], loaders: Sequence[int]) -> None:
         self._metrics = metrics
         self._kept: dict[int, dict[int, list[Tensor]]] = {loader: {k: [] for k in ks} for loader in loaders}
-
-    @staticmethod
-    def has_standard_error(metric: Metric) -> bool:
-        """Tell whether a metric is a mean over queries, or the root of one."""
-        return has_standard_error(metric)
 
     def update(self, loader: int, k: int, means: Tensor, targets: Tensor) -> None:
         """Add a batch: `means` (B, D) and `targets` (B,) or (B, D), all finite."""
@@ -128,17 +135,6 @@ def _in_order(pairs: Tensor) -> Tensor:
         return pairs
     rows = np.ascontiguousarray(pairs.numpy().reshape(len(pairs), -1))
     return pairs[torch.from_numpy(rows.view(f"V{rows.strides[0]}")[:, 0].argsort(kind="stable"))]
-
-
-def has_standard_error(metric: Metric) -> bool:
-    """Tell whether a metric is a mean over queries, or the root of one.
-
-    Example:
-        >>> from torchmetrics import MeanAbsoluteError, R2Score
-        >>> has_standard_error(MeanAbsoluteError()), has_standard_error(R2Score())
-        (True, False)
-    """
-    return type(metric).__name__ in ("MeanAbsoluteError", "MeanSquaredError")
 
 
 def standard_error(metric: Metric, means: Tensor, targets: Tensor) -> Tensor:

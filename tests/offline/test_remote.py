@@ -195,10 +195,18 @@ def test_a_parquet_file_beyond_memory_is_decoded_once_a_pass(tmp_path, monkeypat
     monkeypatch.setattr(streaming, "BANK_BLOCK_BYTES", 4 * 64 * 50)
     decoded = []
     rows_of = parquet_rows.ParquetRows._rows
-    counted = lambda self, batch, first: decoded.append(batch.num_rows) or rows_of(self, batch, first)  # noqa: E731
+
+    def counted(self, batch, first):
+        decoded.append(batch.num_rows)
+        return rows_of(self, batch, first)
+
     monkeypatch.setattr(parquet_rows.ParquetRows, "_rows", counted)
     rows = open_features(tmp_path / "bank.parquet")
     assert (rows.shape, rows.dtype) == ((300, 64), np.float32)
+    for part in (slice(70, 130), slice(250, 3, -7), slice(9, 9), slice(None)):
+        np.testing.assert_array_equal(rows[part], DIGITS[part])
+    np.testing.assert_array_equal(rows[np.array([200, 5, 299])], DIGITS[[200, 5, 299]])
+    rows = open_features(tmp_path / "bank.parquet")
     decoded.clear()
     found = exact_neighbors(rows, DIGITS[:40], 5, distance_metric="cosine")
     np.testing.assert_array_equal(found.indices, exact_neighbors(DIGITS, DIGITS[:40], 5, distance_metric="cosine")[1])

@@ -106,7 +106,11 @@ def test_a_sample_depends_on_the_rows_alone(dtype, with_ids, monkeypatch):
 
 def test_they_are_computed_on_one_thread(monkeypatch):
     seen = []
-    measure = lambda *_: seen.append(torch.get_num_threads()) or 0.0  # noqa: E731
+
+    def measure(*_):
+        seen.append(torch.get_num_threads())
+        return 0.0
+
     monkeypatch.setitem(diagnostics_module._MEASURES, "effective_rank", measure)
     threads = torch.get_num_threads()
     try:

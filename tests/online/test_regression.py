@@ -45,8 +45,9 @@ def scored(evaluator, train=TRAIN, val=VAL, batch=16):
 def expected(key="year", k=5):
     """Means and truth, of the queries that have a number."""
     has = TRAIN[key].reshape(400, -1).isfinite().all(1)
-    weights = lambda distances: 1 / (distances + 0.07)  # noqa: E731
-    oracle = KNeighborsRegressor(k, weights=weights).fit(TRAIN["x"][has].double(), TRAIN[key][has].double())
+    oracle = KNeighborsRegressor(k, weights=lambda distances: 1 / (distances + 0.07)).fit(
+        TRAIN["x"][has].double(), TRAIN[key][has].double()
+    )
     return oracle.predict(VAL["x"].double()), VAL[key].double().numpy()
 
 
@@ -153,7 +154,7 @@ def test_values_do_not_depend_on_the_order_of_queries():
     means, targets = torch.randn(2, 1000, generator=RANDOM) * 10 ** torch.randn(1000, generator=RANDOM)
     found = []
     for rows in (torch.arange(1000), torch.randperm(1000, generator=RANDOM)):
-        table = NumberTable(METRICS, [5], [0], "cpu")
+        table = NumberTable(METRICS, [5], [0])
         for part in rows.split(64):
             table.update(0, 5, means[part, None], targets[part])
         found.append(table.values("eval", False, standard_errors=True)[0])

@@ -126,14 +126,7 @@ def _explain(given: argparse.Namespace, first: bool) -> int:
     from faiss_knn.offline.explain import explain_task, given_settings
 
     with all_or_none():
-        settings = given_settings(
-            given.protocol,
-            k=given.k,
-            temperature=given.temperature,
-            weighting=given.weighting,
-            distance_metric=given.distance,
-            center=given.center,
-        )
+        settings = given_settings(given.protocol, **_asked(given))
         task = _task(given, *_read(given))
     explanation = explain_task(
         given.explain,
@@ -185,16 +178,19 @@ def _vote_settings(given: argparse.Namespace) -> dict[str, Any]:
     from faiss_knn.offline.options import vote_settings
 
     return vote_settings(
-        given.protocol,
-        k=given.k,
-        temperature=given.temperature,
-        weighting=given.weighting,
-        distance_metric=given.distance,
-        center=given.center,
-        pca=given.pca,
-        whiten=given.whiten,
-        with_quirks=given.with_quirks,
+        given.protocol, **_asked(given), pca=given.pca, whiten=given.whiten, with_quirks=given.with_quirks
     )
+
+
+def _asked(given: argparse.Namespace) -> dict[str, Any]:
+    """Return what a protocol decides, as far as it was given."""
+    return {
+        "k": given.k,
+        "temperature": given.temperature,
+        "weighting": given.weighting,
+        "distance_metric": given.distance,
+        "center": given.center,
+    }
 
 
 def _read(given: argparse.Namespace) -> "tuple[Features, Features | None]":
