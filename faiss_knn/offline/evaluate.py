@@ -11,7 +11,7 @@ from torch import Tensor
 
 from faiss_knn.offline.copies import Copies, count_copies
 from faiss_knn.offline.metric_names import make_metrics
-from faiss_knn.offline.mistakes import mistakes_of
+from faiss_knn.offline.mistakes import mistakes_of, mistakes_rank
 from faiss_knn.offline.options import EvalOptions, VoteOptions, several, vote_settings
 from faiss_knn.offline.outcomes import (
     bank_fingerprint,
@@ -33,7 +33,6 @@ from faiss_knn.offline.record import (
     surroundings,
     top1_by_query,
 )
-from faiss_knn.offline.report.findings import Mistakes
 from faiss_knn.offline.report.report import EvalReport
 from faiss_knn.offline.report.results import Classes, Outcome, Record, record_key
 from faiss_knn.offline.scores import Judge, make_judge
@@ -238,32 +237,35 @@ def evaluate_with(
     if options.per_class is not None:
         report.checks |= few_shot_facts(evaluation.task, options.per_class)
     earlier = {record_key(record): record for record in done}
+    telling: tuple[Record, Outcome, Tensor] | None = None  # whose mistakes say the most
     for variant in options.variants:
-        keys = [record_key(evaluation.setup(variant, vote)) for vote in options.votes]
+        setups = [setup_fields(first, options, variant, vote) for vote in options.votes]
+        keys = [record_key(setup) for setup in setups]
         if all(key in earlier for key in keys):
             report.records += [earlier[key] for key in keys]
             continue
         results = evaluation.search(variant)
-        for key, (record, classes, outcome) in zip(keys, evaluation.records(variant, results), strict=True):
+        for key, (record, classes, outcome) in zip(keys, evaluation.records(variant, setups, results), strict=True):
             report.records.append(earlier.get(key, record))
             report.per_class[key] = classes.scores
             report.retrieval_by_class[key] = classes.retrieval
             if outcome is not None:
                 report.outcomes[key] = outcome
-                if "label" in outcome and len(evaluation.draws) == 1 and _shows_more(record, report.mistakes):
-                    report.mistakes = mistakes_of(first, record, outcome, results[0].indices)
+                if "label" in outcome and len(evaluation.draws) == 1 and _shows_more(record, telling):
+                    telling = record, outcome, results[0].indices
                 if on_outcome is not None and key not in earlier:
                     on_outcome(key, outcome)
             if on_record is not None and key not in earlier:
                 on_record(record, classes)
         if options.keep_neighbors:
             report.neighbors[variant.name] = _with_given_ids(first, results[0])
+    report.mistakes = None if telling is None else mistakes_of(first, *telling)
     return report
 
 
-def _shows_more(record: Record, mistakes: Mistakes | None) -> bool:
+def _shows_more(record: Record, other: tuple[Record, Outcome, Tensor] | None) -> bool:
     """Tell whether a record's mistakes say more: those of exact neighbours do, of more of them (one is always sure)."""
-    return mistakes is None or (record["exact"], record["k"], record["top1"]) > mistakes.rank
+    return other is None or mistakes_rank(record) > mistakes_rank(other[0])
 
 
 class _Evaluation:
@@ -295,10 +297,6 @@ class _Evaluation:
             )
         self._queries = describe_queries(self.draws[0]) if keeps_outcomes(options, self.draws) else None
 
-    def setup(self, variant: Variant, vote: VoteOptions) -> Record:
-        """Say what tells a record from others, known before the search."""
-        return setup_fields(self.draws[0], self.options, variant, vote)
-
     def search(self, variant: Variant) -> list[SearchResult]:
         """Find the neighbours in each draw."""
         if variant == EXACT:
@@ -306,27 +304,27 @@ class _Evaluation:
         return [search_task(draw, self.options.length, variant, self.options.search) for draw in self.draws]
 
     def records(
-        self, variant: Variant, results: list[SearchResult]
+        self, variant: Variant, setups: Sequence[Record], results: list[SearchResult]
     ) -> Iterator[tuple[Record, Classes, Outcome | None]]:
         """Yield one index's records, with the scores of the classes and what became of each query, when they are there.
 
-        They come in the order of the votes.
+        They come in the order of the votes, and so do `setups`, what each of them is of.
         """
-        exact = self._exact
+        exact, multi_hot = self._exact, self.task.multi_hot
         judges = self._judges(results)
         exact_judges = judges if results is exact else self._judges(exact)
         retrieval, by_class = retrieval_of(self.draws, results, self.options.k)
-        recall = {k: recall_fields(self.draws, results, exact, k, by_id=variant.is_compressed) for k in self.options.k}
+        recall = recall_fields(self.draws, results, exact, self.options.k, by_id=variant.is_compressed)
         cost = mean_values([result.cost for result in results])
-        for vote in self.options.votes:
+        for vote, setup in zip(self.options.votes, setups, strict=True):
             hits = [judge.judge(*vote, self.metrics) for judge in judges]
             if vote not in self._exact_top1:
                 exact_hits = hits if results is exact else [judge.judge(*vote, {}) for judge in exact_judges]
                 self._exact_top1[vote] = top1_by_query(exact_hits)
             class_scores = torch.stack([one.per_class for one in hits]).mean(0)
             fields = {
-                **self.setup(variant, vote),
-                **accuracy_fields(hits, self._exact_top1[vote], class_scores, self.draws[0].multi_hot, self._groups),
+                **setup,
+                **accuracy_fields(hits, self._exact_top1[vote], class_scores, multi_hot, self._groups),
                 **recall[vote.k],
                 **retrieval_at(retrieval, vote.k),
                 **cost,

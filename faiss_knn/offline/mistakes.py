@@ -14,6 +14,11 @@ _WITH_NEIGHBORS = 12  # of these queries
 _NEAR = 8  # neighbours of a query
 
 
+def mistakes_rank(record: Record) -> tuple[bool, int, float]:
+    """Return what tells how much the mistakes of a record say: the higher, the more."""
+    return record["exact"], record["k"], record["top1"]
+
+
 def mistakes_of(task: EvalTask, record: Record, outcome: Outcome, indices: Tensor) -> Mistakes:
     """Look at one record of an evaluation with single labels.
 
@@ -31,7 +36,7 @@ def mistakes_of(task: EvalTask, record: Record, outcome: Outcome, indices: Tenso
     labels = task.bank.labels.cpu().numpy()
     return Mistakes(
         setting=f"{setting(record)} on index {index_name(record)}",
-        rank=(record["exact"], record["k"], record["top1"]),
+        rank=mistakes_rank(record),
         side="row" if task.leave_one_out else "query",
         queries=len(outcome["correct"]),
         wrong=len(wrong),

@@ -130,18 +130,28 @@ def _grouped_error(by_query: Tensor, groups: Tensor) -> float:
 
 
 def recall_fields(
-    draws: Sequence[EvalTask], results: Sequence[SearchResult], exact: Sequence[SearchResult], k: int, *, by_id: bool
-) -> dict[str, Any]:
-    """Say how many of the exact neighbours an index found, on average over the draws.
+    draws: Sequence[EvalTask],
+    results: Sequence[SearchResult],
+    exact: Sequence[SearchResult],
+    ks: Sequence[int],
+    *,
+    by_id: bool,
+) -> dict[int, dict[str, Any]]:
+    """Say by k how many of the exact neighbours an index found, on average over the draws.
 
     Distances between compressed rows are others, so that a row of the same distance cannot be told: `by_id` alone.
     """
-    shares = []
-    for task, result, exact_result in zip(draws, results, exact, strict=True):
-        near, all_near = result.first(min(k, task.reachable)), exact_result.first(min(k, task.reachable))
-        by_distance, same = recalls(near.distances, near.indices, all_near.distances, all_near.indices)
-        shares.append({"recall": same if by_id else by_distance, "recall_ids": same})
-    return mean_values(shares)
+    reachable = [task.reachable for task in draws]
+
+    def at(k: int) -> dict[str, Any]:
+        shares = []
+        for most, result, exact_result in zip(reachable, results, exact, strict=True):
+            near, all_near = result.first(min(k, most)), exact_result.first(min(k, most))
+            by_distance, same = recalls(near.distances, near.indices, all_near.distances, all_near.indices)
+            shares.append({"recall": same if by_id else by_distance, "recall_ids": same})
+        return mean_values(shares)
+
+    return {k: at(k) for k in ks}
 
 
 def retrieval_of(

@@ -163,11 +163,11 @@ class EvalTask:
             len(self.bank.ids),
         )
 
-    def name(self, label: int) -> str:
-        """Name a class."""
-        if self.class_names:
-            return self.class_names[label]
-        return str(label if self.class_ids is None else self.class_ids[label])
+    def names_of(self, classes: Tensor) -> list[str]:
+        """Name classes (n,), given by number: their names, or else their ids."""
+        numbers: list[int] = classes.tolist()
+        names: Sequence[Any] | None = self.class_names or self.class_ids
+        return [str(number if names is None else names[number]) for number in numbers]
 
     @cached_property
     def bank_counts(self) -> Tensor:
@@ -557,7 +557,7 @@ def warning_facts(task: EvalTask, ks: Sequence[int]) -> Checks:
     facts: Checks = {
         "rows_per_class": [int(present.min()), float(present.float().quantile(0.5)), int(present.max())],
         "classes_in_bank": len(present),
-        "classes_unseen": [task.name(int(i)) for i in unseen.nonzero()[:, 0]],
+        "classes_unseen": task.names_of(unseen.nonzero()[:, 0]),
         "queries_unseen": int(queries[unseen].sum()),
         "majority_baseline": float(queries[bank.argmax()] / len(task.queries.rows)),
         "unlabelled_bank": task.bank.unlabelled,
