@@ -63,7 +63,10 @@ class Section:
 
 def title_of(report: Results) -> str:
     """Say the report in one line: the best exact result."""
-    record = headline(report)
+    return _score_in_words(headline(report))
+
+
+def _score_in_words(record: Record) -> str:
     score = "mAP" if record["map"] is not None else "top-1 accuracy"
     return f"{percent(record['map'] if record['map'] is not None else record['top1'])} % {score}"
 
@@ -86,11 +89,12 @@ def _quirks(record: Record) -> str:
 
 def sections(report: Results, mistakes: Sequence[Section] = ()) -> list[Section]:
     """Write the report's sections, the most important first; `mistakes` show what was wrong."""
-    parts = [_summary(report), _trust(report)]
+    best = headline(report)
+    parts = [_summary(report, best), _trust(report)]
     if len(searches(report.records)) > 1 or not report.records[0]["exact"]:
-        parts.append(_costs(report))
-    parts += [_all(report), *_over_k(report), *_retrieval(report), *_by_class(report), *mistakes, _measured(report)]
-    return parts
+        parts.append(_costs(report, best))
+    parts += [_all(report), *_over_k(report), *_retrieval(report), *_by_class(report, best), *mistakes]
+    return [*parts, _measured(report)]
 
 
 def overview(names: Sequence[str], parts: Sequence[Results]) -> Section:
@@ -106,8 +110,7 @@ def overview(names: Sequence[str], parts: Sequence[Results]) -> Section:
     return Section("Evaluations in this folder", text, (), Table(headings, rows, 4))
 
 
-def _summary(report: Results) -> Section:
-    best = headline(report)
+def _summary(report: Results, best: Record) -> Section:
     where = f"{best['n_queries']:,} queries before a bank of {best['n_bank']:,} rows, {best['dim']:,} dimensions"
     drawn = f"; banks of {best['per_class']} rows per class, {best['tries']} draws" if best["per_class"] else ""
     if report.checks.get("classes_short"):
@@ -120,7 +123,7 @@ def _summary(report: Results) -> Section:
         spread += f", 95 % interval {interval(best)}"
     if best["map"] is not None:
         spread = ""
-    top = f"{title_of(report)}{spread}, with {setting(best)} on index {index_name(best)}."
+    top = f"{_score_in_words(best)}{spread}, with {setting(best)} on index {index_name(best)}."
     left_out = " Each query's own row is left out." if best["leave_one_out"] else ""
     if best.get("exclude_same_group"):
         left_out += " No query finds rows of its own group."
@@ -247,8 +250,8 @@ def _of_rows(first: Record, checks: Checks) -> list[str]:
     return sentences
 
 
-def _costs(report: Results) -> Section:
-    best, on_front = headline(report), pareto_front(report.records)
+def _costs(report: Results, best: Record) -> Section:
+    on_front = pareto_front(report.records)
     compared, by_index = at_common_k(report.records), searches(report.records)
     shared = set.intersection(*({vote_of(r) for r in by_index[name]} for name in compared))
     rows, left_out = [], False
@@ -338,13 +341,13 @@ def _retrieval(report: Results) -> list[Section]:
     return [Section("Retrieval", tuple(text), (), Table(headings, rows))]
 
 
-def _by_class(report: Results) -> list[Section]:
-    best = headline(report)
+def _by_class(report: Results, best: Record) -> list[Section]:
     scores = class_scores(report, best)
     if not scores:
         return []
     what = "average precision" if best["map"] is not None else "top-1"
-    rows = [[report.class_name(i), percent(score)] for i, score in scores[:_MANY]]
+    names = report.class_names_of(i for i, _ in scores[:_MANY])
+    rows = [[name, percent(score)] for name, (_, score) in zip(names, scores, strict=False)]
     shown = f"The {_MANY} lowest of {len(scores):,} classes" if len(scores) > _MANY else "All classes"
     text = f"{shown}, {what} with {setting(best)}. per_class.csv has every class and setting."
     return [Section("By class", (text,), (), Table(["class", what], rows), "classes")]

@@ -42,12 +42,15 @@ Style = dict[str, str]
 def draw(report: Results) -> dict[str, Callable[[Style], Figure]]:
     """Draw the plots that a report has something for, by name."""
     plots: dict[str, Callable[[Style], Figure]] = {}
-    if len(searches(report.records)) > 1 and _cost_points(report):
-        plots["cost"] = lambda style: _cost(report, style)
+    best = headline(report)
+    if len(searches(report.records)) > 1 and (costs := _cost_points(report, best)):
+        common_k = next(iter(at_common_k(report.records).values()))["k"]
+        plots["cost"] = lambda style: _cost(costs, common_k, style)
     if len({record["k"] for record in report.records}) > 1:
-        plots["k"] = lambda style: _over_k(report, style)
-    if class_scores(report, headline(report)):
-        plots["classes"] = lambda style: _classes(report, style)
+        plots["k"] = lambda style: _over_k(report, best, style)
+    if scores := class_scores(report, best):
+        names = _written(report, [number for number, _ in scores[:_BARS]])
+        plots["classes"] = lambda style: _classes(best, scores, names, style)
     return plots
 
 
@@ -97,8 +100,7 @@ def _label(axes: Any, style: Style, x: str, y: str) -> None:
     axes.set_ylabel(y, color=style["soft"], fontsize=10)
 
 
-def _over_k(report: Results, style: Style) -> Figure:
-    best = headline(report)
+def _over_k(report: Results, best: Record, style: Style) -> Figure:
     by = "map" if best["map"] is not None else "top1"
     lines: dict[tuple[str, float], list[Record]] = {}
     for record in searches(report.records)[index_name(best)]:
@@ -124,9 +126,8 @@ def _over_k(report: Results, style: Style) -> Figure:
     return figure
 
 
-def _cost_points(report: Results) -> dict[str, tuple[float, float, float]]:
+def _cost_points(report: Results, best: Record) -> dict[str, tuple[float, float, float]]:
     """Return recall, queries per second and points of top-1 lost of each index that can be compared in all three."""
-    best = headline(report)
     lost = {index_name(r): 100 * r["accuracy_loss"] for r in report.records if vote_of(r) == vote_of(best)}
     compared = at_common_k(report.records)
     return {name: (compared[name]["recall"], compared[name]["qps"], lost[name]) for name in lost if name in compared}
@@ -154,8 +155,7 @@ def _runs(names: Sequence[str], lines: Mapping[str, Sequence[Mapping[str, Any]]]
     return figure
 
 
-def _cost(report: Results, style: Style) -> Figure:
-    costs = _cost_points(report)
+def _cost(costs: Mapping[str, tuple[float, float, float]], common_k: int, style: Style) -> Figure:
     points = {name: (recall, speed) for name, (recall, speed, _) in costs.items()}
     figure, axes = _axes(style, "Recall against speed, and the accuracy lost", 3.5)
     best_drawn = pareto_names(points)  # an index that was asked for with other settings has no loss here, and no dot
@@ -175,7 +175,7 @@ def _cost(report: Results, style: Style) -> Figure:
     bar.set_label("top-1 lost, points", color=style["soft"], fontsize=10)
     bar.ax.tick_params(colors=style["soft"], labelsize=9)
     bar.outline.set_edgecolor(style["grid"])
-    _label(axes, style, f"recall at k = {next(iter(at_common_k(report.records).values()))['k']}", "queries per second")
+    _label(axes, style, f"recall at k = {common_k}", "queries per second")
     _name_points(figure, axes, sorted(points.items(), key=lambda p: p[0] not in best_drawn), style)
     return figure
 
@@ -198,14 +198,11 @@ def _name_points(figure: Figure, axes: Any, points: list[tuple[str, tuple[float,
             text.remove()
 
 
-def _classes(report: Results, style: Style) -> Figure:
-    best = headline(report)
-    scores = class_scores(report, best)
+def _classes(best: Record, scores: Sequence[tuple[int, float]], names: Sequence[str], style: Style) -> Figure:
     shown = scores[:_BARS]
     which = f"the {_BARS} lowest of {len(scores):,} classes" if len(scores) > _BARS else "by class"
     what = "Average precision" if best["map"] is not None else "Top-1"
     figure, axes = _axes(style, f"{what}, {which}", max(2.2, 0.9 + 0.2 * len(shown)))
-    names = [_written(report, i) for i, _ in shown]
     axes.barh(range(len(shown)), [100 * score for _, score in shown], color=_LINES[0], height=0.7)
     axes.set_yticks(range(len(shown)), names, parse_math=False, fontfamily=_fonts()[0])
     axes.invert_yaxis()
@@ -216,12 +213,20 @@ def _classes(report: Results, style: Style) -> Figure:
     return figure
 
 
-def _written(report: Results, number: int) -> str:
-    """Write a class's name, or its number where no font of this machine has the letters."""
-    name = " ".join(report.class_name(number).split())
-    if not all(ord(letter) in _fonts()[1] for letter in name):
-        return f"{_NUMBERED}{report.class_ids[number] if report.class_ids else number}"
+def _written(report: Results, numbers: Sequence[int]) -> list[str]:
+    """Write classes' names, or their numbers where no font of this machine has the letters."""
+    ids = [report.class_ids[number] if report.class_ids else number for number in numbers]
+    names = [" ".join(name.split()) for name in report.class_names_of(numbers)]
+    return [_short(name) if _has_letters(name) else f"{_NUMBERED}{id_}" for name, id_ in zip(names, ids, strict=True)]
+
+
+def _short(name: str) -> str:
     return name if len(name) <= 24 else name[:23] + "…"
+
+
+def _has_letters(name: str) -> bool:
+    """Tell whether a font of this machine has all letters of a name."""
+    return all(ord(letter) in _fonts()[1] for letter in name)
 
 
 @cache

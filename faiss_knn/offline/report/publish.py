@@ -114,18 +114,20 @@ def _plots(part: Results) -> dict[str, tuple[bytes, tuple[str, str]]]:
 def _class_rows(names: Sequence[str], parts: Sequence[Results]) -> Iterator[list[Any]]:
     several = len(parts) > 1
     headings = ["index", "k", "temperature", "weighting", "class", "name", "score"]
-    known = [part.retrieval_by_class.get(record_key(record), {}) for part in parts for record in part.records]
+    keys = [[record_key(record) for record in part.records] for part in parts]
+    known = [part.retrieval_by_class.get(key, {}) for part, own in zip(parts, keys, strict=True) for key in own]
     measures = list(dict.fromkeys(name for one in known for name in one))
     yield [*headings, *measures, *(["evaluation"] if several else [])]
-    for task, part in zip(names, parts, strict=False):
-        for record in part.records:
+    for task, part, own in zip(names, parts, keys, strict=False):
+        classes = range(max((len(part.per_class.get(key, [])) for key in own), default=0))
+        labels, class_names = part.class_ids or classes, part.class_names_of(classes)
+        for record, key in zip(part.records, own, strict=True):
             setting = [index_name(record), record["k"], record["temperature"], record["weighting"]]
-            retrieval = part.retrieval_by_class.get(record_key(record), {})
-            for i, score in enumerate(part.per_class.get(record_key(record), [])):
-                label = part.class_ids[i] if part.class_ids else i
+            retrieval = part.retrieval_by_class.get(key, {})
+            for i, score in enumerate(part.per_class.get(key, [])):
                 values = [score, *(retrieval[name][i] if name in retrieval else None for name in measures)]
                 shown = ("" if value is None or value != value else value for value in values)
-                row = [*setting, label, part.class_name(i), *shown]
+                row = [*setting, labels[i], class_names[i], *shown]
                 yield [*row, task] if several else row
 
 

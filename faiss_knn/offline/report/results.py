@@ -180,9 +180,12 @@ class Results:
 
     def class_name(self, number: int) -> str:
         """Name a class: its name, or else its id."""
-        if self.class_names:
-            return self.class_names[number]
-        return str(self.class_ids[number] if self.class_ids else number)
+        return self.class_names_of([number])[0]
+
+    def class_names_of(self, numbers: Iterable[int]) -> list[str]:
+        """Name classes: their names, or else their ids."""
+        names: Sequence[Any] | None = self.class_names or self.class_ids
+        return [str(names[number] if names else number) for number in numbers]
 
 
 def vote_of(record: Record) -> tuple[int, float, str]:
