@@ -15,7 +15,7 @@ from faiss_knn.offline.audit_search import AuditLists
 from faiss_knn.offline.confusions import confusions_between
 from faiss_knn.offline.lazy_rows import Subset, read_rows, spans
 from faiss_knn.offline.report.audit_report import AuditReport
-from faiss_knn.offline.report.findings import Confusion, LabelSuspect, Leak
+from faiss_knn.offline.report.findings import Confusion, LabelSuspect, Leak, Side
 from faiss_knn.offline.scores import BLOCK, class_shares
 from faiss_knn.search.distance import get_distance
 
@@ -218,26 +218,24 @@ def with_surroundings(report: AuditReport, inputs: AuditInputs, lists: AuditList
     novel, confused = (rows if report.facts[side] == "row" else queries for side in ("side", "confused_side"))
     novel |= set(report.most_novel(_SHOWN))
     confused |= {row for pair in report.confusions[:_SHOWN] for row in pair.rows}
-    neighbors = {
-        (side, number): inputs.row_ids(near[near >= 0])
-        for side, wanted, ids, of_side in (
-            ("row", rows, inputs.task.bank.ids[lists.rows.rows], lists.rows),
-            ("query", queries, inputs.task.queries.ids, lists.queries),
-        )
-        if of_side is not None
-        for number, near in _near(wanted, ids, of_side.indices)
-    }
+    bank_ids = inputs.task.bank.ids
+    neighbors = _near("row", rows, bank_ids[lists.rows.rows], bank_ids, lists.rows.indices)
+    if lists.queries is not None:
+        neighbors |= _near("query", queries, inputs.task.queries.ids, bank_ids, lists.queries.indices)
     rows |= {row for group in report.duplicates for row in group} | {leak.row for leak in report.leaks}
     rows |= {row for near in neighbors.values() for row in near}
     queries |= {leak.query for leak in report.leaks}
-    labels = {("row", row): inputs.row_label(row) for row in rows}
-    labels |= {("query", query): inputs.query_label(query) for query in queries}
+    labels = inputs.labels_by_row(rows) | inputs.labels_by_query(queries)
     return replace(report, neighbors=neighbors, labels=labels)
 
 
-def _near(wanted: set[int], ids: Ids, indices: Ids) -> list[tuple[int, Ids]]:
-    """Find the nearest neighbours of some rows, by number."""
-    numbers = np.array(sorted(wanted), dtype=np.int64)
+def _near(side: Side, chosen: set[int], ids: Ids, bank_ids: Ids, indices: Ids) -> dict[tuple[Side, int], list[int]]:
+    """Find the nearest rows of some rows or queries: all numbers, also of `ids`, whose lists these are, as given."""
+    numbers = np.array(sorted(chosen), dtype=np.int64)
     places = np.searchsorted(ids, numbers)
-    there = (places < len(ids)) & (ids[np.minimum(places, len(ids) - 1)] == numbers)
-    return [(int(number), indices[place, :_NEXT]) for number, place in zip(numbers[there], places[there], strict=True)]
+    is_listed = (places < len(ids)) & (ids[np.minimum(places, len(ids) - 1)] == numbers)
+    lists = indices[places[is_listed], :_NEXT]
+    return {
+        (side, number): bank_ids[near[near >= 0]].tolist()
+        for number, near in zip(numbers[is_listed].tolist(), lists, strict=True)
+    }

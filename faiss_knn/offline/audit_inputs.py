@@ -1,6 +1,6 @@
 """What is audited: rows with and without labels, checked, and their labels as they were given."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from faiss_knn.classify.labels import read_labels
+from faiss_knn.offline.report.findings import Side
 from faiss_knn.offline.task import EvalTask, check_values, make_task
 
 Ids = npt.NDArray[np.int64]
@@ -63,15 +64,21 @@ class AuditInputs:
         """Return a label as it was given; None for -1."""
         return self.classes[number] if number >= 0 else None
 
-    def row_label(self, row: int) -> Any:
-        """Return the label of a row by its number as given, None where it has none."""
-        place = int(np.searchsorted(self.task.bank.ids, row))
-        return None if self.labels is None else self.class_of(int(self.labels[place]))
+    def labels_by_row(self, rows: Collection[int]) -> dict[tuple[Side, int], Any]:
+        """Return the labels of rows, numbered as given, None where they have none, by ("row", number)."""
+        return self._labels_by_number("row", rows, self.task.bank.ids, self.labels)
 
-    def query_label(self, query: int) -> Any:
-        """Return the label of a query by its number as given, None where it has none."""
-        place = int(np.searchsorted(self.task.queries.ids, query))
-        return None if self.query_labels is None else self.class_of(int(self.query_labels[place]))
+    def labels_by_query(self, queries: Collection[int]) -> dict[tuple[Side, int], Any]:
+        """Return the labels of queries likewise, by ("query", number)."""
+        return self._labels_by_number("query", queries, self.task.queries.ids, self.query_labels)
+
+    def _labels_by_number(
+        self, side: Side, numbers: Collection[int], ids: Ids, labels: Ids | None
+    ) -> dict[tuple[Side, int], Any]:
+        if labels is None:
+            return {(side, number): None for number in numbers}
+        classes = labels[np.searchsorted(ids, np.fromiter(numbers, np.int64, len(numbers)))].tolist()
+        return {(side, number): self.class_of(one) for number, one in zip(numbers, classes, strict=True)}
 
 
 def _missing(count: int, ids: Ids) -> list[int]:
