@@ -22,7 +22,7 @@ def scores_for(metric: Any, shares: Tensor, labels: Tensor) -> Tensor:
         >>> scores_for(MulticlassAccuracy(4, top_k=3), shares, labels)
         tensor([[0.0000, 0.8000, 1.0000, 0.4000]])
     """
-    return rank_scores(shares, labels) if labels.ndim == 1 and _has_top(metric) else shares
+    return rank_scores(shares, labels) if labels.ndim == 1 and has_top(metric) else shares
 
 
 def rank_scores(shares: Tensor, labels: Tensor) -> Tensor:
@@ -44,5 +44,6 @@ def rank_scores(shares: Tensor, labels: Tensor) -> Tensor:
     return ranks.masked_fill(true & (shares == 0), 0.0)
 
 
-def _has_top(metric: Any) -> bool:
+def has_top(metric: Any) -> bool:
+    """Tell whether a torchmetric, or one that it wraps, counts hits among the first `top_k` classes, not the first."""
     return any((getattr(part, "top_k", None) or 1) > 1 for part in metric.modules())

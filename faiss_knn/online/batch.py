@@ -137,6 +137,7 @@ class BatchQueries:
         labels: (B,) or (B, C), such as a metric can judge.
         ids: (B,) sample ids on the CPU, if they count.
         place: Where the predictions go: the batch, or the outputs where that is no mapping; None where neither is.
+        key: What they are called there.
         own: How many leading rows are samples of their own, not a sampler's padding.
         selection: Which rows are searched and counted.
     """
@@ -145,6 +146,7 @@ class BatchQueries:
     labels: Tensor
     ids: Tensor | None
     place: MutableMapping[str, Any] | None
+    key: str
     own: int
     selection: BatchSelection
 
@@ -158,10 +160,10 @@ class BatchQueries:
         searched = self.selection.searched
         return rows if isinstance(searched, slice) else rows[searched]  # type: ignore[index]
 
-    def hand_out(self, key: str, predictions: Tensor) -> None:
+    def hand_out(self, predictions: Tensor) -> None:
         """Put predictions (B, C) where the batch's owner finds them."""
         if self.place is not None:
-            self.place[key] = predictions
+            self.place[self.key] = predictions
             vars(predictions)[_OURS] = True
 
 
@@ -179,7 +181,7 @@ def read_batch(options: OnlineOptions, outputs: Any, batch: Any, dataloader: Any
         ValueError: As `find_rows`, for bad labels or ids, or where the predictions' key is taken.
     """
     place = next((place for place in (batch, outputs) if isinstance(place, MutableMapping)), None)
-    key = predictions_key(options)
+    key = f"{options.name}_preds"
     if place is not None and key in place and not _is_ours(place[key]):
         raise ValueError(f"Key '{key}' already exists in batch")
     rows = find_rows(options, outputs, batch)
@@ -192,12 +194,7 @@ def read_batch(options: OnlineOptions, outputs: Any, batch: Any, dataloader: Any
     selection = select(options, queries, labels, own)
     options.check_label(selection.highest)
     ids = None if options.id is None else sample_ids(rows[options.id], f"'{options.id}'")
-    return BatchQueries(queries[selection.searched], labels, ids, place, own, selection)
-
-
-def predictions_key(options: OnlineOptions) -> str:
-    """Return the key that a batch's predictions are found under."""
-    return f"{options.name}_preds"
+    return BatchQueries(queries[selection.searched], labels, ids, place, key, own, selection)
 
 
 def _is_ours(value: object) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from faiss_knn.distributed import all_gather_object, all_or_none, is_final, raise_together, rank_and_size
-from faiss_knn.online.batch import BatchQueries, find_rows, find_tensor, predictions_key, read_batch
+from faiss_knn.online.batch import BatchQueries, find_rows, find_tensor, read_batch
 from faiss_knn.online.clock import Clock
 from faiss_knn.online.collected import CollectedQueries, dealt_out, queries_of
 from faiss_knn.online.diagnostics import Diagnostics
@@ -300,7 +300,7 @@ class Evaluation:
             count(batch_queries.selection.counted)
         else:
             self._unique[number].add(batch_queries.ids, lambda new: count(batch_queries.counted_of(new)))
-        batch_queries.hand_out(predictions_key(options), predictions)
+        batch_queries.hand_out(predictions)
         return predictions
 
     def _show(

@@ -231,16 +231,17 @@ class OnlineEvaluator(OnlineOptions):
 
     def _on_one_device(self, tensors: Mapping[str, Any], call: str) -> dict[str, Any]:
         """Return the tensors that count, on the device of the features."""
-        if missing := [key for key in self.keys if key not in tensors]:
+        keys = self.keys
+        if missing := [key for key in keys if key not in tensors]:
             raise ValueError(
-                f"{self.title}: {call}() needs the tensors {', '.join(self.keys)} by name, got "
+                f"{self.title}: {call}() needs the tensors {', '.join(keys)} by name, got "
                 f"{', '.join(tensors) or 'none'}: give {', '.join(f'{key}=…' for key in missing)} too"
             )
         device = getattr(tensors[self.feature_key], "device", None)
-        wanted = {key: tensors[key] for key in self.keys}
         if self.gallery is not None and self.gallery.key in tensors:
-            wanted[self.gallery.key] = tensors[self.gallery.key]
-        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in wanted.items()}
+            keys = [*keys, self.gallery.key]
+        named = {key: tensors[key] for key in keys}
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in named.items()}
 
     def _take_in(self, stored: Mapping[str, QueueStorage], rows: Mapping[str, Tensor]) -> None:
         try:

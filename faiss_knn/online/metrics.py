@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torchmetrics import Metric, MetricCollection
 
-from faiss_knn.classify.ranking import scores_for
+from faiss_knn.classify.ranking import has_top, rank_scores
 from faiss_knn.distributed import all_gather_object, gather_rows, raise_together
 from faiss_knn.online.clock import PARTS
 from faiss_knn.online.standard_errors import has_standard_error, standard_error
@@ -166,7 +166,7 @@ def _rehearsed(name: str, metric: Metric, width: int | None, multi_hot: bool | N
 def _trial(metric: Metric, width: int, columns: bool) -> Any:
     shares = one_hot(torch.arange(2 * width, device="cpu") % width, width).float()
     labels = torch.arange(2 * width, device="cpu") % min(width, class_count({"": metric}) or width)
-    return tried(metric, *_judged(metric, shares, one_hot(labels, width) if columns else labels))
+    return tried(metric, *_Judged.by(metric).of(shares, one_hot(labels, width) if columns else labels))
 
 
 def tried(metric: Metric, predictions: Tensor, targets: Tensor) -> Any:
@@ -204,17 +204,36 @@ def _same_random_state() -> Iterator[None]:
             np.random.set_state(before)  # noqa: NPY002
 
 
-def _judged(metric: Metric, shares: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a metric judges of shares (B, C), and the labels as it knows them.
+class _Judged(NamedTuple):
+    """What a metric judges, known before any batch.
 
-    One that knows two classes by one score gets that of class 1; one of several labels a row, 0/1 labels.
+    Attributes:
+        one_score: Whether it knows two classes by one score, that of class 1.
+        columns: Whether it knows the labels as 0/1, a column for each class.
+        ranks: Whether it counts hits among the first classes; see `rank_scores`.
     """
-    parts = parts_of(metric)
-    if labels.ndim == 1 and shares.shape[1] >= 2 and any(is_made_for(part, "Binary") for part in parts):
-        return shares[:, 1], labels
-    if labels.ndim == 1 and any(is_made_for(part, "Multilabel") for part in parts):
-        return shares, one_hot(labels, shares.shape[1])
-    return scores_for(metric, shares, labels), labels
+
+    one_score: bool
+    columns: bool
+    ranks: bool
+
+    @classmethod
+    def by(cls, metric: Metric) -> "_Judged":
+        """Look at a metric and those that it wraps."""
+        one_score, columns = (
+            any(is_made_for(part, task) for part in parts_of(metric)) for task in ("Binary", "Multilabel")
+        )
+        return cls(one_score, columns, has_top(metric))
+
+    def of(self, shares: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is judged of shares (B, C), and the labels as the metric knows them."""
+        if labels.ndim > 1:
+            return shares, labels
+        if self.one_score and shares.shape[1] >= 2:
+            return shares[:, 1], labels
+        if self.columns:
+            return shares, one_hot(labels, shares.shape[1])
+        return rank_scores(shares, labels) if self.ranks else shares, labels
 
 
 def scalars(key: str, value: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -261,6 +280,7 @@ class MetricTable:
             loader: {k: {name: _own_clone(metric, device) for name, metric in metrics.items()} for k in ks}
             for loader in loaders
         }
+        self._judged = {name: _Judged.by(metric) for name, metric in metrics.items()}
         self._rows = dict.fromkeys(loaders, 0)
 
     def update(self, loader: int, k: int, shares: Tensor, labels: Tensor) -> None:
@@ -268,8 +288,8 @@ class MetricTable:
         if len(shares) == 0:
             return
         self._rows[loader] += len(shares)
-        for metric in self._clones[loader][k].values():
-            metric.update(*(values.to(metric.device) for values in _judged(metric, shares, labels)))
+        for name, metric in self._clones[loader][k].items():
+            metric.update(*(values.to(metric.device) for values in self._judged[name].of(shares, labels)))
 
     def values(
         self, prefix: str, several_k: bool, standard_errors: bool = False

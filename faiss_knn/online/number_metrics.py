@@ -48,7 +48,7 @@ def rehearse_numbers(
         ValueError: Naming the metric that can judge no such numbers, with its own reason; or one name of two values.
     """
     values = {name: _rehearsed(name, metric, columns) for name, metric in metrics.items()}
-    return names_of(values, [name for name in metrics if standard_errors and has_standard_error(metrics[name])])
+    return names_of(values, [name for name in metrics if standard_errors and is_mean_of_errors(metrics[name])])
 
 
 def _rehearsed(name: str, metric: Metric, columns: int | None) -> Any:
@@ -70,12 +70,12 @@ def _in_float64(metric: Metric) -> Metric:
     return alone(metric).set_dtype(torch.float64)
 
 
-def has_standard_error(metric: Metric) -> bool:
-    """Tell whether a metric is a mean over queries, or the root of one.
+def is_mean_of_errors(metric: Metric) -> bool:
+    """Tell whether a metric of regression is a mean of its queries' errors, or the root of one.
 
     Example:
         >>> from torchmetrics import MeanAbsoluteError, R2Score
-        >>> has_standard_error(MeanAbsoluteError()), has_standard_error(R2Score())
+        >>> is_mean_of_errors(MeanAbsoluteError()), is_mean_of_errors(R2Score())
         (True, False)
     """
     return type(metric).__name__ in ("MeanAbsoluteError", "MeanSquaredError")
@@ -94,7 +94,7 @@ class NumberTable:
         loaders: Numbers of the dataloaders that are scored.
     """
 
-    has_standard_error = staticmethod(has_standard_error)
+    has_standard_error = staticmethod(is_mean_of_errors)
 
     def __init__(self, metrics: Mapping[str, Metric], ks: Sequence[int], loaders: Sequence[int]) -> None:
         self._metrics = metrics
@@ -122,8 +122,8 @@ class NumberTable:
                 stem = f"{prefix}_k{k}" if several_k else prefix
                 for name, metric in self._metrics.items():
                     numbers, rest = scalars(f"{stem}_{name}", tried(_in_float64(metric), means, targets))
-                    if standard_errors and has_standard_error(metric):
-                        numbers |= errors_of(numbers, standard_error(metric, means, targets))
+                    if standard_errors and is_mean_of_errors(metric):
+                        numbers |= errors_of(numbers, standard_error_of_mean(metric, means, targets))
                     values.update({key + suffix: value for key, value in numbers.items()})
                     others.update({key + suffix: value for key, value in rest.items()})
         return values, others
@@ -137,14 +137,14 @@ def _in_order(pairs: Tensor) -> Tensor:
     return pairs[torch.from_numpy(rows.view(f"V{rows.strides[0]}")[:, 0].argsort(kind="stable"))]
 
 
-def standard_error(metric: Metric, means: Tensor, targets: Tensor) -> Tensor:
+def standard_error_of_mean(metric: Metric, means: Tensor, targets: Tensor) -> Tensor:
     """Estimate the standard error of a mean over n queries: the deviation of their parts (n - 1) over sqrt(n).
 
     That of a root of a mean squared error is divided by twice the root (delta method: Casella and Berger 2002, theorem
     5.5.24).
 
     Args:
-        metric: One that `has_standard_error`.
+        metric: One that `is_mean_of_errors`.
         means: (n,) or (n, D) float64.
         targets: Likewise.
 
@@ -153,7 +153,7 @@ def standard_error(metric: Metric, means: Tensor, targets: Tensor) -> Tensor:
 
     Example:
         >>> from torchmetrics import MeanAbsoluteError
-        >>> standard_error(MeanAbsoluteError(), torch.zeros(2).double(), torch.tensor([1.0, 3.0]).double())
+        >>> standard_error_of_mean(MeanAbsoluteError(), torch.zeros(2).double(), torch.tensor([1.0, 3.0]).double())
         tensor(1., dtype=torch.float64)
     """
     errors = (means - targets).reshape(len(means), -1)
