@@ -10,11 +10,11 @@ from torch import Tensor
 from faiss_knn.classify.labels import (
     Names,
     as_class_count,
+    as_labels_or_names,
     check_labels,
     is_labelled,
     number_classes,
     number_names,
-    read_labels,
     width_of,
 )
 from faiss_knn.classify.regression import TASKS, check_targets, columns_of, is_finite, read_targets, votes_or_means
@@ -112,7 +112,7 @@ class FeatureBank:
             self.labels = read_targets(labels, "`labels`", ignore_index=ignore_index)
             self.classes = _columns(self.labels, len(matrix), num_classes, renumber)
         else:
-            read = read_labels(labels, "`labels`", ignore_index=ignore_index)
+            read = as_labels_or_names(labels, "`labels`", ignore_index=ignore_index)
             self.classes, self.labels = _numbered(read, len(matrix), num_classes, renumber)
         self.num_classes = len(self.classes)
         labelled = is_finite(self.labels) if self._averages else is_labelled(self.labels)

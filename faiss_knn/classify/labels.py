@@ -44,13 +44,15 @@ def as_labels(values: Any, what: str, *, float_ids: bool = False, ignore_index: 
         >>> as_labels(np.array([3, 255, 0], np.uint8), "`labels`", ignore_index=255)
         tensor([ 3, -1,  0])
     """
-    read = read_labels(values, what, float_ids=float_ids, ignore_index=ignore_index)
+    read = as_labels_or_names(values, what, float_ids=float_ids, ignore_index=ignore_index)
     if not isinstance(read, Tensor):
         raise ValueError(f"{what} must be class ids, got names such as {first_name(read)!r}: number them first")  # noqa: TRY004
     return read
 
 
-def read_labels(values: Any, what: str, *, float_ids: bool = False, ignore_index: int | None = None) -> Tensor | Names:
+def as_labels_or_names(
+    values: Any, what: str, *, float_ids: bool = False, ignore_index: int | None = None
+) -> Tensor | Names:
     """Read labels as `as_labels` does, or (N,) names of classes.
 
     A name that is missing as Python, numpy and pandas say it (None, NaN, NaT, NA, a masked entry, an empty place of a

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from faiss_knn.classify.labels import read_labels
+from faiss_knn.classify.labels import as_labels_or_names
 from faiss_knn.offline.report.findings import Side
 from faiss_knn.offline.task import EvalTask, check_values, make_task
 
@@ -152,7 +152,7 @@ def _labels(
     if task.multi_hot:
         raise ValueError("`labels` must be one class a row, got multi-hot labels: leave them out, or give one column")
     classes: list[Any] = list(range(task.num_classes)) if task.class_ids is None else list(task.class_ids)
-    if task.class_names is not None and not isinstance(read_labels(labels, "`labels`"), Tensor):
+    if task.class_names is not None and not isinstance(as_labels_or_names(labels, "`labels`"), Tensor):
         classes = list(task.class_names)
     filled = []
     for size, side in ((sizes[0], task.bank), (sizes[1], None if alone else task.queries)):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from faiss_knn.classify.labels import read_labels as parse_labels
+from faiss_knn.classify.labels import as_labels_or_names
 from faiss_knn.offline.column_files import LABEL_NAMES, UNKNOWN, Member
 from faiss_knn.offline.extract import extract
 from faiss_knn.offline.folders import SIDES, Folder, Role, open_folder
@@ -442,7 +442,7 @@ def _as_labels(path: FilePath, member: Member) -> npt.NDArray[Any]:
     if values.dtype.kind == "f" and values.ndim == 1 and not (values == np.floor(values)).all():
         raise DataError(f"{path}: labels must be class ids (whole numbers) or names, got {values.dtype} with fractions")
     try:
-        labels = parse_labels(values, "labels", float_ids=True)
+        labels = as_labels_or_names(values, "labels", float_ids=True)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     return np.asarray(labels)

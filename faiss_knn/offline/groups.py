@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from faiss_knn.classify.labels import number_classes, number_names, read_labels
+from faiss_knn.classify.labels import as_labels_or_names, number_classes, number_names
 
 _NEED = "a pair of arrays, the bank's groups and the queries', or the queries' alone"
 
@@ -55,7 +55,7 @@ def _is_pair(groups: Any) -> bool:
 
 
 def _read(values: Any, what: str, length: int) -> Any:
-    read = read_labels(values, what, float_ids=True)
+    read = as_labels_or_names(values, what, float_ids=True)
     if getattr(read, "ndim", 1) != 1 or len(read) != length:
         raise ValueError(f"{what} must be one group for each of {length} rows, got shape {tuple(read.shape)}: {_NEED}")
     return read

@@ -158,10 +158,10 @@ class _Part:
 
     def __init__(self, queries: Any, span: Span, bank: Bank, k: int, keeper: Keeper | None) -> None:
         self.queries, self.span, self.k, self.keeper = queries, span, k, keeper
-        kept = None if keeper is None else keeper.load(span[0])
+        piece = None if keeper is None else keeper.load(span[0])
         device = "cpu" if not isinstance(bank.rows, Tensor) else bank.rows.device
         nothing = torch.empty(len(self), 0, dtype=torch.float64, device=device)
-        self.searched, self.found = (bank.start, Neighbors(nothing, nothing.long())) if kept is None else kept
+        self.searched, self.found = (bank.start, Neighbors(nothing, nothing.long())) if piece is None else piece
 
     def __len__(self) -> int:
         return self.span[1] - self.span[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from faiss_knn.classify.labels import (
     Names,
     as_class_count,
+    as_labels_or_names,
     first_name,
     is_labelled,
     is_named,
@@ -21,7 +22,6 @@ from faiss_knn.classify.labels import (
     most_likely,
     number_classes,
     one_hot_ids,
-    read_labels,
     width_of,
 )
 from faiss_knn.offline.groups import read_groups
@@ -232,7 +232,7 @@ def make_task(
     bank_rows, query_rows = as_rows(bank_features, "bank_features"), as_rows(query_features, "query_features")
     _check_rows(bank_rows, query_rows)
     read = [
-        read_labels(labels, f"`{name}`", ignore_index=ignore_index)
+        as_labels_or_names(labels, f"`{name}`", ignore_index=ignore_index)
         for labels, name in ((bank_labels, "bank_labels"), (query_labels, "query_labels"))
     ]
     names = None if class_names is None else [str(name) for name in class_names]

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-from faiss_knn.classify.labels import as_labels, most_likely, number_classes, one_hot_ids, read_labels
+from faiss_knn.classify.labels import as_labels, as_labels_or_names, most_likely, number_classes, one_hot_ids
 
 IDS = [3, 0, 255, 2, 2]
 
@@ -36,7 +36,7 @@ def test_bools_are_the_classes_0_and_1():
 
 @pytest.mark.parametrize("values", [["b", "a"], np.array(["b", "a"], object), pd.Series(["b", "a"]).astype("category")])
 def test_names_are_read_as_names(values):
-    assert read_labels(values, "`labels`").tolist() == ["b", "a"]
+    assert as_labels_or_names(values, "`labels`").tolist() == ["b", "a"]
     with pytest.raises(ValueError, match="`labels` must be class ids, got names such as 'b'"):
         as_labels(values, "`labels`")
 

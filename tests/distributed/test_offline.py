@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from faiss_knn import evaluate
-from faiss_knn.offline.kept_lists import find_kept
+from faiss_knn.offline.resumable_neighbors import search_resumably
 from tests.distributed.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_torchrun_says_once_what_is_wrong(tmp_path: Path) -> None:
 
 def found_by_ranks(folder: str, queries: bool) -> list[list[Any]]:
     bank, _, others, _ = data()
-    found, tied = find_kept(
+    found, tied = search_resumably(
         bank,
         others if queries else None,
         4,

@@ -10,7 +10,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from faiss_knn import exact_neighbors
-from faiss_knn.offline import kept_lists, streaming
+from faiss_knn.offline import resumable_neighbors, streaming
 from faiss_knn.offline.cli import main
 
 DIGITS = load_digits().data[:500]
@@ -67,32 +67,32 @@ def test_wrong_lists_are_told_and_can_fail_a_check(files, capsys):
 
 
 def test_a_stopped_run_says_what_goes_on(files, capsys, monkeypatch):
-    save = kept_lists.KeptLists.save
+    save = resumable_neighbors.SearchedPieces.save
 
     def stopped(self, *found):
         save(self, *found)
         raise KeyboardInterrupt
 
     command = ["neighbors", "bank.npy", "queries.npz", "--out", "gt.npz"]
-    monkeypatch.setattr(kept_lists.KeptLists, "save", stopped)
+    monkeypatch.setattr(resumable_neighbors.SearchedPieces, "save", stopped)
     assert main(command) == 130
     assert capsys.readouterr().err == "faiss-knn: stopped: gt.npz.parts has what was found, the same command goes on\n"
-    monkeypatch.setattr(kept_lists.KeptLists, "save", save)
+    monkeypatch.setattr(resumable_neighbors.SearchedPieces, "save", save)
     assert main(command) == 0
     assert not (files / "gt.npz.parts").exists()
 
 
 KILLED = """
 import os, signal, sys
-from faiss_knn.offline import kept_lists, streaming
+from faiss_knn.offline import resumable_neighbors, streaming
 from faiss_knn.offline.cli import main
 streaming.BANK_BLOCK_BYTES = 4 * 64 * 100
-save = kept_lists.KeptLists.save
+save = resumable_neighbors.SearchedPieces.save
 def killed(self, first, searched, found):
     save(self, first, searched, found)
     if searched == 200:
         os.kill(os.getpid(), signal.SIGKILL)
-kept_lists.KeptLists.save = killed
+resumable_neighbors.SearchedPieces.save = killed
 main(sys.argv[1:])
 """
 

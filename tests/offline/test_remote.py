@@ -15,7 +15,7 @@ from faiss_knn.offline.features import open_features
 from faiss_knn.offline.formats import DataError
 from faiss_knn.offline.lazy_rows import Shards
 from faiss_knn.offline.remote import RemoteRows
-from tests.offline.test_kept_lists import Watched
+from tests.offline.test_resumable_neighbors import Watched
 
 DIGITS = load_digits().data.astype(np.float32)[:300]
 LABELS = load_digits().target[:300]

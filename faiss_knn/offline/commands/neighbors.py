@@ -83,14 +83,14 @@ def pieces_folder(out: Path) -> Path:
 def run(given: argparse.Namespace, *, first: bool) -> int:
     """Find the lists, by all processes, and write them."""
     from faiss_knn.distributed import all_or_none
-    from faiss_knn.offline.kept_lists import find_kept, forget_kept
     from faiss_knn.offline.neighbor_files import NeighborLists, check_format, write_neighbors
+    from faiss_knn.offline.resumable_neighbors import forget_pieces, search_resumably
 
     kept = pieces_folder(given.out)
     with all_or_none():
         check_format(given.out, given.graph, given.symmetric, given.queries is None)
         bank, queries = read_sides(given)
-    (distances, indices), tied = find_kept(
+    (distances, indices), tied = search_resumably(
         bank,
         queries,
         given.k,
@@ -112,7 +112,7 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
                 is_own=queries is None,
             )
             files = write_neighbors(given.out, lists, given.graph, symmetric=given.symmetric)
-            forget_kept(kept)
+            forget_pieces(kept)
             _show(lists, files)
     return 0
 

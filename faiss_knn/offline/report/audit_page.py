@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from faiss_knn.offline.report.audit_text import summary_of, warnings_of
+from faiss_knn.offline.report.audit_text import audit_summary, audit_warnings
 from faiss_knn.offline.report.content import Section, Strip, Table
 from faiss_knn.offline.report.findings import Findings
 from faiss_knn.offline.report.shown_rows import MEMBERS, STRIPS, Rows, confused_section
@@ -26,9 +26,9 @@ def audit_sections(report: Findings, rows: Rows) -> list[Section]:
 
 
 def _summary(report: Findings) -> Section:
-    lines = tuple(": ".join(line.split("  ", 1)).replace(":  ", ": ") for line in summary_of(report).splitlines())
+    lines = tuple(": ".join(line.split("  ", 1)).replace(":  ", ": ") for line in audit_summary(report).splitlines())
     lines = tuple(f"{name.strip().capitalize()}: {text.strip()}." for name, text in (x.split(": ", 1) for x in lines))
-    return Section("What was found", lines, tuple(warnings_of(report)))
+    return Section("What was found", lines, tuple(audit_warnings(report)))
 
 
 def _duplicates(report: Findings, rows: Rows) -> Section | None:

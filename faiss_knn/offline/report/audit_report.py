@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from faiss_knn.offline.report.audit_page import audit_sections, audit_title
-from faiss_knn.offline.report.audit_text import lines_of, summary_of, warnings_of
+from faiss_knn.offline.report.audit_text import audit_lines, audit_summary, audit_warnings
 from faiss_knn.offline.report.findings import Findings
 from faiss_knn.offline.report.html import page
 from faiss_knn.offline.report.ledger import write_into
@@ -27,11 +27,11 @@ class AuditReport(Findings):
     @property
     def warnings(self) -> list[str]:
         """What makes a number from these data suspect, a sentence each."""
-        return warnings_of(self)
+        return audit_warnings(self)
 
     def summary(self) -> str:
         """Say the findings in a few lines, for a terminal."""
-        return summary_of(self)
+        return audit_summary(self)
 
     def __str__(self) -> str:
         return self.summary()
@@ -64,7 +64,7 @@ class AuditReport(Findings):
         counts = {"row": self.facts["rows"], "query": self.facts["queries"] or 0}
         looks = looks_of(counts, names=names, query_names=query_names, images=images, query_images=query_images)
         shown = audit_sections(self, Rows(self, looks))
-        lines = list(lines_of(self, names, query_names))
+        lines = list(audit_lines(self, names, query_names))
         files = {
             "audit.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
             "audit.csv": _csv(lines),

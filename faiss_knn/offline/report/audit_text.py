@@ -11,7 +11,7 @@ _NOVEL = 100  # rows that are listed as findings; all of them are in audit_novel
 Names = Sequence[str] | None
 
 
-def summary_of(report: Findings) -> str:
+def audit_summary(report: Findings) -> str:
     """Say in a few lines what was found."""
     lines = {
         "audited": _audited(report),
@@ -113,7 +113,7 @@ def _generative(report: Findings) -> str:
     )
 
 
-def warnings_of(report: Findings) -> list[str]:
+def audit_warnings(report: Findings) -> list[str]:
     """Say what makes a number from these data suspect, a sentence each."""
     facts, sentences = report.facts, []
     if report.leaks:
@@ -137,7 +137,7 @@ def warnings_of(report: Findings) -> list[str]:
     return sentences
 
 
-def lines_of(report: Findings, names: Names = None, query_names: Names = None) -> Iterator[dict[str, Any]]:
+def audit_lines(report: Findings, names: Names = None, query_names: Names = None) -> Iterator[dict[str, Any]]:
     """Yield a dict per finding: `kind`, the values of the finding, and names of rows where they are given."""
 
     def named(side: str, numbers: Sequence[int]) -> dict[str, Any]:

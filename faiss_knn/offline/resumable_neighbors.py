@@ -1,4 +1,4 @@
-"""Lists of neighbours on disk while a long search runs: a later run goes on where it was stopped."""
+"""A long search for neighbours that is resumed where it was stopped: what is found is on disk while it runs."""
 
 import json
 import os
@@ -24,7 +24,7 @@ _PLAN = "plan.json"
 _SAMPLE = 3  # rows that tell data apart
 
 
-class KeptLists:
+class SearchedPieces:
     """A folder of pieces: of some queries each what was found so far, replaced at once after every block of the bank.
 
     Args:
@@ -38,12 +38,12 @@ class KeptLists:
     def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
         self.folder = folder
         noted = json.dumps(plan, sort_keys=True)
-        held = folder / _PLAN
-        if held.is_file() and held.read_text("utf-8", "replace") != noted:
+        plan_file = folder / _PLAN
+        if plan_file.is_file() and plan_file.read_text("utf-8", "replace") != noted:
             for path in folder.glob("queries-*.npz"):
                 path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        held.write_text(noted, encoding="utf-8")
+        plan_file.write_text(noted, encoding="utf-8")
         self.is_begun = any(folder.glob("queries-*.npz"))
 
     def load(self, first: int) -> tuple[int, Neighbors] | None:
@@ -52,9 +52,9 @@ class KeptLists:
         if not path.is_file():
             return None
         try:
-            with path.open("rb") as file, np.load(file) as held:  # which leaves open what it opened and cannot read
-                neighbors = Neighbors(torch.from_numpy(held["distances"]), torch.from_numpy(held["indices"]))
-                return int(held["searched"]), neighbors
+            with path.open("rb") as file, np.load(file) as piece:  # which leaves open what it opened and cannot read
+                neighbors = Neighbors(torch.from_numpy(piece["distances"]), torch.from_numpy(piece["indices"]))
+                return int(piece["searched"]), neighbors
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None  # a disk that was full, or a machine that fell over: it is searched again
 
@@ -81,7 +81,7 @@ def rows_fingerprint(rows: RowSource) -> str:
     return digest.hexdigest()
 
 
-def find_kept(
+def search_resumably(
     bank: RowSource,
     queries: RowSource | None,
     k: int,
@@ -95,7 +95,7 @@ def find_kept(
     """Find neighbours as `exact_neighbors` does, in a way that outlives the process; all ranks call it together.
 
     Each rank searches its part of the bank, and all get the merged lists. Pieces stay in the folder until
-    `forget_kept`.
+    `forget_pieces`.
 
     Args:
         bank: (N, d).
@@ -128,7 +128,7 @@ def find_kept(
             "depth": depth,
             "rows": span,
         }
-        keeper = KeptLists(folder if size == 1 else folder / f"rank-{rank}-of-{size}", plan)
+        keeper = SearchedPieces(folder if size == 1 else folder / f"rank-{rank}-of-{size}", plan)
         if keeper.is_begun and rank == 0:
             logger.info(f"{folder}: holds what an earlier run found: going on from there")
         if span[0] < span[1]:
@@ -149,6 +149,6 @@ def _result(neighbors: Neighbors | None, queries: int) -> SearchResult:
     return SearchResult(nothing, nothing.long(), {}) if neighbors is None else SearchResult(*neighbors, {})
 
 
-def forget_kept(folder: Path) -> None:
+def forget_pieces(folder: Path) -> None:
     """Remove the pieces, of all ranks, once the lists are written elsewhere."""
     shutil.rmtree(folder, ignore_errors=True)

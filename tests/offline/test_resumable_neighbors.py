@@ -5,8 +5,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from faiss_knn import exact_neighbors
-from faiss_knn.offline import kept_lists, streaming
-from faiss_knn.offline.kept_lists import find_kept, forget_kept
+from faiss_knn.offline import resumable_neighbors, streaming
+from faiss_knn.offline.resumable_neighbors import forget_pieces, search_resumably
 
 DIGITS = load_digits().data.astype(np.float32)[:400]
 OPTIONS = {"distance_metric": "cosine", "exclude_self": False, "progress": False}
@@ -38,25 +38,25 @@ def small_blocks(monkeypatch):
 
 def cut_off(folder, blocks=2, queries=DIGITS[:50], **options):
     with pytest.raises(RuntimeError, match="killed"):
-        find_kept(Watched(DIGITS, blocks), queries, 5, folder=folder, **OPTIONS | options)
+        search_resumably(Watched(DIGITS, blocks), queries, 5, folder=folder, **OPTIONS | options)
 
 
 def test_a_run_goes_on_after_the_last_block(tmp_path):
     cut_off(tmp_path / "parts")
     bank = Watched(DIGITS)
-    (distances, indices), tied = find_kept(bank, DIGITS[:50], 5, folder=tmp_path / "parts", **OPTIONS)
+    (distances, indices), tied = search_resumably(bank, DIGITS[:50], 5, folder=tmp_path / "parts", **OPTIONS)
     assert bank.read == [(200, 300), (300, 400)]
     whole = exact_neighbors(DIGITS, DIGITS[:50], 6, distance_metric="cosine")
     np.testing.assert_array_equal(distances, whole.distances[:, :5])
     np.testing.assert_array_equal(indices, whole.indices[:, :5])
     np.testing.assert_array_equal(tied, whole.distances[:, 5] == whole.distances[:, 4])
     assert (tmp_path / "parts").is_dir()
-    forget_kept(tmp_path / "parts")
+    forget_pieces(tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
 
 
 def test_a_run_cut_off_within_a_block_searches_it_for_the_other_queries_alone(tmp_path, monkeypatch):
-    keep = kept_lists.KeptLists.save
+    keep = resumable_neighbors.SearchedPieces.save
     calls = []
 
     def save(self, first, searched, found):
@@ -65,10 +65,10 @@ def test_a_run_cut_off_within_a_block_searches_it_for_the_other_queries_alone(tm
             raise RuntimeError("killed")
         keep(self, first, searched, found)
 
-    monkeypatch.setattr(kept_lists.KeptLists, "save", save)
+    monkeypatch.setattr(resumable_neighbors.SearchedPieces, "save", save)
     cut_off(tmp_path, blocks=9)
     bank = Watched(DIGITS)
-    found = find_kept(bank, DIGITS[:50], 5, folder=tmp_path, **OPTIONS)[0]
+    found = search_resumably(bank, DIGITS[:50], 5, folder=tmp_path, **OPTIONS)[0]
     assert calls[3:5] == [(30, 200), (30, 200)]  # those from 0 on were searched for in that block
     assert bank.read[0] == (100, 200)
     np.testing.assert_array_equal(found.indices, exact_neighbors(DIGITS, DIGITS[:50], 5, distance_metric="cosine")[1])
@@ -80,7 +80,7 @@ def test_pieces_of_another_search_are_not_gone_on_with(tmp_path):
     }.items():  # fmt: skip
         cut_off(tmp_path / name, **change)
         bank = Watched(DIGITS)
-        find_kept(bank, DIGITS[:50], 5 + (name == "k"), folder=tmp_path / name, **OPTIONS)
+        search_resumably(bank, DIGITS[:50], 5 + (name == "k"), folder=tmp_path / name, **OPTIONS)
         assert len(bank.read) == 4, name
 
 
@@ -89,14 +89,14 @@ def test_a_damaged_piece_is_searched_for_again(tmp_path):
     piece = sorted(tmp_path.glob("queries-*.npz"))[0]
     piece.write_bytes(piece.read_bytes()[:-30])
     bank = Watched(DIGITS)
-    found = find_kept(bank, DIGITS[:50], 5, folder=tmp_path, **OPTIONS)[0]
+    found = search_resumably(bank, DIGITS[:50], 5, folder=tmp_path, **OPTIONS)[0]
     assert len(bank.read) == 4
     np.testing.assert_array_equal(found.indices, exact_neighbors(DIGITS, DIGITS[:50], 5, distance_metric="cosine")[1])
 
 
 def test_own_rows_are_left_out_and_ties_marked(tmp_path):
     rows = np.repeat(np.arange(6.0, dtype=np.float32), 3)[:, None] + 1
-    found, tied = find_kept(
+    found, tied = search_resumably(
         rows, None, 3, folder=tmp_path, distance_metric="euclidean", exclude_self=True, progress=False
     )
     whole = exact_neighbors(rows, k=4, distance_metric="euclidean")
