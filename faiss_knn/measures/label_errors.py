@@ -61,12 +61,12 @@ def one_vote_a_group(neighbor_labels: Ids, neighbor_groups: Ids, groups: Ids) ->
         >>> one_vote_a_group(np.array([[4, 2, 2, 3]]), np.array([[7, 5, 5, 6]]), np.array([7])).tolist()
         [[-1, 2, -1, 3]]
     """
-    kept = neighbor_labels.copy()
-    kept[neighbor_groups == groups[:, None]] = -1
-    for place in range(1, kept.shape[1]):
-        before = (neighbor_groups[:, :place] == neighbor_groups[:, place, None]) & (kept[:, :place] >= 0)
-        kept[before.any(1), place] = -1
-    return kept
+    votes = neighbor_labels.copy()
+    votes[neighbor_groups == groups[:, None]] = -1
+    for place in range(1, votes.shape[1]):
+        before = (neighbor_groups[:, :place] == neighbor_groups[:, place, None]) & (votes[:, :place] >= 0)
+        votes[before.any(1), place] = -1
+    return votes
 
 
 def neighbor_vote(neighbor_labels: Ids, labels: Ids) -> NeighborVote:

@@ -168,7 +168,7 @@ def compare(
         raise ValueError(f"`seed` must be 0 or a positive integer, got {seed}")
     if len(runs) < 2:
         raise ValueError(f"`runs` must be two or more, reports or folders, got {len(runs)}")
-    read = [_read(given, i, name) for i, (given, name) in enumerate(zip(runs, run_names(runs, names), strict=True))]
+    read = [_read(run, i, name) for i, (run, name) in enumerate(zip(runs, run_names(runs, names), strict=True))]
     keys = _common_settings(read)
     for other in read[1:]:
         for key in keys:
@@ -204,38 +204,38 @@ def run_names(runs: Sequence[Any], names: Sequence[str] | None = None) -> list[s
         ValueError: If the names asked for are not one different name for each run.
     """
     if names is not None:
-        found = [str(name) for name in names]
-        if isinstance(names, str) or len(found) != len(runs) or len(set(found)) < len(found):
+        named = [str(name) for name in names]
+        if isinstance(names, str) or len(named) != len(runs) or len(set(named)) < len(named):
             raise ValueError(f"`names` must be {len(runs)} different names, one for each run, got {names!r}")
-        return found
+        return named
     paths = [
         Path(run).resolve().parts if isinstance(run, (str, Path)) else (f"run {i}",) for i, run in enumerate(runs, 1)
     ]
     for length in range(1, max(map(len, paths)) + 1):
-        found = ["/".join(parts[-length:]) for parts in paths]
-        if len(set(found)) == len(found):
-            return found
+        ends = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(ends)) == len(ends):
+            return ends
     return [f"{parts[-1]} ({i})" for i, parts in enumerate(paths, 1)]
 
 
-def _read(given: Any, number: int, name: str) -> _Run:
-    if isinstance(given, EvalReport):
-        report = given
-    elif isinstance(given, (str, Path)):
-        if not Path(given).is_dir():
-            raise ValueError(f"{given}: is no folder of results: name one that `save` or `eval --out` has written")
-        report = EvalReport.load(given)
+def _read(run: Any, number: int, name: str) -> _Run:
+    if isinstance(run, EvalReport):
+        report = run
+    elif isinstance(run, (str, Path)):
+        if not Path(run).is_dir():
+            raise ValueError(f"{run}: is no folder of results: name one that `save` or `eval --out` has written")
+        report = EvalReport.load(run)
     else:
         need = "an EvalReport or a folder of results"
-        raise ValueError(f"`runs[{number}]` must be {need}, got {shown(given)}")  # noqa: TRY004
-    kept = [record for record in report.records if record_key(record) in report.outcomes]
-    if not kept:
+        raise ValueError(f"`runs[{number}]` must be {need}, got {shown(run)}")  # noqa: TRY004
+    with_outcomes = [record for record in report.records if record_key(record) in report.outcomes]
+    if not with_outcomes:
         raise ValueError(
             f"run {name!r} has kept no outcomes: evaluate it again, with keep_outcomes=True if they take more than 1 "
             "GiB"
         )
     records: dict[str, Record] = {}
-    for record in kept:
+    for record in with_outcomes:
         key = _setting_key(record)
         if key in records and records[key]["data"] != record["data"]:
             raise ValueError(
@@ -243,7 +243,7 @@ def _read(given: Any, number: int, name: str) -> _Run:
                 f"{records[key]['data'][:6]} and {record['data'][:6]}): write each to a folder of its own"
             )
         records[key] = record
-    return _Run(name, report, records, None if isinstance(given, EvalReport) else Path(given))
+    return _Run(name, report, records, None if isinstance(run, EvalReport) else Path(run))
 
 
 def _setting_key(record: Record) -> str:
@@ -291,11 +291,11 @@ def _check_same_queries(one: _Run, other: _Run, key: str) -> None:
 
 def _groups(runs: Sequence[_Run], key: str) -> tuple[npt.NDArray[Any] | None, list[str]]:
     """Return the groups of the queries, if all runs know the same ones; and a note if only some do, or others."""
-    given = [run.outcome(key).get("group") for run in runs]
-    known = [groups for groups in given if groups is not None]
+    by_run = [run.outcome(key).get("group") for run in runs]
+    known = [groups for groups in by_run if groups is not None]
     if not known:
         return None, []
-    if len(known) == len(given) and all(_as_partition(groups) == _as_partition(known[0]) for groups in known):
+    if len(known) == len(by_run) and all(_as_partition(groups) == _as_partition(known[0]) for groups in known):
         return known[0], []
     return None, ["not all runs have the same groups of queries: differences are taken as of single queries"]
 
@@ -303,8 +303,8 @@ def _groups(runs: Sequence[_Run], key: str) -> tuple[npt.NDArray[Any] | None, li
 def _as_partition(groups: npt.NDArray[Any]) -> list[int]:
     """Find for each query the first one of its group."""
     _, firsts, numbers = np.unique(groups, return_index=True, return_inverse=True)
-    found: list[int] = firsts[numbers].tolist()
-    return found
+    first_of_group: list[int] = firsts[numbers].tolist()
+    return first_of_group
 
 
 def _other_draws(runs: Sequence[_Run], keys: Sequence[str]) -> list[str]:
@@ -341,10 +341,10 @@ def _differences(
     seed: int,
 ) -> Iterator[Row]:
     """Make the rows of the table, corrected for how many they are."""
-    asked = [(key, a, b) for key in keys for a, b in combinations(runs, 2)]
-    pairs = [pair_outcomes(a.outcome(key)["correct"], b.outcome(key)["correct"], groups) for key, a, b in asked]
+    compared = [(key, a, b) for key in keys for a, b in combinations(runs, 2)]
+    pairs = [pair_outcomes(a.outcome(key)["correct"], b.outcome(key)["correct"], groups) for key, a, b in compared]
     p_values = [pair.p() for pair in pairs]
-    for (key, a, b), pair, p, p_holm in zip(asked, pairs, p_values, holm(p_values), strict=True):
+    for (key, a, b), pair, p, p_holm in zip(compared, pairs, p_values, holm(p_values), strict=True):
         low, high = pair.interval(confidence, seed=seed)
         separable = p_holm <= 1 - confidence
         yield {
@@ -370,15 +370,15 @@ def _by_class(
         return
     order = np.argsort(outcomes[0]["label"], kind="stable")
     classes, firsts = np.unique(outcomes[0]["label"][order], return_index=True)
-    found: list[Row] = []
+    table: list[Row] = []
     for i, j in combinations(range(len(runs)), 2):
         for number, rows in zip(classes.tolist(), np.split(order, firsts[1:]), strict=True):
             one, other = (outcomes[run]["correct"][..., rows] for run in (i, j))
             pair = pair_outcomes(one, other, None if groups is None else groups[rows])
             about = {"setting": words, "a": runs[i].name, "b": runs[j].name, "class": runs[0].report.class_name(number)}
             tops = {"top1_a": float(one.mean()), "top1_b": float(other.mean()), "difference": pair.difference}
-            found.append(about | {"n_queries": len(rows)} | tops | {"p": pair.p()})
-    for row, p_holm in zip(found, holm([row["p"] for row in found]), strict=True):
+            table.append(about | {"n_queries": len(rows)} | tops | {"p": pair.p()})
+    for row, p_holm in zip(table, holm([row["p"] for row in table]), strict=True):
         yield row | {"p_holm": p_holm, "separable": p_holm <= 1 - confidence}
 
 
@@ -390,7 +390,7 @@ def _overlaps(runs: Sequence[_Run], keys: Sequence[str], seed: int) -> tuple[lis
     by_index: dict[str, list[str]] = {}
     for key in keys:
         by_index.setdefault(_search_key(runs[0].records[key]), []).append(key)
-    found: list[Row] = []
+    overlaps: list[Row] = []
     changed: list[Row] = []
     notes: list[str] = []
     for same in by_index.values():
@@ -405,13 +405,13 @@ def _overlaps(runs: Sequence[_Run], keys: Sequence[str], seed: int) -> tuple[lis
             about = {"a": a.name, "b": b.name, "index": index_name(a.records[same[0]])}
             shortest = min(first.shape[1], second.shape[1])
             ks = sorted({k for key in same if (k := a.records[key]["k"]) <= shortest})
-            found += [about | {"k": k} | neighbor_overlap(first, second, k, seed=seed)._asdict() for k in ks]
+            overlaps += [about | {"k": k} | neighbor_overlap(first, second, k, seed=seed)._asdict() for k in ks]
             if ks:
                 shares = overlap_by_query(first, second, ks[-1])
                 least = np.argsort(shares, kind="stable")[:_CHANGED]
                 rows = a.outcome(same[0])["row"]
                 changed += [about | {"k": ks[-1], "row": int(rows[i]), "overlap": float(shares[i])} for i in least]
-    return found, changed, list(dict.fromkeys(notes))
+    return overlaps, changed, list(dict.fromkeys(notes))
 
 
 def _search_key(record: Record) -> str:

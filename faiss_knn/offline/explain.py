@@ -95,11 +95,11 @@ class Explanation:
             f"{'top1':>6}  {'off by':>7}  {'in s.e.':>7}  setting",
             *map(_line, self.settings[:rows]),
         ]
-        given = [setting for setting in self.settings if setting.given]
+        as_given = [setting for setting in self.settings if setting.given]
         usual = [setting for setting in self.settings if not setting.differs][:1]
-        below = [setting for setting in given or usual if setting not in self.settings[:rows]]
+        below = [setting for setting in as_given or usual if setting not in self.settings[:rows]]
         if below:
-            lines += ["", "as given:" if given else "nearest with the defaults:", *map(_line, below)]
+            lines += ["", "as given:" if as_given else "nearest with the defaults:", *map(_line, below)]
         return "\n".join(lines)
 
     def save(self, folder: str | Path) -> Path:
@@ -167,17 +167,17 @@ def explain(
         ('k 3, uniform weighting instead of inverse (mteb)', 0.0)
     """
     number = as_accuracy(target)
-    given = given_settings(
+    supposed = given_settings(
         protocol, k=k, temperature=temperature, weighting=weighting, distance_metric=distance_metric, center=center
     )
     task = make_task(
         bank_features, bank_labels, query_features, query_labels, num_classes=None, class_names=None,
         leave_one_out=leave_one_out, ignore_index=ignore_index,
     )  # fmt: skip
-    return explain_task(number, task, given, skip_bad_rows=skip_bad_rows, device=device, progress=progress)
+    return explain_task(number, task, supposed, skip_bad_rows=skip_bad_rows, device=device, progress=progress)
 
 
-def given_settings(protocol: str | None, *, center: bool, **given: Any) -> EvalOptions | None:
+def given_settings(protocol: str | None, *, center: bool, **vote: Any) -> EvalOptions | None:
     """Check what a number is thought to be made with; None if nothing is given.
 
     Raises:
@@ -187,9 +187,9 @@ def given_settings(protocol: str | None, *, center: bool, **given: Any) -> EvalO
         >>> given_settings("dino", k=5, center=False).k
         (5,)
     """
-    if protocol is None and not center and all(value is None for value in given.values()):
+    if protocol is None and not center and all(value is None for value in vote.values()):
         return None
-    return EvalOptions(**vote_settings(protocol, center=as_switch(center, "`center`"), **given))
+    return EvalOptions(**vote_settings(protocol, center=as_switch(center, "`center`"), **vote))
 
 
 def as_accuracy(target: Any) -> float:
@@ -213,7 +213,7 @@ def as_accuracy(target: Any) -> float:
 def explain_task(
     target: float,
     task: EvalTask,
-    given: EvalOptions | None,
+    supposed: EvalOptions | None,
     *,
     skip_bad_rows: bool,
     device: torch.device | str | None,
@@ -223,23 +223,23 @@ def explain_task(
     known = protocols()
     longest = len(task.bank.rows) - task.leave_one_out
     ks = {k for k in (*DEFAULTS["k"], *(k for one in known.values() for k in one.k)) if k <= longest}
-    ks |= set(given.k if given else ())
-    asked = {_same_as(vote, given) for vote in given.votes} if given else set()
-    found: list[Setting] = []
+    ks |= set(supposed.k if supposed else ())
+    supposed_settings = {_same_as(vote, supposed) for vote in supposed.votes} if supposed else set()
+    settings: list[Setting] = []
     n_queries = len(task.queries.rows)
     error = _standard_error(target, n_queries)
-    for searched, result, facts in _searches(task, max(ks), given, skip_bad_rows, device, progress):
+    for searched, result, facts in _searches(task, max(ks), supposed, skip_bad_rows, device, progress):
         judge = make_judge(searched, result)
-        for vote in _votes(sorted(ks), known, given, facts):
+        for vote in _votes(sorted(ks), known, supposed, facts):
             top1 = judge.judge(*vote, {}).top1.double().mean().item()
-            found.append(_setting(vote, facts, top1, target, error, known, asked))
-    found.sort(key=lambda setting: (round(abs(setting.difference), 12), len(setting.differs), setting.k))
-    return Explanation(target, n_queries, error, found)
+            settings.append(_setting(vote, facts, top1, target, error, known, supposed_settings))
+    settings.sort(key=lambda setting: (round(abs(setting.difference), 12), len(setting.differs), setting.k))
+    return Explanation(target, n_queries, error, settings)
 
 
-def _same_as(vote: VoteOptions, given: EvalOptions) -> tuple[Any, ...]:
+def _same_as(vote: VoteOptions, supposed: EvalOptions) -> tuple[Any, ...]:
     """Return the setting of the grid that a given one is, or comes to; see `_of_grid`."""
-    metric, unit, center = given.distance_metric, given.normalize, given.center
+    metric, unit, center = supposed.distance_metric, supposed.normalize, supposed.center
     uniform = vote.weighting == "uniform" or vote.k == 1
     if unit and (metric == "dot" or (metric == "euclidean" and uniform)):
         metric, unit = "cosine", False
@@ -261,15 +261,15 @@ def _standard_error(share: float, count: int) -> float:
 def _searches(
     task: EvalTask,
     k: int,
-    given: EvalOptions | None,
+    supposed: EvalOptions | None,
     skip_bad_rows: bool,
     device: torch.device | str | None,
     progress: bool | None,
 ) -> Iterator[tuple[EvalTask, SearchResult, dict[str, Any]]]:
     """Find neighbours under each distance of features prepared in each way, from as few searches as possible."""
     kinds = [(x, False, False) for x in _DISTANCES] + [(x, False, True) for x in _DISTANCES if x != "euclidean"]
-    if given and given.distance_metric not in _DISTANCES:
-        kinds.append((given.distance_metric, given.normalize, given.normalize and given.center))
+    if supposed and supposed.distance_metric not in _DISTANCES:
+        kinds.append((supposed.distance_metric, supposed.normalize, supposed.normalize and supposed.center))
     for metric, unit, center in kinds:
         prepared = check_values(prepare(task, center=center, unit=unit), metric, skip_bad_rows)
         options = SearchOptions(metric, device, progress=progress)
@@ -297,14 +297,14 @@ def _with_and_without_self(
 
 
 def _votes(
-    ks: Sequence[int], known: dict[str, Protocol], given: EvalOptions | None, facts: dict[str, Any]
+    ks: Sequence[int], known: dict[str, Protocol], supposed: EvalOptions | None, facts: dict[str, Any]
 ) -> Iterator[VoteOptions]:
     """List every k with every weighting and its temperatures, but what comes to the same once.
 
     One neighbour needs no weight, and neighbours that weigh the same are those of cosine for normalised features.
     """
     usual = DEFAULTS["temperature"][0]
-    temperatures = {usual, *(given.temperature if given else ())}
+    temperatures = {usual, *(supposed.temperature if supposed else ())}
     pairs = {(weighting, temperature) for weighting in ("inverse", "softmax") for temperature in temperatures}
     pairs |= {(one.weighting, one.temperature) for one in known.values() if one.weighting != "uniform"}
     for k in ks:
@@ -322,7 +322,7 @@ def _setting(
     target: float,
     error: float,
     known: dict[str, Protocol],
-    asked: set[tuple[Any, ...]],
+    supposed_settings: set[tuple[Any, ...]],
 ) -> Setting:
     temperature = None if vote.weighting == "uniform" else vote.temperature
     difference = top1 - target
@@ -330,7 +330,7 @@ def _setting(
         vote.k, temperature, vote.weighting, **facts, top1=top1, difference=difference,
         standard_errors=difference / error, differs=tuple(_differs(vote, temperature, facts)),
         protocols=tuple(name for name, one in known.items() if _is_scored_by(one, vote, temperature, facts)),
-        given=facts["leave_one_out"] is not False and _of_grid(vote, facts) in asked,
+        given=facts["leave_one_out"] is not False and _of_grid(vote, facts) in supposed_settings,
     )  # fmt: skip
 
 

@@ -121,10 +121,11 @@ def select(options: OnlineOptions, queries: Tensor, labels: Tensor, own: int) ->
     of_ids = labels.ndim == 1 and not options.is_regression
     last = 0 if labels.ndim == 1 else labels.shape[1] - 1
     highest = labels.amax() if of_ids else torch.full((), last, device=labels.device)
-    most, searched_rows, kept = torch.stack([highest, searched.sum(), counted[:own].sum()]).tolist()
-    if searched_rows < len(queries) or kept < own:
+    most, searched_rows, counted_rows = torch.stack([highest, searched.sum(), counted[:own].sum()]).tolist()
+    if searched_rows < len(queries) or counted_rows < own:
         counted[own:] = False
-        return BatchSelection(most, own - kept, slice(None) if searched_rows == len(queries) else searched, counted)
+        comparable = slice(None) if searched_rows == len(queries) else searched
+        return BatchSelection(most, own - counted_rows, comparable, counted)
     return BatchSelection(most, 0, slice(None), slice(own))
 
 

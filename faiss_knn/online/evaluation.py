@@ -272,7 +272,7 @@ class Evaluation:
                     neighbors = self._search(bank, queries_of(group))
                 with self._clock.measure("vote"):
                     for batch, own in dealt_out(neighbors, group):
-                        self._score(bank, batch.asked, own, batch.number, batch.width)
+                        self._score(bank, batch.batch_queries, own, batch.number, batch.width)
 
     def _score(self, bank: EpochBank, batch_queries: BatchQueries, neighbors: Any, number: int, width: int) -> Tensor:
         """Update the dataloader's metrics, and hand out (B, C) raw scores, 0 for rows without a distance.

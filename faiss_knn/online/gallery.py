@@ -41,7 +41,7 @@ class Picture(NamedTuple):
     wrongness: float
 
 
-def gallery_options(given: Any) -> GalleryOptions | None:
+def gallery_options(gallery: Any) -> GalleryOptions | None:
     """Read `gallery`: None, the images' key, or {"key": ..., "rows": ...}.
 
     Raises:
@@ -51,13 +51,13 @@ def gallery_options(given: Any) -> GalleryOptions | None:
         >>> gallery_options("image")
         GalleryOptions(key='image', rows=8)
     """
-    if given is None:
+    if gallery is None:
         return None
-    parts = dict(given) if isinstance(given, Mapping) else {"key": given}
+    parts = dict(gallery) if isinstance(gallery, Mapping) else {"key": gallery}
     if "key" not in parts or set(parts) - {"key", "rows"}:
         raise ValueError(
-            f'`gallery` must be None, the key of the images, or {{"key": "image", "rows": {ROWS}}}, got {shown(given)} '
-            f"with {', '.join(map(str, parts)) or 'nothing'}"
+            f'`gallery` must be None, the key of the images, or {{"key": "image", "rows": {ROWS}}}, got '
+            f"{shown(gallery)} with {', '.join(map(str, parts)) or 'nothing'}"
         )
     rows = as_count(parts.get("rows", ROWS), "`gallery` rows")
     if rows > _MOST_ROWS:

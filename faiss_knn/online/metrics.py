@@ -157,10 +157,10 @@ def _rehearsed(name: str, metric: Metric, width: int | None, multi_hot: bool | N
             except Exception as error:  # whatever it is, it would come after an epoch otherwise
                 errors.append(error)
     reason = f"{type(errors[0]).__name__}: {' '.join(str(errors[0]).split())}"
-    asked = width or _TRIED[0]
+    shown_width = width or _TRIED[0]
     others = "" if width else f" (nor {', '.join(map(str, _TRIED[1:]))}: give num_classes if it is made for others)"
     form = "" if multi_hot is None else " against multi-hot labels" if multi_hot else " against class ids"
-    raise ValueError(f"metric {name} cannot judge scores of {asked} classes{form}: {reason}{others}")
+    raise ValueError(f"metric {name} cannot judge scores of {shown_width} classes{form}: {reason}{others}")
 
 
 def _trial(metric: Metric, width: int, columns: bool) -> Any:

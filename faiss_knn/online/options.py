@@ -153,10 +153,10 @@ class OnlineOptions:
 
     def _settle_protocol(self) -> None:
         """Take what was not given from the protocol; `protocol` then names also what was given beside it."""
-        given = {name: getattr(self, name) for name in _DEFAULTS}
+        arguments = {name: getattr(self, name) for name in _DEFAULTS}
         self.k = _listed(self.k)
-        given["k"] = tuple(self.k) if isinstance(self.k, list) else self.k
-        settled, label = choose_settings(self.protocol, given, _DEFAULTS)
+        arguments["k"] = tuple(self.k) if isinstance(self.k, list) else self.k
+        settled, label = choose_settings(self.protocol, arguments, _DEFAULTS)
         for name in _DEFAULTS:
             if getattr(self, name) is None:
                 setattr(self, name, settled[name])
@@ -217,9 +217,9 @@ class OnlineOptions:
 
     def _check_diagnostics(self) -> None:
         several = isinstance(self.diagnostics, Sequence) and not isinstance(self.diagnostics, str)
-        given = self.diagnostics if several else [self.diagnostics]
+        names = self.diagnostics if several else [self.diagnostics]
         known = (*DIAGNOSTICS, VIEW_ALIGNMENT)
-        self.diagnostics = tuple(dict.fromkeys(as_choice(one, known, "`diagnostics`") for one in given))
+        self.diagnostics = tuple(dict.fromkeys(as_choice(one, known, "`diagnostics`") for one in names))
         if VIEW_ALIGNMENT in self.diagnostics and len(self._inputs) != 2:
             raise ValueError(
                 f"`diagnostics` with {VIEW_ALIGNMENT} compares two keys of features, row by row: give "
@@ -404,12 +404,12 @@ def named_as_index() -> Iterator[None]:
         raise ValueError(str(error).replace("`spec`", "`index`", 1)) from error
 
 
-def _keys(given: Any, argument: str) -> tuple[str, ...]:
+def _keys(names: Any, argument: str) -> tuple[str, ...]:
     """Return one key or several."""
-    several = isinstance(given, Sequence) and not isinstance(given, str)
-    keys = tuple(as_key(key, argument) for key in (given if several else [given]))
+    several = isinstance(names, Sequence) and not isinstance(names, str)
+    keys = tuple(as_key(key, argument) for key in (names if several else [names]))
     if not keys or len(set(keys)) < len(keys):
-        raise ValueError(f"`{argument}` must be one key or several different ones, got {shown(given)}")
+        raise ValueError(f"`{argument}` must be one key or several different ones, got {shown(names)}")
     return keys
 
 

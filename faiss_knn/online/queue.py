@@ -339,10 +339,10 @@ def _queues(trainer: Any, key: str) -> list[OnlineQueue]:
     return [c for c in trainer.callbacks if isinstance(c, OnlineQueue) and c.key == key]
 
 
-def _check_same(key: str, what: str, has: object, wanted: object) -> None:
-    if has is not None and wanted is not None and has != wanted:
+def _check_same(key: str, what: str, has: object, requested: object) -> None:
+    if has is not None and requested is not None and has != requested:
         raise ValueError(
-            f"the OnlineQueue of key '{key}' has {what}={has}, {what}={wanted} was asked for: "
+            f"the OnlineQueue of key '{key}' has {what}={has}, {what}={requested} was asked for: "
             "give both the same, or leave one out"
         )
 

@@ -29,18 +29,18 @@ class EpochRecall:
         self._options, self._bank = options, bank
         self._drawn: list[Tensor] = []
         self._seen = 0
-        self._wanted = -(-options.recall_queries // rank_and_size()[1])
+        self._sample_size = -(-options.recall_queries // rank_and_size()[1])
         if len(bank.index) == 0 or bank.index.stats.exact:
-            self._wanted = 0
-        self._step = max(1, (expected_queries or self._wanted * _EXPECTED_BATCHES) // max(1, self._wanted))
+            self._sample_size = 0
+        self._step = max(1, (expected_queries or self._sample_size * _EXPECTED_BATCHES) // max(1, self._sample_size))
 
     def draw(self, queries: Tensor) -> None:
         """Keep every so many of the queries (n, d)."""
-        if self._wanted == 0:
+        if self._sample_size == 0:
             return
         first = -self._seen % self._step
         self._seen += len(queries)
-        drawn = queries[first :: self._step][: self._wanted - sum(map(len, self._drawn))]
+        drawn = queries[first :: self._step][: self._sample_size - sum(map(len, self._drawn))]
         if len(drawn):
             self._drawn.append(drawn.clone())
 
@@ -74,8 +74,8 @@ class EpochRecall:
 def warn_of_recall(options: OnlineOptions, memory: Memory, recall: float) -> None:
     """Say once per run that an index finds too little for its score to be trusted."""
     is_tuned = options.target_recall is not None or options.index in ("fast", "ivf", "auto")
-    wanted = options.target_recall or (_TUNED_RECALL if is_tuned else _PLAIN_RECALL)
-    if recall < wanted - _RECALL_LEEWAY:
+    needed = options.target_recall or (_TUNED_RECALL if is_tuned else _PLAIN_RECALL)
+    if recall < needed - _RECALL_LEEWAY:
         memory.warn_once(
             "recall",
             f"{options.title}: index={options.index!r} found {recall:.3f} of the exact neighbours: the score "

@@ -89,8 +89,8 @@ class RingBuffer:
             self._hold(rows.dtype)
         assert self._rows is not None
         rows = rows.detach()
-        given = rows.shape[0]
-        rows = rows[-self.length :] if given > self.length else rows
+        count = rows.shape[0]
+        rows = rows[-self.length :] if count > self.length else rows
         n, start, filled, total = len(rows), self._state[0], len(self), self._state[2]
         self._state = start, filled, total, n
         fits = min(n, self.length - start)
@@ -100,7 +100,7 @@ class RingBuffer:
         if self.pin_memory and rows.is_cuda:
             self._copied = self._copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
-        self._state = (start + n) % self.length, min(self.length, filled + n), total + given, 0
+        self._state = (start + n) % self.length, min(self.length, filled + n), total + count, 0
 
     def latest(self, n: int | None = None, *, until: int | None = None) -> Tensor:
         """Copy out the `n` most recent rows, oldest first; all of them for None.
@@ -139,9 +139,9 @@ class RingBuffer:
         length = length or self.length
         if self._rows is not None and length != self.length:
             self._rows = None
-        given = 0 if rows is None else len(rows)
-        self.length, self._state = length, (0, 0, 0 if total is None else total - given, 0)
-        if rows is not None and given:
+        count = 0 if rows is None else len(rows)
+        self.length, self._state = length, (0, 0, 0 if total is None else total - count, 0)
+        if rows is not None and count:
             self.append(rows)
 
     def move_to(self, device: torch.device, pin_memory: bool = False) -> None:
@@ -163,9 +163,9 @@ class RingBuffer:
 
     def drop_newest(self, n: int) -> None:
         """Forget the `n` most recent rows, as if they had not come; at most all."""
-        start, kept, total = self._state[0], len(self), self.total
-        forgotten = min(n, kept)
-        self._state = (start - forgotten) % self.length, kept - forgotten, total - n, 0
+        start, filled, total = self._state[0], len(self), self.total
+        forgotten = min(n, filled)
+        self._state = (start - forgotten) % self.length, filled - forgotten, total - n, 0
 
     def drop_older(self, number: int) -> None:
         """Forget the rows before row `number`."""

@@ -118,18 +118,18 @@ class UniqueSamples:
 
     def __init__(self) -> None:
         self._counted: set[int] = set()
-        self._held: tuple[list[int], Tensor, Callable[[Tensor], None]] | None = None
+        self._last_batch: tuple[list[int], Tensor, Callable[[Tensor], None]] | None = None
 
     def add(self, ids: Tensor, count: Callable[[Tensor], None]) -> None:
         """Take a batch in: `count(mask)` is called later, with the (n,) bool mask of the rows that count."""
         self._let_through()
         new = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
-        held: list[int] = []
+        first_seen: list[int] = []
         for row, sample in enumerate(ids.tolist()):
-            if sample not in self._counted and sample not in held:
+            if sample not in self._counted and sample not in first_seen:
                 new[row] = True
-                held.append(sample)
-        self._held = (held, new, count)
+                first_seen.append(sample)
+        self._last_batch = (first_seen, new, count)
 
     def finish(self) -> None:
         """Settle the last batches; every rank must call it."""
@@ -137,22 +137,22 @@ class UniqueSamples:
             self._settle()
 
     def _settle(self) -> None:
-        held, new, _ = self._held or ([], torch.zeros(0, dtype=torch.bool, device="cpu"), None)
+        first_seen, new, _ = self._last_batch or ([], torch.zeros(0, dtype=torch.bool, device="cpu"), None)
         rank, _ = rank_and_size()
-        last, counts = gather_rows(torch.tensor(held, dtype=torch.int64, device="cpu"))
+        last, counts = gather_rows(torch.tensor(first_seen, dtype=torch.int64, device="cpu"))
         counted_here = torch.tensor(
             [sample in self._counted for sample in last.tolist()], dtype=torch.bool, device="cpu"
         )
         counted = gather_rows(counted_here[None])[0].any(0)
         start = sum(counts[:rank])
         on_lower_ranks = set(last[:start].tolist())
-        once = [not (counted[start + i] or sample in on_lower_ranks) for i, sample in enumerate(held)]
+        once = [not (counted[start + i] or sample in on_lower_ranks) for i, sample in enumerate(first_seen)]
         new[new.clone()] = torch.tensor(once, dtype=torch.bool, device="cpu")
         self._let_through()
 
     def _let_through(self) -> None:
-        if self._held is not None:
-            held, new, count = self._held
+        if self._last_batch is not None:
+            first_seen, new, count = self._last_batch
             count(new)
-            self._counted.update(held)
-        self._held = None
+            self._counted.update(first_seen)
+        self._last_batch = None
