@@ -126,11 +126,8 @@ class _Run:
     name: str
     report: EvalReport
     records: dict[str, Record]
+    outcomes: dict[str, Outcome]
     folder: Path | None
-
-    def outcome(self, key: str) -> Outcome:
-        """Return what became of its queries under a setting."""
-        return self.report.outcomes[record_key(self.records[key])]
 
     def neighbors(self, key: str) -> npt.NDArray[Any] | None:
         """Return (Q, K) rows that were found nearest, if they were kept."""
@@ -177,7 +174,7 @@ def compare(
     keys.sort(key=lambda key: -_mean_top1(read, key))
     groups, notes = _groups(read, keys[0])
     rows = list(_differences(read, keys, words, groups, confidence, seed))
-    n_queries = len(read[0].outcome(keys[0])["row"])
+    n_queries = len(read[0].outcomes[keys[0]]["row"])
     accuracies = [_accuracy(run, key, words[key]) for key in keys for run in read]
     by_class = list(_by_class(read, keys[0], words[keys[0]], groups, confidence))
     overlaps, changed, more = _overlaps(read, keys, seed)
@@ -228,22 +225,25 @@ def _read(run: Any, number: int, name: str) -> _Run:
     else:
         need = "an EvalReport or a folder of results"
         raise ValueError(f"`runs[{number}]` must be {need}, got {shown(run)}")  # noqa: TRY004
-    with_outcomes = [record for record in report.records if record_key(record) in report.outcomes]
-    if not with_outcomes:
+    read = [(record, report.outcomes.get(record_key(record))) for record in report.records]
+    if all(outcome is None for _, outcome in read):
         raise ValueError(
             f"run {name!r} has kept no outcomes: evaluate it again, with keep_outcomes=True if they take more than 1 "
             "GiB"
         )
     records: dict[str, Record] = {}
-    for record in with_outcomes:
+    outcomes: dict[str, Outcome] = {}
+    for record, outcome in read:
+        if outcome is None:
+            continue
         key = _setting_key(record)
         if key in records and records[key]["data"] != record["data"]:
             raise ValueError(
                 f"run {name!r} holds two evaluations of {index_name(record)}, {setting(record)} (data "
                 f"{records[key]['data'][:6]} and {record['data'][:6]}): write each to a folder of its own"
             )
-        records[key] = record
-    return _Run(name, report, records, None if isinstance(run, EvalReport) else Path(run))
+        records[key], outcomes[key] = record, outcome
+    return _Run(name, report, records, outcomes, None if isinstance(run, EvalReport) else Path(run))
 
 
 def _setting_key(record: Record) -> str:
@@ -270,7 +270,7 @@ def _check_same_queries(one: _Run, other: _Run, key: str) -> None:
     a, b = one.records[key], other.records[key]
     if a.get("query_fingerprint") == b.get("query_fingerprint"):
         return
-    first, second = one.outcome(key), other.outcome(key)
+    first, second = one.outcomes[key], other.outcomes[key]
     where = f"runs {one.name!r} and {other.name!r} are not of the same queries: "
     if len(first["row"]) != len(second["row"]):
         raise ValueError(f"{where}{len(first['row']):,} and {len(second['row']):,} of them")
@@ -291,7 +291,7 @@ def _check_same_queries(one: _Run, other: _Run, key: str) -> None:
 
 def _groups(runs: Sequence[_Run], key: str) -> tuple[npt.NDArray[Any] | None, list[str]]:
     """Return the groups of the queries, if all runs know the same ones; and a note if only some do, or others."""
-    by_run = [run.outcome(key).get("group") for run in runs]
+    by_run = [run.outcomes[key].get("group") for run in runs]
     known = [groups for groups in by_run if groups is not None]
     if not known:
         return None, []
@@ -342,7 +342,7 @@ def _differences(
 ) -> Iterator[Row]:
     """Make the rows of the table, corrected for how many they are."""
     compared = [(key, a, b) for key in keys for a, b in combinations(runs, 2)]
-    pairs = [pair_outcomes(a.outcome(key)["correct"], b.outcome(key)["correct"], groups) for key, a, b in compared]
+    pairs = [pair_outcomes(a.outcomes[key]["correct"], b.outcomes[key]["correct"], groups) for key, a, b in compared]
     p_values = [pair.p() for pair in pairs]
     for (key, a, b), pair, p, p_holm in zip(compared, pairs, p_values, holm(p_values), strict=True):
         low, high = pair.interval(confidence, seed=seed)
@@ -365,7 +365,7 @@ def _by_class(
     runs: Sequence[_Run], key: str, words: str, groups: npt.NDArray[Any] | None, confidence: float
 ) -> Iterator[Row]:
     """Find where one run is better than another, class by class."""
-    outcomes = [run.outcome(key) for run in runs]
+    outcomes = [run.outcomes[key] for run in runs]
     if "label" not in outcomes[0]:
         return
     order = np.argsort(outcomes[0]["label"], kind="stable")
@@ -409,7 +409,7 @@ def _overlaps(runs: Sequence[_Run], keys: Sequence[str], seed: int) -> tuple[lis
             if ks:
                 shares = overlap_by_query(first, second, ks[-1])
                 least = np.argsort(shares, kind="stable")[:_CHANGED]
-                rows = a.outcome(same[0])["row"]
+                rows = a.outcomes[same[0]]["row"]
                 changed += [about | {"k": ks[-1], "row": int(rows[i]), "overlap": float(shares[i])} for i in least]
     return overlaps, changed, list(dict.fromkeys(notes))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from faiss_knn.offline.copies import Copies, count_copies
 from faiss_knn.offline.metric_names import make_metrics
-from faiss_knn.offline.mistakes import mistakes_of, mistakes_rank
+from faiss_knn.offline.mistakes import mistakes_of, says_more
 from faiss_knn.offline.options import EvalOptions, VoteOptions, several, vote_settings
 from faiss_knn.offline.outcomes import (
     bank_fingerprint,
@@ -182,7 +182,7 @@ def evaluate(
     limits = Limits(groups, as_switch(exclude_same_group, "`exclude_same_group`"), own_rows, ignored_rows)
     task = task_for(options, bank_features, bank_labels, query_features, query_labels, limits)
     files = {"bank_file": _file_of(bank_features), "query_file": _file_of(query_features)}
-    told = None if on_record is None else lambda record, classes: on_record(record, classes.scores)
+    told = None if on_record is None else lambda record, classes, _: on_record(record, classes.scores)
     return evaluate_with(options, task, files, done=done, on_record=told)
 
 
@@ -215,8 +215,7 @@ def evaluate_with(
     files: dict[str, str | None],
     *,
     done: Iterable[Record] = (),
-    on_record: Callable[[Record, Classes], None] | None = None,
-    on_outcome: Callable[[str, Outcome], None] | None = None,
+    on_record: Callable[[Record, Classes, Outcome | None], None] | None = None,
 ) -> EvalReport:
     """Evaluate a task as `evaluate` does, with options that were checked.
 
@@ -225,8 +224,8 @@ def evaluate_with(
         task: Bank and queries, as `make_task` returns them.
         files: `bank_file` and `query_file` of the records.
         done: As in `evaluate`.
-        on_record: Called with each new record, and what is known of its classes, as soon as it is there.
-        on_outcome: Called before it, with the record's key and what became of each query, if that is kept.
+        on_record: Called with each new record, what is known of its classes, and what became of each query, if that is
+            kept, as soon as it is there.
 
     Raises:
         ValueError: If task and options do not fit, a row cannot be compared, or an index refuses the features.
@@ -251,21 +250,14 @@ def evaluate_with(
             report.retrieval_by_class[key] = classes.retrieval
             if outcome is not None:
                 report.outcomes[key] = outcome
-                if "label" in outcome and len(evaluation.draws) == 1 and _shows_more(record, telling):
+                if "label" in outcome and len(evaluation.draws) == 1 and says_more(record, telling and telling[0]):
                     telling = record, outcome, results[0].indices
-                if on_outcome is not None and key not in earlier:
-                    on_outcome(key, outcome)
             if on_record is not None and key not in earlier:
-                on_record(record, classes)
+                on_record(record, classes, outcome)
         if options.keep_neighbors:
             report.neighbors[variant.name] = _with_given_ids(first, results[0])
     report.mistakes = None if telling is None else mistakes_of(first, *telling)
     return report
-
-
-def _shows_more(record: Record, other: tuple[Record, Outcome, Tensor] | None) -> bool:
-    """Tell whether a record's mistakes say more: those of exact neighbours do, of more of them (one is always sure)."""
-    return other is None or mistakes_rank(record) > mistakes_rank(other[0])
 
 
 class _Evaluation:

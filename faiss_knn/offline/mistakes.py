@@ -14,8 +14,12 @@ _WITH_NEIGHBORS = 12  # of these queries
 _NEAR = 8  # neighbours of a query
 
 
-def mistakes_rank(record: Record) -> tuple[bool, int, float]:
-    """Return what tells how much the mistakes of a record say: the higher, the more."""
+def says_more(record: Record, other: Record | None) -> bool:
+    """Tell whether a record's mistakes say more: those of exact neighbours do, of more of them (one is always sure)."""
+    return other is None or _rank(record) > _rank(other)
+
+
+def _rank(record: Record) -> tuple[bool, int, float]:
     return record["exact"], record["k"], record["top1"]
 
 
@@ -36,7 +40,7 @@ def mistakes_of(task: EvalTask, record: Record, outcome: Outcome, indices: Tenso
     labels = task.bank.labels.cpu().numpy()
     return Mistakes(
         setting=f"{setting(record)} on index {index_name(record)}",
-        rank=mistakes_rank(record),
+        rank=_rank(record),
         side="row" if task.leave_one_out else "query",
         queries=len(outcome["correct"]),
         wrong=len(wrong),

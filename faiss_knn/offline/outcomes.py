@@ -68,10 +68,10 @@ def bank_fingerprint(task: EvalTask) -> str:
 
 
 def _fingerprint(task: EvalTask, rows: LabelledRows) -> str:
-    labels = rows.labels
+    labels, multi_hot = rows.labels, task.multi_hot
     everything = torch.arange(task.num_classes, device=labels.device)
-    present = everything if task.multi_hot else everything[torch.bincount(labels, minlength=task.num_classes) > 0]
-    places = labels if task.multi_hot else torch.searchsorted(present, labels)
+    present = everything if multi_hot else everything[torch.bincount(labels, minlength=task.num_classes) > 0]
+    places = labels if multi_hot else torch.searchsorted(present, labels)
     digest = blake2b(str(task.names_of(present)).encode(), digest_size=8)
     for values in (torch.from_numpy(np.asarray(rows.ids, dtype=np.int64)), places):
         digest.update(np.ascontiguousarray(values.cpu().long().numpy()).data)

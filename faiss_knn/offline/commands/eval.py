@@ -52,7 +52,6 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
             _files(given),
             done=broadcast_object(ledger.done if ledger is not None else []),
             on_record=None if ledger is None else ledger.add,
-            on_outcome=None if ledger is None else ledger.add_outcome,
         )
     if ledger is not None:
         report.save(given.out, **({} if report.mistakes is None else looks))

@@ -346,7 +346,7 @@ def _by_class(report: Results, best: Record) -> list[Section]:
     if not scores:
         return []
     what = "average precision" if best["map"] is not None else "top-1"
-    names = report.class_names_of(i for i, _ in scores[:_MANY])
+    names = report.class_names_of([i for i, _ in scores[:_MANY]])
     rows = [[name, percent(score)] for name, (_, score) in zip(names, scores, strict=False)]
     shown = f"The {_MANY} lowest of {len(scores):,} classes" if len(scores) > _MANY else "All classes"
     text = f"{shown}, {what} with {setting(best)}. per_class.csv has every class and setting."

@@ -67,26 +67,26 @@ class Ledger:
             held, self.warning = self._held()
         self.done: list[Record] = list(held.values()) if resume and not overwrite else []
 
-    def add(self, record: Record, classes: Classes) -> None:
-        """Append one record; the classes first, so that a record that is there has them."""
-        with self._locked():
-            self._forget()
-            _append(self.folder / BY_CLASS, _line({"record": record_key(record)} | classes._asdict()))
-            _append(self.folder / RECORDS, _line(record))
+    def add(self, record: Record, classes: Classes, outcome: Outcome | None = None) -> None:
+        """Append one record; outcome and classes first, so that a record that is there has them.
 
-    def add_outcome(self, key: str, outcome: Outcome) -> None:
-        """Keep what became of each query in a file of its own until all are merged, so that no cut loses it."""
+        Outcomes are in files of their own until all are merged, so that no cut loses them.
+        """
+        key = record_key(record)
         with self._locked():
             self._forget()
-            write(part_path(self.folder, key), pack_outcomes({key: outcome}, compress=False))
+            if outcome is not None:
+                write(part_path(self.folder, key), pack_outcomes({key: outcome}, compress=False))
+            _append(self.folder / BY_CLASS, _line({"record": key} | classes._asdict()))
+            _append(self.folder / RECORDS, _line(record))
 
     def merge(self, results: Results) -> list[Results]:
         """Add results, keep the newest record of each key in the file, and return all that the folder holds by task."""
         described = {task_key(record) for record in results.records}
+        added = {record_key(record): record for record in results.records}
         with self._locked():
             self._forget()
-            held, _ = self._held()
-            held |= {record_key(record): record for record in results.records}
+            held = self._held()[0] | added
             classes, tasks = _by_class(self.folder / BY_CLASS)
             retrieval = results.retrieval_by_class
             classes |= {key: Classes(scores, retrieval.get(key, {})) for key, scores in results.per_class.items()}
@@ -94,7 +94,7 @@ class Ledger:
             lines = [_line({"task": task} | told) for task, told in tasks.items()]
             lines += [_line({"record": key} | one._asdict()) for key, one in classes.items() if key in held]
             write(self.folder / BY_CLASS, "".join(lines))
-            self._merge_outcomes(results, held)
+            self._merge_outcomes(results.outcomes, added.keys() & results.per_class.keys(), held)
             write(self.folder / RECORDS, "".join(_line(record) for record in held.values()))
         return _by_task(held, classes, tasks)
 
@@ -107,14 +107,13 @@ class Ledger:
                 write(self.folder / GALLERY, gallery_text(galleries))
         return galleries
 
-    def _merge_outcomes(self, results: Results, held: dict[str, Record]) -> None:
+    def _merge_outcomes(self, added: dict[str, Outcome], anew: set[str], held: dict[str, Record]) -> None:
         """Add what became of the queries; a record made anew without it has none."""
         parts = part_paths(self.folder)
-        if not results.outcomes and not parts and not (self.folder / OUTCOMES).exists():
+        if not added and not parts and not (self.folder / OUTCOMES).exists():
             return
-        anew = {record_key(record) for record in results.records} & results.per_class.keys()
         earlier = {key: outcome for key, outcome in read_outcomes(self.folder).items() if key not in anew}
-        outcomes = {key: outcome for key, outcome in (earlier | results.outcomes).items() if key in held}
+        outcomes = {key: outcome for key, outcome in (earlier | added).items() if key in held}
         write(self.folder / OUTCOMES, pack_outcomes(outcomes))
         for path in parts:
             path.unlink()

@@ -19,7 +19,6 @@ from faiss_knn.offline.report.results import (
     index_name,
     pareto_names,
     searches,
-    value_of,
     vote_of,
 )
 
@@ -37,6 +36,7 @@ _FAMILIES = (
 )  # fmt: skip
 
 Style = dict[str, str]
+Curve = list[tuple[int, Any]]  # k and what comes of it
 
 
 def draw(report: Results) -> dict[str, Callable[[Style], Figure]]:
@@ -47,7 +47,7 @@ def draw(report: Results) -> dict[str, Callable[[Style], Figure]]:
         common_k = next(iter(at_common_k(report.records).values()))["k"]
         plots["cost"] = lambda style: _cost(costs, common_k, style)
     if len({record["k"] for record in report.records}) > 1:
-        plots["k"] = lambda style: _over_k(report, best, style)
+        plots["k"] = _over_k(report, best)
     if scores := class_scores(report, best):
         names = _written(report, [number for number, _ in scores[:_BARS]])
         plots["classes"] = lambda style: _classes(best, scores, names, style)
@@ -100,24 +100,32 @@ def _label(axes: Any, style: Style, x: str, y: str) -> None:
     axes.set_ylabel(y, color=style["soft"], fontsize=10)
 
 
-def _over_k(report: Results, best: Record, style: Style) -> Figure:
-    by = "map" if best["map"] is not None else "top1"
+def _over_k(report: Results, best: Record) -> Callable[[Style], Figure]:
+    """Draw accuracy over k on the best record's index, a line for each weighting and temperature."""
     lines: dict[tuple[str, float], list[Record]] = {}
     for record in searches(report.records)[index_name(best)]:
         if record["weighting"] == "uniform" and record["temperature"] != best["temperature"]:
             continue  # it knows no temperature
         lines.setdefault((record["weighting"], record["temperature"]), []).append(record)
     several = len({temperature for _, temperature in lines}) > 1
-    figure, axes = _axes(style, f"{'mAP' if by == 'map' else 'Top-1 accuracy'} over k, index {index_name(best)}")
-    for i, ((weighting, temperature), records) in enumerate(lines.items()):
-        ordered = sorted(records, key=lambda r: int(r["k"]))
-        label = f"{weighting}, T = {temperature:g}" if several and weighting != "uniform" else weighting
+    labels = [f"{how}, T = {at:g}" if several and how != "uniform" else how for how, at in lines]
+    curves = [
+        [(r["k"], r["top1"] if best["map"] is None else r["map"]) for r in sorted(records, key=lambda r: int(r["k"]))]
+        for records in lines.values()
+    ]
+    title = f"{'Top-1 accuracy' if best['map'] is None else 'mAP'} over k, index {index_name(best)}"
+    ks = sorted({r["k"] for r in report.records})
+    return lambda style: _curves(title, labels, curves, ks, style)
+
+
+def _curves(title: str, labels: Sequence[str], curves: Sequence[Curve], ks: Sequence[int], style: Style) -> Figure:
+    figure, axes = _axes(style, title)
+    for i, (label, curve) in enumerate(zip(labels, curves, strict=True)):
         axes.plot(
-            [r["k"] for r in ordered], [100 * value_of(r, by) for r in ordered],
+            [k for k, _ in curve], [100 * score for _, score in curve],
             color=_LINES[i % 8], marker=_MARKS[i % 8],
             markersize=5, linewidth=1.6, label=label,
         )  # fmt: skip
-    ks = sorted({r["k"] for r in report.records})
     axes.set_xscale("log")
     axes.set_xticks(ks, [str(k) for k in ks], minor=False)
     axes.set_xticks([], minor=True)

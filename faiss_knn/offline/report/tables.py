@@ -121,13 +121,14 @@ def _is_number(cell: str) -> bool:
 def csv_text(records: Sequence[Record]) -> str:
     """Write the records as CSV, one column per field, nested fields as JSON."""
     names = list(dict.fromkeys(name for record in records for name in record))
-    tasks: dict[str, list[Record]] = {}
-    for record in records:
-        tasks.setdefault(task_key(record), []).append(record)
-    fronts = {task: pareto_front(newest_of_each(alike)) for task, alike in tasks.items()}
+    tasks = [task_key(record) for record in records]
+    by_task: dict[str, list[Record]] = {}
+    for record, task in zip(records, tasks, strict=True):
+        by_task.setdefault(task, []).append(record)
+    fronts = {task: pareto_front(newest_of_each(alike)) for task, alike in by_task.items()}
     rows = (
-        [*(_flat(record.get(name)) for name in names), index_name(record) in fronts[task_key(record)]]
-        for record in records
+        [*(_flat(record.get(name)) for name in names), index_name(record) in fronts[task]]
+        for record, task in zip(records, tasks, strict=True)
     )
     return csv_lines([[*names, "pareto"], *rows])
 
