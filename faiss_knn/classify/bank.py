@@ -17,8 +17,8 @@ from faiss_knn.classify.labels import (
     number_names,
     width_of,
 )
-from faiss_knn.classify.regression import TASKS, check_targets, columns_of, is_finite, read_targets, votes_or_means
-from faiss_knn.classify.vote import Votes, check_vote_options
+from faiss_knn.classify.regression import TASKS, check_targets, columns_of, is_finite, read_targets, votes_of_means
+from faiss_knn.classify.vote import Votes, check_vote_options, count_votes
 from faiss_knn.search.index import KNNIndex, Neighbors
 from faiss_knn.search.inputs import as_choice, as_matrix, as_switch
 
@@ -205,21 +205,14 @@ class FeatureBank:
             )
         if self.labels.device != neighbors.indices.device:
             self.labels = self.labels.to(neighbors.indices.device)
+        count = votes_of_means if self._averages else count_votes
         blocks = []
         for distances, indices in zip(
             *(torch.split(part, self._rows_per_vote(part.shape[1])) for part in neighbors), strict=True
         ):
             labels, is_found = self.labels[indices.clamp(min=0)], indices >= 0
             blocks.append(
-                votes_or_means(
-                    distances,
-                    is_found,
-                    labels,
-                    self.num_classes,
-                    averages=self._averages,
-                    temperature=temperature,
-                    weighting=weighting,
-                )
+                count(distances, is_found, labels, self.num_classes, temperature=temperature, weighting=weighting)
             )
         return Votes(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 

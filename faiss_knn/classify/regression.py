@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.classify.labels import as_dense, as_labels, is_labelled
-from faiss_knn.classify.vote import Votes, count_votes, log_weights
+from faiss_knn.classify.vote import Votes, log_weights
 from faiss_knn.search.inputs import as_integer
 
 TASKS = ("classification", "regression")
@@ -114,19 +114,16 @@ def neighbor_means(
     return (sums / total).to(targets.dtype)
 
 
-def votes_or_means(
+def votes_of_means(
     distances: Tensor,
     is_found: Tensor,
     labels: Tensor,
-    num_classes: int,
+    num_classes: int,  # noqa: ARG001
     *,
-    averages: bool,
     temperature: float,
     weighting: str,
 ) -> Votes:
-    """Let neighbours vote, see `count_votes`; or give `neighbor_means` for both parts of a vote, if `averages`."""
-    if not averages:
-        return count_votes(distances, is_found, labels, num_classes, temperature=temperature, weighting=weighting)
+    """Give `neighbor_means` as both parts of a vote: what `count_votes` is where labels are classes."""
     means = neighbor_means(distances, is_found, labels, temperature=temperature, weighting=weighting)
     return Votes(means, means)
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from faiss_knn.classify.labels import as_class_count, as_labels, check_labels, is_labelled, width_of
-from faiss_knn.classify.regression import columns_of, is_finite, votes_or_means
-from faiss_knn.classify.vote import Votes, check_vote_options
+from faiss_knn.classify.regression import columns_of, is_finite, votes_of_means
+from faiss_knn.classify.vote import Votes, check_vote_options, count_votes
 from faiss_knn.distributed import all_or_none
 from faiss_knn.search.index import KNNIndex
 from faiss_knn.search.sharded import ShardedIndex, ShardedRows
@@ -102,12 +102,12 @@ class ShardedBank:
     def votes(self, neighbors: LabelledNeighbors, *, temperature: float = 0.07, weighting: str = "inverse") -> Votes:
         """Let what `find` found, or its first columns, vote on this rank alone: see `FeatureBank.votes`."""
         check_vote_options(temperature, weighting, self._index.index.distance_metric)
-        return votes_or_means(
+        count = votes_of_means if self._averages else count_votes
+        return count(
             neighbors.distances,
             neighbors.indices >= 0,
             neighbors.labels,
             self.num_classes,
-            averages=self._averages,
             temperature=temperature,
             weighting=weighting,
         )

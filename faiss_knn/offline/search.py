@@ -24,7 +24,7 @@ from faiss_knn.offline.task import EvalTask
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.engines.backend import make_index
 from faiss_knn.search.engines.rerank import Neighbors, nearest
-from faiss_knn.search.index import KNNIndex
+from faiss_knn.search.index import IndexStats, KNNIndex
 from faiss_knn.search.inputs import is_memmap
 
 QUERY_BLOCK = 2048
@@ -399,16 +399,15 @@ def _cost(index: KNNIndex, build_s: float, search_s: float, n_queries: int) -> d
         "device": stats.device,
         "storage_dtype": stats.storage_dtype,
         "bytes": stats.bytes,
-        "row_bytes": _row_bytes(index),
+        "row_bytes": _row_bytes(stats, index),
         "build_s": build_s,
         "search_s": search_s,
         "qps": n_queries / search_s,
     }
 
 
-def _row_bytes(index: KNNIndex) -> float:
+def _row_bytes(stats: IndexStats, index: KNNIndex) -> float:
     """Tell what a row takes as it is stored; of FAISS's indexes all that they hold, by row."""
-    stats = index.stats
     if stats.backend == "torch":
         return float(index.dim * getattr(torch, stats.storage_dtype).itemsize)
     return stats.bytes / len(index)
