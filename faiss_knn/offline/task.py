@@ -266,9 +266,9 @@ def _limited(task: EvalTask, limits: Limits, n_bank: int, n_queries: int) -> Eva
     if task.leave_one_out and own is not None:
         raise ValueError("leave_one_out says which row is a query's own: leave out `own_rows`")
     if own is not None:
-        queries = replace(queries, own=_bank_rows(own, "own_rows", n_queries, n_bank, 1)[queries.ids])
+        queries = replace(queries, own=_row_numbers(own, "own_rows", n_queries, n_bank, 1)[queries.ids])
     if ignored is not None:
-        queries = replace(queries, ignored=_bank_rows(ignored, "ignored_rows", n_queries, n_bank, 2)[queries.ids])
+        queries = replace(queries, ignored=_row_numbers(ignored, "ignored_rows", n_queries, n_bank, 2)[queries.ids])
     bank = queries if task.leave_one_out else bank
     task = replace(task, bank=bank, queries=queries, exclude_same_group=limits.exclude_same_group)
     if task.reachable < 1:
@@ -276,7 +276,7 @@ def _limited(task: EvalTask, limits: Limits, n_bank: int, n_queries: int) -> Eva
     return task
 
 
-def _bank_rows(given: Any, argument: str, n_queries: int, n_bank: int, ndim: int) -> Ids:
+def _row_numbers(given: Any, argument: str, n_queries: int, n_bank: int, ndim: int) -> Ids:
     """Read row numbers of the bank, -1 for none: (Q,), or (Q, m) from lists of any lengths."""
     what = "a row of the bank, or -1," if ndim == 1 else "a list of rows of the bank"
     need = f"`{argument}` must be {what} for each of {n_queries} queries, got"

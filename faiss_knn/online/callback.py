@@ -17,7 +17,7 @@ from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.queue import OnlineQueue, QueueStorage, align_all, belong_together, find_or_create_queue
 from faiss_knn.online.row_owner import WeightsWatch, drop_rows_of_others, remember, remembered, weights_fingerprint
 from faiss_knn.online.scorer import Scorer
-from faiss_knn.online.state import trainer_state
+from faiss_knn.online.trainer_state import trainer_state
 
 
 @dataclass

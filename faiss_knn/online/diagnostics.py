@@ -16,8 +16,8 @@ from faiss_knn.measures.duplicate_share import duplicate_share
 from faiss_knn.measures.effective_rank import effective_rank
 from faiss_knn.measures.hubness import k_occurrences, skewness
 from faiss_knn.measures.uniformity import uniformity
-from faiss_knn.online.memory import LabelledFeatures, Memory
 from faiss_knn.online.options import OnlineOptions
+from faiss_knn.online.run_memory import LabelledFeatures, RunMemory
 from faiss_knn.search.engines.rerank import drop_self
 from faiss_knn.search.engines.workers import run_alone
 from faiss_knn.search.index import KNNIndex
@@ -47,7 +47,7 @@ class Diagnostics:
         memory: Holds the sample of the validation before.
     """
 
-    def __init__(self, options: OnlineOptions, memory: Memory) -> None:
+    def __init__(self, options: OnlineOptions, memory: RunMemory) -> None:
         self._options, self._memory = options, memory
 
     def values(self, rows: LabelledFeatures) -> dict[str, float]:

@@ -10,9 +10,9 @@ from faiss_knn.classify.bank import FeatureBank, VotingBank
 from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.distributed import all_gather_object, all_or_none, broadcast_object, gather_rows, rank_and_size
 from faiss_knn.online.batch import check_aligned, flat_rows, searchable
-from faiss_knn.online.memory import LabelledFeatures, Memory
 from faiss_knn.online.options import OnlineOptions, named_as_index
 from faiss_knn.online.ring import QueueStorage
+from faiss_knn.online.run_memory import LabelledFeatures, RunMemory
 from faiss_knn.online.unique_samples import newest_per_id, sample_ids
 from faiss_knn.search.index import KNNIndex, TooFewRowsError
 
@@ -29,7 +29,7 @@ class BankRows:
         skipped: How many of the rows that this rank counts were left out, once they were read.
     """
 
-    def __init__(self, options: OnlineOptions, memory: Memory, stored: Mapping[str, QueueStorage]) -> None:
+    def __init__(self, options: OnlineOptions, memory: RunMemory, stored: Mapping[str, QueueStorage]) -> None:
         self._options, self._memory, self._stored = options, memory, stored
         self._lengths: list[list[int]] = []
         self.skipped = 0
@@ -131,7 +131,7 @@ def _newest_of(ids: Tensor, usable: Tensor) -> Tensor:
     return newest
 
 
-def warn_of_skipped(options: OnlineOptions, memory: Memory, skipped: int, rows: int, where: str) -> None:
+def warn_of_skipped(options: OnlineOptions, memory: RunMemory, skipped: int, rows: int, where: str) -> None:
     """Say once per run that rows were left out of the "bank" or the queries ("query")."""
     memory.warn_once(
         "skipped",
@@ -160,7 +160,7 @@ class EpochBank:
     """
 
     def __init__(
-        self, options: OnlineOptions, memory: Memory, features: Tensor, labels: Tensor, expected_queries: int | None
+        self, options: OnlineOptions, memory: RunMemory, features: Tensor, labels: Tensor, expected_queries: int | None
     ) -> None:
         self._options, self._memory = options, memory
         self.index, self.features, self._labels = memory.index, features, labels

@@ -13,16 +13,16 @@ from torch.nn.functional import pad
 from faiss_knn.distributed import all_gather_object, all_or_none, is_final, raise_together, rank_and_size
 from faiss_knn.online.batch import BatchQueries, find_rows, find_tensor, read_batch
 from faiss_knn.online.clock import Clock
-from faiss_knn.online.collected import CollectedQueries, dealt_out, queries_of
+from faiss_knn.online.collected_queries import CollectedQueries, dealt_out, queries_of
 from faiss_knn.online.diagnostics import Diagnostics
 from faiss_knn.online.epoch_bank import BankRows, EpochBank, warn_of_skipped
 from faiss_knn.online.gallery import Gallery, check_images
-from faiss_knn.online.memory import Memory
 from faiss_knn.online.metrics import MetricTable
 from faiss_knn.online.number_metrics import NumberTable
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.recall import EpochRecall, warn_of_recall
 from faiss_knn.online.ring import QueueStorage
+from faiss_knn.online.run_memory import RunMemory
 from faiss_knn.online.standard_errors import WITH_ERRORS
 from faiss_knn.online.unique_samples import UniqueSamples, unpadded_rows
 
@@ -74,7 +74,7 @@ class Evaluation:
     def __init__(
         self,
         options: OnlineOptions,
-        memory: Memory,
+        memory: RunMemory,
         plan: Plan,
         device: torch.device,
         stored: Mapping[str, QueueStorage] | None,

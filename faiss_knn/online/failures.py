@@ -18,7 +18,7 @@ import torch.distributed as dist
 from loguru import logger
 
 from faiss_knn.distributed import is_raised_together, raise_together, rank_and_size
-from faiss_knn.online.state import trainer_state
+from faiss_knn.online.trainer_state import trainer_state
 
 _KEY = "faiss_knn/stopped"
 _PATIENCE = 3.0  # seconds in which ranks that lost the others wait for each other's word

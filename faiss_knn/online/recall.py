@@ -7,8 +7,8 @@ from torch import Tensor
 
 from faiss_knn.distributed import all_gather_object, all_or_none, rank_and_size
 from faiss_knn.online.epoch_bank import EpochBank
-from faiss_knn.online.memory import Memory
 from faiss_knn.online.options import OnlineOptions
+from faiss_knn.online.run_memory import RunMemory
 from faiss_knn.search.engines.tuning import recall_by_query
 from faiss_knn.search.sharded import ShardedIndex
 
@@ -71,7 +71,7 @@ class EpochRecall:
         return len(shares), float(shares.mean()) if len(shares) else None
 
 
-def warn_of_recall(options: OnlineOptions, memory: Memory, recall: float) -> None:
+def warn_of_recall(options: OnlineOptions, memory: RunMemory, recall: float) -> None:
     """Say once per run that an index finds too little for its score to be trusted."""
     is_tuned = options.target_recall is not None or options.index in ("fast", "ivf", "auto")
     needed = options.target_recall or (_TUNED_RECALL if is_tuned else _PLAIN_RECALL)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from faiss_knn.online.state import trainer_state
+from faiss_knn.online.trainer_state import trainer_state
 
 _OTHER = (
     "the queue's rows were made by another module, or by other weights, than are scored now: the score says little. "

@@ -12,9 +12,9 @@ from faiss_knn.online.batch import find_rows, flat_rows
 from faiss_knn.online.diagnostics import Diagnostics
 from faiss_knn.online.epoch_bank import BankRows
 from faiss_knn.online.evaluation import Evaluation, Plan
-from faiss_knn.online.memory import Memory
 from faiss_knn.online.options import VIEW_ALIGNMENT, OnlineOptions, named_as_index
 from faiss_knn.online.ring import QueueStorage
+from faiss_knn.online.run_memory import RunMemory
 from faiss_knn.online.unique_samples import check_sample_ids
 
 
@@ -37,16 +37,16 @@ class Scorer:
         self,
         options: OnlineOptions,
         stored: Mapping[str, QueueStorage] | None,
-        memories: Sequence[Memory] | None = None,
+        memories: Sequence[RunMemory] | None = None,
     ) -> None:
         self._options, self._parts = options, options.parts
-        self.memories = list(memories or [Memory(part.new_index()) for part in self._parts])
+        self.memories = list(memories or [RunMemory(part.new_index()) for part in self._parts])
         self.stored = stored
         self._evaluations: list[Evaluation] = []
         self._is_tried = False
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> RunMemory:
         """What is warned of once of the score as a whole."""
         return self.memories[0]
 

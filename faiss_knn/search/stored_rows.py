@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance, normalize, scaled_lengths
+from faiss_knn.search.float32_holds import float32_holds
 from faiss_knn.search.inputs import as_device, as_matrix, check_comparable, check_finite, is_memmap, refuse_zero
-from faiss_knn.search.storage import float32_holds
 
 _BLOCK_BYTES = 32 << 20
 _CHECKED = 1 << 20  # values of a block checked at once

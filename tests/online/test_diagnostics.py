@@ -15,8 +15,8 @@ from faiss_knn.measures.effective_rank import effective_rank
 from faiss_knn.measures.uniformity import uniformity
 from faiss_knn.online import diagnostics as diagnostics_module
 from faiss_knn.online.diagnostics import Diagnostics
-from faiss_knn.online.memory import LabelledFeatures, Memory
 from faiss_knn.online.options import DIAGNOSTICS
+from faiss_knn.online.run_memory import LabelledFeatures, RunMemory
 from tests.online.parts import Echo, clusters, loader, trainer
 from tests.reference import brute_force
 
@@ -30,7 +30,7 @@ def knn(name="knn", **options):
 
 def values(rows, *names, memory=None, **options):
     options = knn(diagnostics=names, **options)
-    return Diagnostics(options, memory or Memory(options.new_index())).values(rows)
+    return Diagnostics(options, memory or RunMemory(options.new_index())).values(rows)
 
 
 def lists(features, distance_metric="euclidean"):
@@ -124,7 +124,7 @@ def test_they_are_computed_on_one_thread(monkeypatch):
 
 def test_with_ids_it_is_of_the_same_samples_each_time(monkeypatch):
     monkeypatch.setattr(diagnostics_module, "SAMPLE_ROWS", 30)
-    memory = Memory(knn().new_index())
+    memory = RunMemory(knn().new_index())
     assert values(ALL, "neighbor_churn", memory=memory) == {}
     first = memory.last_sample.ids
     assert values(ALL._replace(features=ALL.features * 2), "neighbor_churn", memory=memory) == {"neighbor_churn": 0.0}
@@ -133,7 +133,7 @@ def test_with_ids_it_is_of_the_same_samples_each_time(monkeypatch):
 
 
 def test_churn_is_among_the_samples_that_both_banks_hold():
-    memory = Memory(knn().new_index())
+    memory = RunMemory(knn().new_index())
     first = LabelledFeatures(*(part[:80] for part in ALL))
     second = LabelledFeatures(*(part[30:] for part in ALL._replace(features=ALL.features.cumsum(1))))
     values(first, "neighbor_churn", memory=memory)
@@ -155,7 +155,7 @@ def test_copies_are_drawn_together(monkeypatch):
 
 def test_ids_that_follow_each_other_are_drawn_at_random(monkeypatch):
     monkeypatch.setattr(diagnostics_module, "SAMPLE_ROWS", 500)
-    memory = Memory(knn().new_index())
+    memory = RunMemory(knn().new_index())
     values(
         LabelledFeatures(torch.rand(5000, 8), torch.zeros(5000).long(), torch.arange(5000)),
         "neighbor_churn",
@@ -183,7 +183,7 @@ def test_rows_without_direction_are_left_out_where_it_counts():
     ],
 )
 def test_what_has_no_value_is_left_out_and_said_once(rows, name, why, logged):
-    memory = Memory(knn().new_index())
+    memory = RunMemory(knn().new_index())
     assert values(rows, name, memory=memory) == values(rows, name, memory=memory) == {}
     (message,) = logged
     assert message.startswith(f"OnlineKNN[knn]: {name} is left out where ")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faiss_knn.offline.commands.arguments import DISTANCES, count, device_named, distance, location, positive, whole
-from faiss_knn.offline.commands.looks import add_looks, check_looks, read_looks
+from faiss_knn.offline.commands.names_and_images import add_looks, check_looks, read_looks
 
 if TYPE_CHECKING:
     from faiss_knn.offline.features import Features

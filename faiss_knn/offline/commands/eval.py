@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faiss_knn.offline.commands.arguments import device_named
-from faiss_knn.offline.commands.looks import read_looks
+from faiss_knn.offline.commands.names_and_images import read_looks
 
 if TYPE_CHECKING:
     from faiss_knn.offline.features import Features
@@ -238,7 +238,7 @@ def _limits(given: argparse.Namespace) -> "Limits":
 
 
 def _dry_run(given: argparse.Namespace, bank: "Features", queries: "Features | None") -> str:
-    from faiss_knn.offline.estimate import estimate
+    from faiss_knn.offline.dry_run import estimate
 
     depth = max(*_vote_settings(given)["k"], given.depth or 1)
     return estimate(_task(given, bank, queries), depth, given.index)

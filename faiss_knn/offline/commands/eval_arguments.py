@@ -18,7 +18,7 @@ from faiss_knn.offline.commands.arguments import (
     temperature,
     whole,
 )
-from faiss_knn.offline.commands.looks import LOOKS, add_looks, check_looks
+from faiss_knn.offline.commands.names_and_images import LOOKS, add_looks, check_looks
 from faiss_knn.protocol import protocols
 
 EPILOG = """\

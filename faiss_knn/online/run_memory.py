@@ -1,4 +1,4 @@
-"""What one validation leaves to the next."""
+"""What one validation of a run leaves to the next."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class LabelledFeatures(NamedTuple):
 
 
 @dataclass
-class Memory:
+class RunMemory:
     """What the validations of one run have in common.
 
     Attributes:
@@ -40,9 +40,9 @@ class Memory:
     warned: set[str] = field(default_factory=set)
     last_sample: LabelledFeatures | None = None
 
-    def of_next_run(self) -> "Memory":
+    def of_next_run(self) -> "RunMemory":
         """Return what the next run gets: it warns anew."""
-        return Memory(self.index, self.width)
+        return RunMemory(self.index, self.width)
 
     def warn_once(self, what: str, message: str) -> None:
         """Log a warning on rank zero, once for each `what`."""
