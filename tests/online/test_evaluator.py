@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from faiss_knn import OnlineEvaluator, OnlineKNN
-from faiss_knn.online import collected
+from faiss_knn.online import collected_queries
 from tests.online.parts import Echo, loader, trainer
 
 IMAGES, LABELS = (torch.tensor(part) for part in load_digits(return_X_y=True))
@@ -240,7 +240,7 @@ def test_what_is_left_of_a_dataloaders_bank_is_nothing():
     ids=str,
 )
 def test_searching_at_the_end_of_the_epoch_changes_no_number(options, monkeypatch):
-    monkeypatch.setattr(collected, "_ROWS", 100)  # several groups, also across the two dataloaders
+    monkeypatch.setattr(collected_queries, "_ROWS", 100)  # several groups, also across the two dataloaders
     val = [{**VAL, "x": VAL["x"].clone()}, OTHER]
     val[0]["x"][17] = float("nan")
     by_batch, scores = validated(trained(evaluator(**options)), *val)
