@@ -9,7 +9,7 @@ Ids = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float64]
 
 _BLOCK = 1 << 22  # pairs of neighbours that are compared at once
-_SURE = 0.2  # share of the rows, those of the clearest votes, that show how many labels are wrong
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 class NeighborVote(NamedTuple):
@@ -28,6 +28,11 @@ class NeighborVote(NamedTuple):
     margin: Floats
     own_share: Floats
     voters: npt.NDArray[np.int64]
+
+    def rows(self, places: Ids) -> "NeighborVote":
+        """Pick rows."""
+        first, share, margin, own_share, voters = self
+        return NeighborVote(first[places], share[places], margin[places], own_share[places], voters[places])
 
 
 class LabelNoise(NamedTuple):
@@ -107,12 +112,17 @@ def label_noise(vote: NeighborVote, labels: Ids, num_classes: int) -> LabelNoise
     """Estimate how many labels are wrong, and for each row whose neighbours contradict it how probably its own is.
 
     As in confident learning (Northcutt, Jiang and Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset
-    Labels", JAIR 70), the rows of the clearest votes say how many labels are wrong: there the vote is right, and where
-    it contradicts the label the label is wrong. The share ε of those is taken from the fifth of the rows with the
-    widest margins. For less clear votes isotonic regression gives r, the share of agreement with the labels at a
-    margin. If wrong labels fall evenly on the other C − 1 classes, whatever the features,
-    r = a (1 − ε) + (1 − a) ε / (C − 1), which gives a, how often such a vote is right, and by Bayes' rule a label that
-    is contradicted is wrong with probability ε (a + (1 − a) (C − 2) / (C − 1)) / (1 − r).
+    Labels", JAIR 70), the rows of clear votes say which labels are wrong: those whose first class f has at least the
+    share of the votes that it has on average around the rows labelled f. There the vote is right, and where it
+    contradicts the label the label is wrong: ε times of all. That gives ε(f), how often rows of class f are labelled
+    otherwise, and T(f, y), how often they are labelled y. Both begin with one wrong label, of 1 / ε rows and of
+    (C − 1) / ε, which is wrong labels that fall evenly on all.
+
+    For all votes isotonic regression gives r, the share of agreement with the labels at a margin, and
+    r = a (1 − ε(f)) + (1 − a) ε(f) / (C − 1) gives a, how often such a vote is right: at most 1 − ½ / (n + 1) times,
+    where n votes are clear. Where it is not, the class is another: y with probability w(y), in proportion to its votes
+    and one more that is spread over all others. By Bayes' rule the odds that a label y ≠ f is wrong are
+    a T(f, y) + (1 − a) (1 − w(y)) ε(f) / (C − 1) to (1 − a) w(y) (1 − ε(f)).
 
     Args:
         vote: Of the neighbours, the row itself and its copies not among them.
@@ -124,24 +134,51 @@ def label_noise(vote: NeighborVote, labels: Ids, num_classes: int) -> LabelNoise
         >>> labels[7] = 1
         >>> around = np.repeat([[0] * 5, [1] * 5], 50, axis=0)
         >>> found = label_noise(neighbor_vote(around, labels), labels, 2)
-        >>> found.noise, found.wrong.nonzero()[0].tolist(), found.wrong[7].round(2)
-        (0.01, [7], np.float64(1.0))
+        >>> round(found.noise, 4), found.wrong.nonzero()[0].tolist(), found.wrong[7].round(2)
+        (0.01, [7], np.float64(0.73))
     """
     wrong, contradicted = np.zeros(len(labels)), np.zeros(len(labels), bool)
     known = np.flatnonzero((labels >= 0) & (vote.voters > 0))
     if not len(known) or num_classes < 2:
         return LabelNoise(0.0, wrong, contradicted)
-    agrees, margin = vote.first[known] == labels[known], vote.margin[known]
-    surest = margin >= np.quantile(margin, 1 - _SURE, method="lower")
-    noise = float((~agrees[surest]).mean())
-    agreement = _isotonic(margin, agrees.astype(np.float64))
-    by_chance = noise / (num_classes - 1)
-    right = np.clip((agreement - by_chance) / max(1 - noise - by_chance, 1e-9), 0, 1)
-    both = noise * (right + (1 - right) * (num_classes - 2) / (num_classes - 1))
-    probability = np.clip(both / np.maximum(1 - agreement, 1e-9), 0, 1)
-    wrong[known] = np.where(agrees, 0.0, probability)
-    contradicted[known] = ~agrees
+    noise, wrong[known] = _probably_wrong(vote.rows(known), labels[known].astype(np.int64), num_classes)
+    contradicted[known] = vote.first[known] != labels[known]
     return LabelNoise(noise, wrong, contradicted)
+
+
+def _probably_wrong(vote: NeighborVote, labels: Ids, num_classes: int) -> tuple[float, Floats]:
+    """Return the share of wrong labels, and how probably each is wrong, by the formulas of `label_noise`."""
+    differs = vote.first != labels
+    is_clear = vote.share >= _usual_shares(vote, labels, num_classes)[vote.first]
+    flips, noise = _noise_of_classes(vote.first, labels, is_clear, num_classes)
+    by_chance = noise / (num_classes - 1)
+    agreement = _isotonic(vote.margin, (~differs).astype(np.float64))
+    right = np.clip((agreement - by_chance) / np.maximum(1 - noise - by_chance, 1e-9), 0, 1)
+    right = np.minimum(right, 1 - 0.5 / (is_clear.sum() + 1))
+    of_label = (vote.own_share * vote.voters + 1 / (num_classes - 1)) / ((1 - vote.share) * vote.voters + 1)
+    for_wrong = right * flips + (1 - right) * (1 - of_label) * by_chance
+    for_right = (1 - right) * of_label * (1 - noise)
+    return float(noise.mean()), np.where(differs, for_wrong / np.maximum(for_wrong + for_right, _TINY), 0.0)
+
+
+def _usual_shares(vote: NeighborVote, labels: Ids, num_classes: int) -> Floats:
+    """Return the mean share of the votes that a class has around the rows labelled so, (C,), one row of all added."""
+    rows, shares = np.bincount(labels, minlength=num_classes), np.bincount(labels, vote.own_share, num_classes)
+    usual: Floats = (shares + vote.own_share.mean()) / (rows + 1)
+    return usual
+
+
+def _noise_of_classes(
+    first: Ids, labels: Ids, is_clear: npt.NDArray[np.bool_], num_classes: int
+) -> tuple[Floats, Floats]:
+    """Estimate by the clear rows how often a row of class `first` is labelled as this one is, and how often wrongly."""
+    is_wrong = is_clear & (first != labels)
+    overall = is_wrong.sum() / is_clear.sum()  # a class of the largest usual share has a clear row
+    expected = overall * np.bincount(first[is_clear], minlength=num_classes)[first]
+    _, pair = np.unique(first * num_classes + labels, return_inverse=True)
+    flips = overall * (np.bincount(pair, is_wrong)[pair] + 1) / (expected + num_classes - 1)
+    noise = overall * (np.bincount(first[is_wrong], minlength=num_classes)[first] + 1) / (expected + 1)
+    return flips, noise
 
 
 def _isotonic(x: Floats, y: Floats) -> Floats:

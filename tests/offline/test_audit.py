@@ -89,15 +89,21 @@ def test_wrong_labels_are_suspects_in_order_of_their_certainty():
     report = audit(BANK, labels)
     rows = [suspect.row for suspect in report.label_suspects]
     confidences = [suspect.confidence for suspect in report.label_suspects]
-    assert wrong[rows[: len(rows) // 2]].mean() >= 0.985
+    assert wrong[rows[: len(rows) // 2]].mean() >= 0.98
     assert confidences == sorted(confidences, reverse=True)
     assert all(labels[suspect.row] == suspect.label != suspect.suggested for suspect in report.label_suspects)
-    assert report.label_noise["expected_wrong"] == pytest.approx(wrong[rows].sum(), rel=0.01)
+    assert report.label_noise["expected_wrong"] == pytest.approx(wrong[rows].sum(), rel=0.015)
 
 
 @pytest.mark.parametrize(
     ("share", "precision", "recall", "expected"),
-    [(0.05, 0.92, 0.93, 0.93), (0.1, 0.96, 0.92, 0.93), (0.2, 0.96, 0.95, 0.97), (0.3, 0.96, 0.97, 0.97)],
+    [
+        (0.01, 0.86, 0.87, 0.94),
+        (0.05, 0.95, 0.97, 0.95),
+        (0.1, 0.97, 0.95, 0.96),
+        (0.2, 0.97, 0.98, 0.96),
+        (0.3, 0.98, 0.98, 0.96),
+    ],
 )
 def test_as_many_wrong_labels_are_found_as_the_documentation_says(share, precision, recall, expected):
     found = []
