@@ -21,7 +21,7 @@ from faiss_knn.classify.vote import check_vote_options
 from faiss_knn.names import DISTANCES
 from faiss_knn.search.engines.rerank import drop_self
 from faiss_knn.search.index import KNNIndex, Neighbors
-from faiss_knn.search.inputs import as_choice, as_count
+from faiss_knn.search.inputs import as_choice, as_count, named_as_index
 
 __all__ = ["KNNClassifier", "KNNTransformer"]
 
@@ -268,7 +268,8 @@ class KNNTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _FittedN
         X = validate_data(self, X, dtype=_DTYPES)
         as_count(self.n_neighbors, "`n_neighbors`")
         as_choice(self.mode, _MODES, "`mode`")
-        self._remember(X, KNNIndex(self.index, **self._options(X)).build(X))
+        with named_as_index():
+            self._remember(X, KNNIndex(self.index, **self._options(X)).build(X))
         return self
 
     def transform(self, X: Any) -> csr_matrix:

@@ -33,6 +33,10 @@ def test_lightning_is_left_alone_without_a_callback(statement):
     assert not modules_after(statement) & {"lightning", "pytorch_lightning"}
 
 
+def test_faiss_waits_for_a_factory_string():
+    assert "faiss" not in modules_after("from faiss_knn import KNNIndex; KNNIndex(); KNNIndex('auto')")
+
+
 def test_every_public_name_is_there_and_listed():
     for name in faiss_knn.__all__:
         assert getattr(faiss_knn, name).__name__ == name

@@ -1,5 +1,6 @@
 """FeatureBank: features, their labels and the index over them."""
 
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from faiss_knn.classify.labels import (
 from faiss_knn.classify.regression import TASKS, check_targets, columns_of, is_finite, read_targets, votes_of_means
 from faiss_knn.classify.vote import Votes, check_vote_options, count_votes
 from faiss_knn.search.index import KNNIndex, Neighbors
-from faiss_knn.search.inputs import as_choice, as_matrix, as_switch
+from faiss_knn.search.inputs import as_choice, as_matrix, as_switch, named_as_index
 
 _MULTI_HOT_BLOCK = 1 << 24  # labels gathered at once for a multi-hot vote
 _SCORES_BLOCK = 1 << 24  # scores made at once
@@ -100,10 +101,7 @@ class FeatureBank:
         task: str = "classification",
         **index_options: Any,
     ) -> None:
-        if not isinstance(index, (str, KNNIndex)):
-            raise ValueError(f"`index` must be a spec or a KNNIndex, got {type(index).__name__}")  # noqa: TRY004
-        if not isinstance(index, str) and index_options:
-            raise ValueError(f"options {sorted(index_options)} belong to the KNNIndex that `index` is: give them to it")
+        self.index = _as_index(index, index_options)
         renumber = as_switch(renumber, "`renumber`")
         matrix = as_matrix(features, "features")
         features = features if isinstance(features, (Tensor, np.ndarray)) else matrix  # a memmap stays one
@@ -119,9 +117,9 @@ class FeatureBank:
         self._rows = None if labelled.all() else labelled.nonzero()[:, 0]
         if self._rows is not None:
             features = _take(features, self._rows)
-        self.index = KNNIndex(index, **index_options) if isinstance(index, str) else index
         hints = {} if expected_k is None else {"expected_k": expected_k}
-        self.index.build(features, expected_queries=expected_queries, **hints)
+        with named_as_index() if isinstance(index, str) else nullcontext():
+            self.index.build(features, expected_queries=expected_queries, **hints)
 
     def __len__(self) -> int:
         return len(self.labels) if self._rows is None else len(self._rows)
@@ -220,6 +218,18 @@ class FeatureBank:
         if self.labels.ndim == 2:
             return max(1, _MULTI_HOT_BLOCK // (max(1, k) * self.num_classes))
         return max(1, _SCORES_BLOCK // max(k, self.num_classes))
+
+
+def _as_index(index: Any, options: dict[str, Any]) -> KNNIndex:
+    """Make the index of a spec, or take one that was made."""
+    if isinstance(index, str):
+        with named_as_index():
+            return KNNIndex(index, **options)
+    if not isinstance(index, KNNIndex):
+        raise ValueError(f"`index` must be a spec or a KNNIndex, got {type(index).__name__}")  # noqa: TRY004
+    if options:
+        raise ValueError(f"options {sorted(options)} belong to the KNNIndex that `index` is: give them to it")
+    return index
 
 
 def _columns(targets: Tensor, rows: int, num_classes: int | None, renumber: bool) -> npt.NDArray[Any]:

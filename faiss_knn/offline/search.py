@@ -25,7 +25,7 @@ from faiss_knn.search.distance import get_distance
 from faiss_knn.search.engines.backend import make_index
 from faiss_knn.search.engines.rerank import Neighbors, nearest
 from faiss_knn.search.index import IndexStats, KNNIndex
-from faiss_knn.search.inputs import is_memmap
+from faiss_knn.search.inputs import is_memmap, named_as_index
 
 QUERY_BLOCK = 2048
 BANK_BLOCK_BYTES = 256 << 20  # a bank that is read in pieces is indexed this much at a time
@@ -107,7 +107,8 @@ class SearchOptions:
             settings = variant.settings
             check_compression(settings.get("dims"), settings.get("storage"), dim, self.distance_metric)
         if variant.spec not in SPECS:
-            make_index(variant.spec, dim, get_distance(self.distance_metric).faiss_metric)
+            with named_as_index():
+                make_index(variant.spec, dim, get_distance(self.distance_metric).faiss_metric)
 
     def index(self, variant: Variant) -> KNNIndex:
         """Make the variant's index, not yet built.
@@ -115,14 +116,15 @@ class SearchOptions:
         Raises:
             ValueError: If the options do not go with the spec.
         """
-        return KNNIndex(
-            variant.spec,
-            distance_metric=self.distance_metric,
-            device=self.device,
-            nprobe=variant.settings.get("nprobe", self.nprobe),
-            target_recall=self.target_recall if variant.spec != "flat" else None,
-            storage_dtype=self.storage_dtype,
-        )
+        with named_as_index():
+            return KNNIndex(
+                variant.spec,
+                distance_metric=self.distance_metric,
+                device=self.device,
+                nprobe=variant.settings.get("nprobe", self.nprobe),
+                target_recall=self.target_recall if variant.spec != "flat" else None,
+                storage_dtype=self.storage_dtype,
+            )
 
 
 @dataclass(frozen=True)
@@ -314,7 +316,8 @@ def _search_piece(task: EvalTask, span: Span, k: int, variant: Variant, options:
     index = options.index(variant)
     depth = k if task.left_out is None else k + min(k, int(task.left_out.counts.max()))
     start = time.perf_counter()
-    index.build(_bank_rows(task.bank.rows, span), expected_k=depth, expected_queries=len(queries))
+    with named_as_index():
+        index.build(_bank_rows(task.bank.rows, span), expected_k=depth, expected_queries=len(queries))
     build_s = time.perf_counter() - start
     factor = variant.settings.get("k_factor", 1)
 

@@ -10,11 +10,12 @@ from faiss_knn.classify.bank import FeatureBank, VotingBank
 from faiss_knn.classify.sharded import ShardedBank
 from faiss_knn.distributed import all_gather_object, all_or_none, broadcast_object, gather_rows, rank_and_size
 from faiss_knn.online.batch import check_aligned, flat_rows, searchable
-from faiss_knn.online.options import OnlineOptions, named_as_index
+from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.ring import QueueStorage
 from faiss_knn.online.run_memory import LabelledFeatures, RunMemory
 from faiss_knn.online.unique_samples import newest_per_id, sample_ids
 from faiss_knn.search.index import KNNIndex, TooFewRowsError
+from faiss_knn.search.inputs import named_as_index
 
 
 class BankRows:

@@ -1,7 +1,6 @@
 """What a k-NN score is asked for: the arguments, checked in one place, and what follows from them alone."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import combinations
@@ -23,7 +22,7 @@ from faiss_knn.online.ring import RingBuffer, as_device_or_none
 from faiss_knn.protocol import choose_settings, get_protocol
 from faiss_knn.search.distance import directions, get_distance
 from faiss_knn.search.index import KNNIndex
-from faiss_knn.search.inputs import as_choice, as_integer, as_key, as_positive, as_switch, shown
+from faiss_knn.search.inputs import as_choice, as_integer, as_key, as_positive, as_switch, named_as_index, shown
 
 _SETTLED: Any = None  # by the protocol, or below
 _DEFAULTS = {"k": 5, "temperature": 0.07, "weighting": "inverse", "distance_metric": "euclidean"}
@@ -391,17 +390,6 @@ class OnlineOptions:
     def known_width(self) -> int | None:
         """How many classes are scored, where that is known before any label is seen."""
         return self.num_classes or self._metrics_class_count
-
-
-@contextmanager
-def named_as_index() -> Iterator[None]:
-    """Call what is wrong with a `spec` by the argument that it came from."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith("`spec`"):
-            raise
-        raise ValueError(str(error).replace("`spec`", "`index`", 1)) from error
 
 
 def _keys(names: Any, argument: str) -> tuple[str, ...]:

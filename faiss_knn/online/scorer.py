@@ -12,10 +12,11 @@ from faiss_knn.online.batch import find_rows, flat_rows
 from faiss_knn.online.diagnostics import Diagnostics
 from faiss_knn.online.epoch_bank import BankRows
 from faiss_knn.online.evaluation import Evaluation, Plan
-from faiss_knn.online.options import VIEW_ALIGNMENT, OnlineOptions, named_as_index
+from faiss_knn.online.options import VIEW_ALIGNMENT, OnlineOptions
 from faiss_knn.online.ring import QueueStorage
 from faiss_knn.online.run_memory import RunMemory
 from faiss_knn.online.unique_samples import check_sample_ids
+from faiss_knn.search.inputs import named_as_index
 
 
 class Scorer:

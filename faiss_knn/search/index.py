@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from faiss_knn.names import SPECS
 from faiss_knn.search.distance import get_distance
+from faiss_knn.search.engines.backend import make_index, reason
 from faiss_knn.search.engines.base import Engine, TooFewRowsError
 from faiss_knn.search.engines.choice import DEFAULT_K, EngineRequest, make_engine
 from faiss_knn.search.engines.rerank import Neighbors, ordered_by
@@ -30,6 +33,7 @@ _STORAGE = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _KEPT_QUERIES = 256
 _CHUNK = 4096  # queries prepared at once; an engine bounds its own blocks
 _SCARCE_CHUNK, _LEAST_CHUNK = 512, 32  # where a GPU's memory ran out
+_ANY_DIM = 64  # that a factory string is parsed for before there are rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,7 @@ class KNNIndex:
             all the same, smaller parts are searched, then the CPU searches, each with a warning.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or FAISS, where it is installed, cannot parse the spec.
 
     Example:
         >>> index = KNNIndex().build(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]]))
@@ -137,6 +141,7 @@ class KNNIndex:
         self.storage_dtype = storage_dtype
         self.chunk_size = min(chunk_size, sys.maxsize)
         self._distance = get_distance(distance_metric)
+        _check_spelling(spec, self._distance.faiss_metric)
         self._is_squared = distance_metric == "squared_euclidean"
         self._ordering = ordered_by(self._distance)
         self._engine: Engine | None = None
@@ -442,3 +447,25 @@ class _Access:
             with self._condition:
                 self._is_changing = False
                 self._condition.notify_all()
+
+
+@lru_cache(256)
+def _check_spelling(spec: str, metric: str) -> None:
+    """Check that FAISS can parse a factory string, as far as that is known before the width of the rows is.
+
+    Without FAISS any string passes: on a GPU an exact search takes its place.
+
+    Raises:
+        ValueError: With what FAISS says.
+    """
+    if spec in SPECS:
+        return
+    try:
+        make_index(spec, _ANY_DIM, metric)
+    except ImportError:
+        return
+    except ValueError as error:
+        if "could not parse" in str(cause := error.__cause__) and isinstance(cause, RuntimeError):
+            raise ValueError(
+                f"`spec` must be 'flat', 'ivf', 'fast', 'auto' or a FAISS factory string, got {spec!r}: {reason(cause)}"
+            ) from cause

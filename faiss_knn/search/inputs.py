@@ -4,7 +4,8 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ def shown(value: Any) -> str:
 def first_line(error: Exception) -> str:
     """Return what an error says in its first line, or what it is."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def named_as_index() -> Iterator[None]:
+    """Call what is wrong with a `spec` by the argument that it came from, `index`."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("`spec`"):
+            raise
+        raise ValueError(str(error).replace("`spec`", "`index`", 1)) from error
 
 
 def as_integer(value: Any, argument: str) -> int:

@@ -138,7 +138,7 @@ BAD_DATA = {
     "NaN": (["nan.npz", "nan.npz"], "`bank_features` must be finite, and not zero under cosine: row 2 is not"),
     "another dimension": (["bank.npz", "narrow.npz"], "`query_features` must have the bank's dimension 8, got 3"),
     "truncated": (["cut.npz", "bank.npz"], "cut.npz: cannot be read as .npz"),
-    "no such index": (["bank.npz", "bank.npz", "--index", "IVG4"], "error: --index must be 'flat',"),
+    "an index that the width does not fit": (["bank.npz", "queries.npz", "--index", "PQ5"], "--index must be"),
     "nprobe above nlist": (["bank.npz", "bank.npz", "--index", "IVF4,Flat", "--nprobe", "9"], "nprobe"),
     "no such metric": (["bank.npz", "bank.npz", "--metric", "Quality"], "`metrics` must name"),
     "a metric of two classes": (
@@ -203,6 +203,8 @@ BAD_USAGE = {
     "recall above one": (["eval", "--target-recall", "1.5"], "must be in (0, 1]"),
     "resume what": (["eval", "--resume"], "--resume needs --out"),
     "tries of what": (["eval", "--tries", "3"], "--tries needs --per-class"),
+    "no such index": (["eval", "--index", "flat", "IVG4"], "argument --index: `index` must be 'flat'"),
+    "an index of nothing": (["eval", "--index", "HNSW0"], "argument --index: `index` must have numbers above 1"),
     "no config": (["eval", "--config", "none.yaml"], "none.yaml"),
 }
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from faiss_knn import KNNIndex, OnlineKNN
+from faiss_knn import FeatureBank, KNNIndex, OnlineEvaluator, OnlineKNN, evaluate
+from faiss_knn.search import index as index_module
+from faiss_knn.sklearn import KNNClassifier, KNNTransformer
 from tests.online.parts import Echo, clusters, loader, trainer
 
 ROWS = torch.randn(1200, 16, generator=torch.Generator().manual_seed(0))
@@ -48,6 +50,48 @@ def test_errors_are_in_words(spec, distance):
     with pytest.raises(ValueError, match=r"^`(spec|features)` must") as refused:
         KNNIndex(spec, distance_metric=distance).build(ROWS[:50]).search(ROWS[:2], 1)
     assert not any(part in str(refused.value) for part in ("::", ".cpp", "/project", " failed:"))
+
+
+@pytest.mark.parametrize("spec", ["flatt", "IVFx,Flat", "IVF64,Flatt", "Flat,Flat", ",,", "HNSW32,Flat,"])
+def test_what_faiss_cannot_parse_is_refused_before_there_are_rows(spec):
+    with pytest.raises(ValueError, match=r"^`spec` must be 'flat'.*got '.*': could not parse"):
+        KNNIndex(spec)
+
+
+@pytest.mark.parametrize("spec", ["PQ3", "PCA80,Flat", "PQ96x4fs,RFlat", "IMI2x8,Flat"])
+def test_what_depends_on_the_width_waits_for_rows(spec):
+    assert KNNIndex(spec).spec == spec
+
+
+def test_without_faiss_no_string_is_refused_that_faiss_would_read(monkeypatch):
+    def missing(*_):
+        raise ImportError("FAISS is not installed")
+
+    monkeypatch.setattr(index_module, "make_index", missing)
+    index_module._check_spelling.cache_clear()
+    assert KNNIndex("flatt").spec == "flatt"
+    index_module._check_spelling.cache_clear()
+
+
+LABELS = torch.arange(1200) % 3
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OnlineKNN("knn", "embedding", "label", 64, index="flatt"),
+        lambda: OnlineEvaluator("knn", "embedding", "label", 64, index="flatt"),
+        lambda: FeatureBank(ROWS, LABELS, index="flatt"),
+        lambda: FeatureBank(ROWS, LABELS, index="PQ3"),
+        lambda: evaluate(ROWS, LABELS, ROWS[:9], LABELS[:9], index="flatt"),
+        lambda: evaluate(ROWS, LABELS, ROWS[:9], LABELS[:9], index=("flat", "PQ3")),
+        lambda: KNNClassifier(index="flatt").fit(ROWS.numpy(), LABELS.numpy()),
+        lambda: KNNTransformer(index="PQ3").fit(ROWS.numpy()),
+    ],
+)
+def test_a_bad_string_is_called_by_the_argument_that_it_was_given_as(make):
+    with pytest.raises(ValueError, match=r"^`index` must be 'flat', 'ivf', 'fast', 'auto' or a FAISS factory string"):
+        make()
 
 
 def test_codes_in_a_graph_need_rows_for_their_training():

@@ -125,6 +125,16 @@ def dims(text: str) -> int | str:
     return _of_usage(as_dims, text)
 
 
+def spec(text: str) -> str:
+    """Read an index: one by name, or a factory string that FAISS can parse."""
+    if text in names.SPECS:
+        return text
+    from faiss_knn.search.index import KNNIndex  # torch, only for a factory string
+    from faiss_knn.search.inputs import named_as_index
+
+    return _of_usage(named_as_index()(lambda given: KNNIndex(given).spec), text)
+
+
 def storage(text: str) -> str:
     """Read how rows are stored, such as int8."""
     from faiss_knn.offline.compression import as_storage  # torch, only if it is asked for

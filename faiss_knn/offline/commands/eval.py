@@ -83,13 +83,13 @@ def evaluate_files(given: argparse.Namespace, *, first: bool) -> "EvalReport":
 
 @contextmanager
 def _index_as_option() -> Iterator[None]:
-    """Call what is wrong with a `spec` by the option that it came from."""
+    """Call what is wrong with the argument `index` by the option that it came from."""
     try:
         yield
     except ValueError as error:
-        if "`spec`" not in str(error):
+        if not str(error).startswith("`index`"):
             raise
-        raise ValueError(str(error).replace("`spec`", "--index")) from error
+        raise ValueError(str(error).replace("`index`", "--index", 1)) from error
 
 
 def _files(given: argparse.Namespace) -> dict[str, str | None]:

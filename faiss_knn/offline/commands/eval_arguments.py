@@ -13,6 +13,7 @@ from faiss_knn.offline.commands.arguments import (
     location,
     positive,
     share,
+    spec,
     storage,
     sweep,
     temperature,
@@ -153,7 +154,12 @@ def _add_metrics(group: Any) -> None:
 
 def _add_search(group: Any) -> None:
     group.add_argument(
-        "--index", nargs="+", default=["flat"], metavar="SPEC", help="flat, ivf, fast, auto or FAISS factory strings"
+        "--index",
+        nargs="+",
+        type=spec,
+        default=["flat"],
+        metavar="SPEC",
+        help="flat, ivf, fast, auto or FAISS factory strings",
     )
     group.add_argument("--nprobe", type=positive, help="inverted lists that IVF indexes visit")
     group.add_argument("--target-recall", type=share, metavar="R", help="recall that approximate indexes are tuned to")
