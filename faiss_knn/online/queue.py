@@ -29,14 +29,11 @@ from faiss_knn.search.inputs import as_key, as_positive, as_switch
 
 __all__ = [
     "OnlineQueue",
-    "QueueStorage",
     "RingBuffer",
-    "align",
     "align_all",
     "belong_together",
     "find_or_create_queue",
     "find_or_create_queue_callback",
-    "shaped_rows",
 ]
 
 

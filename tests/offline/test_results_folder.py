@@ -8,7 +8,7 @@ import pytest
 
 from faiss_knn import EvalReport, evaluate
 from faiss_knn.offline.cli import main
-from faiss_knn.offline.report.report import Ledger
+from faiss_knn.offline.report.ledger import Ledger
 from faiss_knn.offline.report.results import Classes, record_key
 
 RNG = np.random.default_rng(0)

@@ -19,7 +19,8 @@ from torchmetrics.retrieval import RetrievalMAP
 from torchmetrics.wrappers import BootStrapper, MultioutputWrapper
 
 from faiss_knn import OnlineKNN
-from faiss_knn.online.queue import RingBuffer, align, find_or_create_queue, find_or_create_queue_callback
+from faiss_knn.online.queue import RingBuffer, find_or_create_queue, find_or_create_queue_callback
+from faiss_knn.online.ring import align
 from tests.online.parts import Echo, clusters, loader, trainer
 
 QUIET = {"num_sanity_val_steps": 2}  # Lightning's default

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from faiss_knn.offline.features import Features
     from faiss_knn.offline.folders import Role
     from faiss_knn.offline.options import EvalOptions
-    from faiss_knn.offline.report.report import EvalReport, Ledger, Record
+    from faiss_knn.offline.report.ledger import Ledger
+    from faiss_knn.offline.report.report import EvalReport
+    from faiss_knn.offline.report.results import Record
     from faiss_knn.offline.task import EvalTask, Limits
 
 # torch and the readers are imported when there is something to evaluate, so that --help and bad usage answer at once.
@@ -27,7 +29,7 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
     """Evaluate the files, or do what --relevance, --explain or --dry-run asks for instead."""
     from faiss_knn.distributed import all_or_none, broadcast_object
     from faiss_knn.offline.evaluate import evaluate_with, task_for
-    from faiss_knn.offline.report.report import Ledger
+    from faiss_knn.offline.report.ledger import Ledger
 
     if given.relevance is not None:
         return _relevance(given) if first else 0

@@ -11,11 +11,9 @@ from faiss_knn.offline.report.html import html_table
 from faiss_knn.offline.report.ledger import Ledger, read_folder
 from faiss_knn.offline.report.mistakes_page import NOTHING_SHOWN, mistake_sections
 from faiss_knn.offline.report.publish import publish
-from faiss_knn.offline.report.results import Record, Results, best_of, index_name, task_key
+from faiss_knn.offline.report.results import Record, Results, best_of, task_key
 from faiss_knn.offline.report.shown_rows import PLAIN, Looks, looks_of
 from faiss_knn.offline.report.tables import rows_of, text_table
-
-__all__ = ["EvalReport", "Ledger", "Record", "index_name", "text_table"]
 
 
 @dataclass
