@@ -38,6 +38,7 @@ class _Run:
     logged: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(eq=False, repr=False)  # for an __init__ that errors call OnlineKNN's
 class OnlineKNN(OnlineOptions, Callback):
     """Score a network's features by their nearest neighbours at every validation.
 

@@ -1,6 +1,7 @@
 """OnlineEvaluator: the score of `OnlineKNN` in any training loop, without Lightning."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from faiss_knn.online.scorer import Scorer
 from faiss_knn.search.inputs import as_integer, shown
 
 
+@dataclass(eq=False, repr=False)  # for an __init__ that errors call OnlineEvaluator's
 class OnlineEvaluator(OnlineOptions):
     """Score features by their nearest neighbours while a model trains, in a training loop of one's own.
 

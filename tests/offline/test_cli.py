@@ -138,8 +138,15 @@ BAD_DATA = {
     "NaN": (["nan.npz", "nan.npz"], "`bank_features` must be finite, and not zero under cosine: row 2 is not"),
     "another dimension": (["bank.npz", "narrow.npz"], "`query_features` must have the bank's dimension 8, got 3"),
     "truncated": (["cut.npz", "bank.npz"], "cut.npz: cannot be read as .npz"),
-    "an index that the width does not fit": (["bank.npz", "queries.npz", "--index", "PQ5"], "--index must be"),
+    "an index that the width does not fit": (
+        ["bank.npz", "bank.npz", "--index", "PQ7"],
+        "error: --index must be 'flat',",
+    ),
     "nprobe above nlist": (["bank.npz", "bank.npz", "--index", "IVF4,Flat", "--nprobe", "9"], "nprobe"),
+    "numbers for classes": (
+        ["numbers.npz", "--leave-one-out"],
+        "got float64 with fractions: numbers that are no classes",
+    ),
     "no such metric": (["bank.npz", "bank.npz", "--metric", "Quality"], "`metrics` must name"),
     "a metric of two classes": (
         ["bank.npz", "bank.npz", "--metric", "BinaryAccuracy"],
@@ -168,6 +175,7 @@ def test_bad_data_is_one_line_and_exit_1(files, tmp_path, monkeypatch, capsys, c
     broken[2, 1] = np.nan
     np.savez("nan.npz", features=broken, labels=good["labels"])
     np.savez("narrow.npz", features=good["features"][:, :3], labels=good["labels"])
+    np.savez("numbers.npz", features=good["features"], labels=good["labels"] + 0.5)
     Path("cut.npz").write_bytes(Path("bank.npz").read_bytes()[:900])
     arguments, message = BAD_DATA[case]
     assert main(["eval", *arguments]) == 1

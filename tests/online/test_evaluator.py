@@ -1,5 +1,7 @@
 """OnlineEvaluator in a plain loop: the numbers of OnlineKNN from the same rows, to the last bit."""
 
+import re
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -261,3 +263,17 @@ def test_what_is_kept_of_a_batch_is_a_copy():
     for tensor in buffer.values():
         tensor.zero_()
     assert knn.finish() == validated(trained(evaluator()), VAL, batch_size=200)[0]
+
+
+@pytest.mark.parametrize("kind", [OnlineKNN, OnlineEvaluator])
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("knn", "embedding", "label", 64), {"queue": 3}, "got an unexpected keyword argument 'queue'"),
+        (("knn",), {}, "missing 3 required positional arguments: 'input', 'target', and 'queue_length'"),
+        (("knn", *range(20)), {}, "takes from 5 to 14 positional arguments but 22 were given"),
+    ],
+)
+def test_arguments_that_are_not_taken_are_said_of_what_was_called(kind, arguments, options, message):
+    with pytest.raises(TypeError, match=re.escape(f"{kind.__name__}.__init__() {message}")):
+        kind(*arguments, **options)
