@@ -35,7 +35,7 @@ def alignment(first: Tensor, second: Tensor, *, alpha: float = 2.0) -> float:
 
 
 def label_alignment(features: Tensor, labels: Tensor) -> float:
-    """Average the squared distances between all pairs of features of one label, on the unit sphere.
+    """Average the squared distances between all pairs of two rows of one label, each pair once, on the unit sphere.
 
     `alignment` (alpha = 2) where any two rows of a label are a positive pair. In O(n·d): the squared distances of a
     class add up to its rows times their squared distances from its mean.
