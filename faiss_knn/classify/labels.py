@@ -24,6 +24,7 @@ _NAME_OR_NONE = "give every row a name (str), or None where it has no label"
 _TOO_LARGE = "must be below 2^63, got larger ones: renumber the classes"
 _MOST_CLASSES = 2**31 - 1
 _SHARE_SUM_TOLERANCE = 1e-2  # bfloat16 shares add up to 1 within 2^-8
+NUMBERS_HINT = "numbers that are no classes are scored by FeatureBank(task='regression')"
 _EXACT_BELOW = {torch.float16: 2**11, torch.bfloat16: 2**8, torch.float32: 2**24, torch.float64: 2**53}
 
 
@@ -305,6 +306,8 @@ def _from_floats(values: Tensor, what: str, float_ids: bool) -> Tensor:
             raise ValueError(f"{what} must be integers, got {dtype} with NaN at place {place}: {_FILL}")
         if not float_ids:
             name = str(values.dtype).removeprefix("torch.")
+            if not (values == values.round()).all():
+                raise ValueError(f"{what} must be class ids, whole numbers, got {name} with fractions: {NUMBERS_HINT}")
             raise ValueError(
                 f"{what} must be integers, got {values.dtype}: cast them with .long(), as {name} may round"
             )
@@ -315,7 +318,7 @@ def _from_floats(values: Tensor, what: str, float_ids: bool) -> Tensor:
     if not (is_share | (values == UNLABELLED).all(1)).all():
         raise ValueError(
             f"{what} must hold class ids or 0/1 labels, or shares of classes in [0, 1] that add up to 1 in each row, "
-            f"got {values.dtype} with fractions or NaN"
+            f"got {values.dtype} with fractions or NaN" + ("" if float_ids else f": {NUMBERS_HINT}")
         )
     return values
 

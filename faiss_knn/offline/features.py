@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from faiss_knn.classify.labels import as_labels_or_names
+from faiss_knn.classify.labels import NUMBERS_HINT, as_labels_or_names
 from faiss_knn.offline.column_files import LABEL_NAMES, UNKNOWN, Member
 from faiss_knn.offline.extract import extract
 from faiss_knn.offline.folders import SIDES, Folder, Role, open_folder
@@ -440,7 +440,10 @@ def _as_labels(path: FilePath, member: Member) -> npt.NDArray[Any]:
         check_memory(tuple(stored.shape), np.dtype(stored.dtype))
         values = np.asarray(stored)
     if values.dtype.kind == "f" and values.ndim == 1 and not (values == np.floor(values)).all():
-        raise DataError(f"{path}: labels must be class ids (whole numbers) or names, got {values.dtype} with fractions")
+        raise DataError(
+            f"{path}: labels must be class ids (whole numbers) or names, got {values.dtype} with fractions: "
+            f"{NUMBERS_HINT}"
+        )
     try:
         labels = as_labels_or_names(values, "labels", float_ids=True)
     except ValueError as error:

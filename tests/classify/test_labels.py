@@ -101,7 +101,8 @@ def test_class_ids_are_renumbered_in_their_order():
         (torch.tensor([0, 1]).to_sparse(), "must be an ordinary dense tensor, got a sparse one"),
         (torch.empty(2, device="meta"), "got a meta one"),
         (torch.tensor([[0.5, 0.6], [1.0, 0.0]]), "shares of classes in .0, 1. that add up to 1"),
-        (torch.tensor([[1.5, -0.5]]), "with fractions or NaN"),
+        (torch.tensor([[1.5, -0.5]]), r"with fractions or NaN: .* FeatureBank\(task='regression'\)"),
+        (torch.tensor([1.5, -0.5]), r"whole numbers, got float32 with fractions: .* FeatureBank\(task='regression'\)"),
         (torch.tensor([[float("nan"), 1.0]]), "with fractions or NaN"),
     ],
 )
