@@ -71,13 +71,14 @@ def read_features(
     Nothing but the two arrays is read.
 
     Args:
-        path: A file (.npy .npz .pt .pth .safetensors .parquet .arrow .feather .csv .tsv .jsonl .h5 .hdf5 .fvecs .bvecs
-            .fbin .u8bin), or a folder of such files, joined in the order of their numbers: see `open_folder`. Also by
-            URL (memory, s3, gs, hf, …: whatever fsspec knows): .npy, .h5, .fvecs, .bvecs, .fbin and .u8bin are read a
-            slice at a time wherever they lie; of a folder of other formats 1 GiB is held, what is beyond it is read
-            file by file.
+        path: A file (.npy .npz .pt .pth .safetensors .parquet .arrow .feather .csv .tsv .jsonl .ndjson .h5 .hdf5 .fvecs
+            .bvecs .fbin .u8bin), or a folder of such files, joined in the order of their numbers: see `open_folder`.
+            Also by URL (memory, s3, gs, hf, …: whatever fsspec knows): .npy, .h5, .fvecs, .bvecs, .fbin and .u8bin are
+            read a slice at a time wherever they lie; of a folder of other formats 1 GiB is held, what is beyond it is
+            read file by file.
         role: Which side of an evaluation this is.
-        labels: A file with the labels alone; it goes before labels found in `path`. Also .txt, one label a line.
+        labels: A file with the labels alone; it goes before labels found in `path`. Also .txt, one label a line, or
+            .json, a list.
         features_key: Name of the array of vectors, with dots or slashes for what is nested; a prefix such as `emb_` for
             numbered columns; or several columns with commas between.
         labels_key: Name of the array of labels: in the file `labels` if that is given.

@@ -40,6 +40,7 @@ def test_near_duplicates_with_small_noise_are_grouped(metric, size):
     planted = {(i, len(BANK) + i, len(BANK) + 40 + i) for i in range(40)}
     found = {tuple(group) for group in report.duplicates}
     assert report.duplicate_rule == "gap"
+    assert "apart count, where a gap in the distances parts copies from other rows" in report.summary()
     assert planted <= found
     assert len(found) == 41  # two of the digits are nearly alike themselves
 
@@ -63,12 +64,14 @@ def test_a_given_distance_is_kept():
     report = audit(rows, duplicate_distance=0, distance_metric="euclidean")
     assert report.duplicates == [[0, 50], [1, 51], [2, 52]]
     assert (report.duplicate_distance, report.duplicate_rule) == (0.0, "given")
+    assert "3 groups of 6 rows; those at most 0 apart count, as given" in report.summary()
     assert len(audit(rows, duplicate_distance=0.1, distance_metric="euclidean").duplicates) == 5
 
 
 def test_without_copies_none_is_found():
     report = audit(np.random.default_rng(0).standard_normal((300, 16)))
     assert (report.duplicates, report.duplicate_rule) == ([], "copies")
+    assert "near-duplicates  none; copies alone count (at most " in report.summary()
 
 
 def test_leaks_are_listed_and_accuracy_is_told_without_them():

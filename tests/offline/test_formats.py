@@ -2,6 +2,7 @@
 
 import collections
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from faiss_knn.offline.commands.eval_arguments import EPILOG
 from faiss_knn.offline.features import read_class_names, read_features, read_labels
-from faiss_knn.offline.formats import DataError
+from faiss_knn.offline.formats import OPENERS, DataError
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.standard_normal((7, 3)).astype(np.float32)
@@ -333,3 +335,17 @@ def test_text_is_utf8_whatever_the_locale(tmp_path):
     code += "assert labels == read_class_names(folder / 'names.json') and len(labels[0]) == 1, labels"
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True)
+
+
+@pytest.mark.parametrize("where", ["docs/offline.md", "eval --help", "read_features"])
+def test_every_format_is_named_where_formats_are_listed(where):
+    page = (Path(__file__).parents[2] / "docs/offline.md").read_text()
+    text = {
+        "docs/offline.md": page.split("## Which files are read")[1].split("\n\n")[1],
+        "eval --help": EPILOG,
+        "read_features": read_features.__doc__,
+    }[where]
+    named = set(re.findall(r"(?<![\w`])\.[a-z]\w+", text))
+    assert named >= set(OPENERS)
+    if where == "docs/offline.md":
+        assert named == set(OPENERS)

@@ -23,10 +23,10 @@ from faiss_knn.offline.commands.names_and_images import LOOKS, add_looks, check_
 from faiss_knn.protocol import protocols
 
 EPILOG = """\
-Files: .npy .npz .pt .safetensors .parquet .arrow .feather .csv .tsv .jsonl .h5 .fvecs .bvecs .fbin .u8bin, or a folder
-of such files in the order of their numbers (of extract, of save_to_disk of the datasets library, of DINO or VISSL).
-Labels are in the file (labels, targets, y; test_labels, ...) or in --labels and --query-labels; -1 means
-unlabelled. Without files, the handwritten digits of scikit-learn are evaluated.
+Files: .npy .npz .pt .pth .safetensors .parquet .arrow .feather .csv .tsv .jsonl .ndjson .h5 .hdf5 .fvecs .bvecs .fbin
+.u8bin, or a folder of such files in the order of their numbers (of extract, of save_to_disk of the datasets library, of
+DINO or VISSL). Labels are in the file (labels, targets, y; test_labels, ...) or in --labels and --query-labels (also
+.txt and .json); -1 means unlabelled. Without files, the handwritten digits of scikit-learn are evaluated.
 
 examples:
   faiss-knn eval bank.npz queries.npz --k 1 5 20 --index flat ivf --sweep nprobe=1,4,16 --out results

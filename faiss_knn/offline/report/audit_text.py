@@ -36,15 +36,16 @@ def _audited(report: Findings) -> str:
 
 
 def _duplicates(report: Findings) -> str:
+    apart = f"at most {report.duplicate_distance:.3g} apart"
     rule = {
-        "given": "as given",
-        "gap": "chosen from the gap in the distances",
-        "copies": "no gap in the distances, so copies alone",
+        "given": f"those {apart} count, as given",
+        "gap": f"those {apart} count, where a gap in the distances parts copies from other rows",
+        "copies": f"copies alone count ({apart}), as no gap in the distances parts changed ones from other rows",
     }[report.duplicate_rule]
     rows = sum(map(len, report.duplicates))
     differ = f", {report.facts['conflicts']:,} with labels that differ" if report.facts["conflicts"] else ""
     groups = f"{counted(len(report.duplicates), 'group')} of {rows:,} rows{differ}" if rows else "none"
-    return f"{groups}; at most {report.duplicate_distance:.3g} apart ({rule})"
+    return f"{groups}; {rule}"
 
 
 def _leaks(report: Findings) -> str:
