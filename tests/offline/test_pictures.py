@@ -308,3 +308,29 @@ def test_looks_go_with_what_shows_them(capsys, arguments, message):
     with pytest.raises(SystemExit):
         main(["eval", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "audit"])
+@pytest.mark.parametrize("missing", [0, 1, 300])
+def test_pictures_that_cannot_be_read_are_said_once_with_the_first_of_them(tmp_path, capsys, command, missing):
+    rows, labels = digits()
+    (tmp_path / "pictures").mkdir()
+    for number, row in enumerate(rows[missing:300], missing):
+        Image.fromarray((16 * row).clip(max=255).astype(np.uint8).reshape(8, 8)).save(
+            tmp_path / f"pictures/{number}.png"
+        )
+    names = [f"pictures/{number}.png" for number in range(300)]
+    odd = np.where(np.arange(300) == 0, (labels[0] + 1) % 10, labels[:300])  # row 0 is shown by either
+    np.savez(tmp_path / "rows.npz", features=rows[:300], labels=odd, paths=np.array(names))
+    options = ["--leave-one-out", "--k", "5"] if command == "eval" else []
+    out = ["--images", "paths", "--out", str(tmp_path / "out")]
+    assert main([command, str(tmp_path / "rows.npz"), *options, *out]) == 0
+    said = re.findall(
+        r"faiss-knn: warning: (\d+) pictures? could not be read, the first: (.*)", capsys.readouterr().err
+    )
+    assert len(said) == (missing > 0)
+    if missing == 1:
+        assert said == [("1", str(tmp_path / "pictures/0.png"))]
+    if missing == 300:
+        page = (tmp_path / "out" / ("report.html" if command == "eval" else "audit.html")).read_text()
+        assert f"{said[0][0]} pictures could not be read" in page

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faiss_knn.offline.commands.arguments import DISTANCES, count, device_named, distance, location, positive, whole
-from faiss_knn.offline.commands.names_and_images import add_looks, check_looks, read_looks
+from faiss_knn.offline.commands.names_and_images import add_looks, check_looks, read_looks, unread_pictures
 
 if TYPE_CHECKING:
     from faiss_knn.offline.features import Features
@@ -113,6 +113,8 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
     print(report.summary())
     if given.out is not None:
         report.save(given.out, **looks)
+        for note in unread_pictures(looks):
+            print(f"faiss-knn: warning: {note}", file=sys.stderr)
         print(f"\nwritten to {given.out}: audit.html")
     return 0
 

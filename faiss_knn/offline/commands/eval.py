@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faiss_knn.offline.commands.arguments import device_named
-from faiss_knn.offline.commands.names_and_images import read_looks
+from faiss_knn.offline.commands.names_and_images import read_looks, unread_pictures
 
 if TYPE_CHECKING:
     from faiss_knn.offline.features import Features
@@ -264,10 +264,11 @@ def _sides(bank: "Features", queries: "Features | None") -> tuple[Any, Any, Any,
 
 
 def _notes(report: "EvalReport", ledger: "Ledger | None", looks: dict[str, Any]) -> list[str]:
-    """Say what --out lacks, in words."""
+    """Say what --out lacks, in words; after the page was written."""
     from faiss_knn.offline.report.mistakes_page import NOTHING_SHOWN
 
     notes = [] if ledger is None or ledger.warning is None else [ledger.warning]
+    notes += unread_pictures(looks)
     return notes if not looks or report.mistakes is not None else [*notes, NOTHING_SHOWN]
 
 

@@ -56,6 +56,15 @@ def read_looks(given: argparse.Namespace, rows: int, queries: int | None) -> dic
     return {name: entries for name, entries in looks.items() if entries is not None}
 
 
+def unread_pictures(looks: dict[str, Any]) -> list[str]:
+    """Say how many pictures could not be read when they were shown, and which is the first; nothing if all could."""
+    from faiss_knn.offline.report.tables import counted
+
+    albums = [looks[name] for name in ("images", "query_images") if name in looks]
+    broken = [album.name(number) for album in albums for number in album.broken]
+    return [f"{counted(len(broken), 'picture')} could not be read, the first: {broken[0]}"] if broken else []
+
+
 def _names(path: Path | None, features: Path | str, count: int | None) -> list[str] | None:
     """Read names of rows, one a line or a JSON list."""
     from faiss_knn.offline.features import read_class_names

@@ -31,6 +31,9 @@ class Album:
             smallest number is black and the largest white); or (N,) paths.
         folder: Where paths that are not absolute begin.
 
+    Attributes:
+        broken: Numbers of the pictures that were asked for and cannot be read, in that order.
+
     Raises:
         ValueError: If the source is neither, or Pillow is not installed.
 
@@ -64,11 +67,16 @@ class Album:
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 uri = _as_uri(self._picture(number))
         except (*_OF_BAD_FILES, Image.DecompressionBombError):
-            self.broken.append(number)
+            if number not in self.broken:
+                self.broken.append(number)
             return None
         self._left_pictures -= 1
         self._left_bytes -= len(uri)
         return uri
+
+    def name(self, number: int) -> str:
+        """Say which picture it is: by its path, or by its number in an array."""
+        return f"number {number}" if self._arrays is not None else str(self._folder / self._paths[number])
 
     def _picture(self, number: int) -> "Image":
         from PIL import Image
