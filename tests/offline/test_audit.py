@@ -335,3 +335,24 @@ def test_a_single_row_cannot_be_audited():
 def test_it_is_public():
     assert faiss_knn.audit is audit
     assert faiss_knn.AuditReport is type(audit(BANK[:30]))
+
+
+@pytest.mark.parametrize("option", ["--query-labels", "--class-names", "--ignore-index"])
+def test_what_is_said_of_labels_is_refused_where_there_are_none(tmp_path, capsys, option):
+    np.save(tmp_path / "rows.npy", BANK[:50])
+    value = "7" if option == "--ignore-index" else str(tmp_path / "rows.npy")
+    assert main(["audit", *[str(tmp_path / "rows.npy")] * 2, option, value]) == 1
+    assert f"rows.npy: holds no labels, which {option} needs: give them with --labels" in capsys.readouterr().err
+
+
+def test_without_queries_or_with_a_sample_no_set_is_compared_unasked(tmp_path, capsys):
+    np.save(tmp_path / "rows.npy", BANK[:50])
+    for arguments, compares in (
+        ([], False),
+        (["--sample", "9", "--seed", "1"], False),
+        ([""], True),
+        (["", "--no-generative"], False),
+    ):
+        command = ["audit", str(tmp_path / "rows.npy"), *(one or str(tmp_path / "rows.npy") for one in arguments)]
+        assert main(command) == 0
+        assert ("generative" in capsys.readouterr().out) == compares

@@ -59,11 +59,12 @@ def _add_search(group: Any) -> None:
         help="near-duplicates are at most so far apart; 0: equal rows alone (default: by the gap in the distances)",
     )  # fmt: skip
     group.add_argument(
-        "--generative", action=argparse.BooleanOptionalAction, default=True,
-        help="precision, recall, density and coverage of QUERIES against FEATURES: two more searches",
+        "--generative", action=argparse.BooleanOptionalAction,
+        help="precision, recall, density and coverage of QUERIES against FEATURES: two more searches (default with "
+        "QUERIES, without --sample)",
     )  # fmt: skip
     group.add_argument("--sample", type=positive, metavar="N", help="look at N rows, each among all others")
-    group.add_argument("--seed", type=count, default=0, help="of the sample (default 0)")
+    group.add_argument("--seed", type=count, help="of the sample (default 0)")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto (default): cuda if there is one")
 
 
@@ -75,6 +76,12 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
     """End the program where the arguments do not go together."""
     if given.queries is None and given.query_labels is not None:
         parser.error("--query-labels needs QUERIES")
+    if given.generative and given.queries is None:
+        parser.error("--generative needs QUERIES, the set that is compared with FEATURES")
+    if given.generative and given.sample is not None:
+        parser.error("--generative compares all rows: it does not go with --sample")
+    if given.seed is not None and given.sample is None:
+        parser.error("--seed is of the rows that are drawn: it needs --sample")
     check_looks(parser, given)
 
 
@@ -100,9 +107,9 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
         outlier_labels=outliers,
         class_names=class_names,
         ignore_index=given.ignore_index,
-        generative=given.generative,
+        generative=given.generative is not False,
         sample=given.sample,
-        seed=given.seed,
+        seed=given.seed or 0,
         device=device_named(given.device),
         progress=None if first else False,
     )
@@ -124,9 +131,23 @@ def _read(given: argparse.Namespace) -> "tuple[Features, Features | None]":
 
     keys = {"features_key": given.features_key, "labels_key": given.labels_key}
     bank = read_features(given.bank, "bank", labels=given.labels, **keys)
+    if bank.labels is None:
+        _check_unlabelled(given, bank.source)
     if given.queries is None:
         return bank, None
     return bank, read_features(given.queries, "queries", labels=given.query_labels, **keys)
+
+
+def _check_unlabelled(given: argparse.Namespace, source: str) -> None:
+    """Refuse what says something of labels that there are none of."""
+    from faiss_knn.offline.formats import DataError
+
+    for name in ("query_labels", "class_names", "ignore_index"):
+        if getattr(given, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise DataError(
+                f"{source}: holds no labels, which {option} needs: give them with --labels, or leave it out"
+            )
 
 
 def _outliers(given: argparse.Namespace) -> Any:

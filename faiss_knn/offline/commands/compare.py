@@ -60,6 +60,8 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
         parser.error("compare needs two runs or more: RUN_A RUN_B")
     if given.names is not None and len(given.names) != len(given.runs):
         parser.error(f"--names must name each of the {len(given.runs)} runs, got {len(given.names)}")
+    if given.leave_one_out and given.query_labels is not None:
+        parser.error("--query-labels is of QUERIES, which runs have none of with --leave-one-out: leave it out")
     if all(_is_results(text) for text in given.runs):
         for name in ("leave_one_out", "labels", "query_labels", "features_key", "labels_key", "protocol", "k",
                      "with_quirks", "temperature", "weighting", "center", "distance"):  # fmt: skip

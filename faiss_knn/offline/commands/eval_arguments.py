@@ -220,6 +220,7 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
         parser.error("QUERIES is missing: name the queries' file, or add --leave-one-out")
     if given.leave_one_out and given.per_class is not None:
         parser.error("--per-class does not go with --leave-one-out")
+    _check_files(parser, given)
     if given.relevance is not None:
         _check_relevance(parser, given)
     if given.explain is not None:
@@ -234,9 +235,12 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
     if given.tries is not None and given.per_class is None:
         parser.error("--tries needs --per-class")
     if all(spec == "flat" for spec in given.index):
-        for name in ("sweep", "nprobe"):
+        for name in ("sweep", "nprobe", "target_recall"):
             if getattr(given, name):
-                parser.error(f"--{name} is for other indexes than flat: name one with --index, such as ivf")
+                option = f"--{name.replace('_', '-')}"
+                parser.error(f"{option} is for other indexes than flat: name one with --index, such as ivf")
+    if given.nprobe is not None and set(given.index) <= {"flat", "fast", "auto"}:
+        parser.error("--nprobe is for indexes with inverted lists: name one with --index, such as ivf")
     check_looks(parser, given)
     if given.bank is None and given.images is not None:
         parser.error("--images are of the rows of BANK: name the file")
@@ -245,6 +249,16 @@ def check_combination(parser: argparse.ArgumentParser, given: argparse.Namespace
     for name in ("resume", "overwrite", "save_neighbors"):
         if getattr(given, name) and given.out is None:
             parser.error(f"--{name.replace('_', '-')} needs --out")
+
+
+def _check_files(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Refuse what says where features and labels are, of files that are not read."""
+    if given.bank is None:
+        for name in ("labels", "query_labels", "features_key", "labels_key", "allow_partial"):
+            if getattr(given, name):
+                parser.error(f"--{name.replace('_', '-')} is of files, and none is named: name BANK and QUERIES")
+    if given.leave_one_out and given.query_labels is not None:
+        parser.error("--query-labels needs QUERIES, which --leave-one-out does without: leave it out")
 
 
 def _check_relevance(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
@@ -260,6 +274,8 @@ def _check_relevance(parser: argparse.ArgumentParser, given: argparse.Namespace)
             parser.error(f"--{name.replace('_', '-')} does not go with --relevance, which ranks without a vote")
     if given.index != ["flat"]:
         parser.error("--index does not go with --relevance, which ranks exactly")
+    if given.device != "auto":
+        parser.error("--device does not go with --relevance, which searches where the features are")
 
 
 def _check_explain(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
