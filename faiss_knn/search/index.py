@@ -467,5 +467,6 @@ def _check_spelling(spec: str, metric: str) -> None:
     except ValueError as error:
         if "could not parse" in str(cause := error.__cause__) and isinstance(cause, RuntimeError):
             raise ValueError(
-                f"`spec` must be 'flat', 'ivf', 'fast', 'auto' or a FAISS factory string, got {spec!r}: {reason(cause)}"
+                "`spec` must be 'flat', 'ivf', 'fast', 'auto' or a FAISS factory string as FAISS spells it, got "
+                f"{spec!r}: {reason(cause)}"
             ) from cause
