@@ -9,6 +9,7 @@ import torch
 from faiss_knn.search.engines import products
 from faiss_knn.search.engines.bounds import PreparedQueries
 from faiss_knn.search.engines.scan import best_scores
+from faiss_knn.search.engines.selection import highest
 
 
 class Given:
@@ -16,6 +17,7 @@ class Given:
 
     def __init__(self, scores):
         self.all_scores = scores
+        self.score_dtype = scores.dtype
 
     def scores(self, asked, start, stop, out=None):
         return self.all_scores[start:stop]
@@ -38,21 +40,42 @@ def orders(rows, queries):
     best_of_one = drawn.clone()
     best_of_one[-rows // 3 :, 0] += 100
     yield "late rows all near to one query", best_of_one
-    yield "none excluded", drawn.masked_fill(drawn < 1, -torch.inf)
+    yield "few above the rest", torch.where(drawn < 1, -torch.inf, drawn)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def written(scores, dtype):
+    """Scores as a scan in this dtype would give them."""
+    if dtype == torch.int32:
+        return (scores * 1e4).clamp(min=torch.iinfo(dtype).min).to(dtype)
+    return scores.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int32])
 @pytest.mark.parametrize(
     ("rows", "queries", "kept"), [(70_001, 3, 25), (20_000, 13, 1), (9_000, 1, 300), (700, 5, 700)]
 )
 def test_the_best_of_any_order_of_rows_are_found(dtype, rows, queries, kept):
     for name, scores in orders(rows, queries):
-        scores = scores.to(dtype)
+        scores = written(scores, dtype)
         found, ids = best_scores(Given(scores), asked(scores), rows, kept)
         expected = scores.T.double().topk(kept).values
         assert torch.equal(found.double().sort(dim=1, descending=True).values, expected), name
         assert torch.equal(scores.T.gather(1, ids), found), name
         assert all(len(set(row)) == kept for row in ids.tolist()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int32])
+@pytest.mark.parametrize(
+    ("queries", "width", "kept"),
+    [(5, 400, 30), (3, 513, 256), (4, 1300, 200), (2, 5000, 3), (3, 70_000, 9), (7, 20, 20)],
+)
+def test_the_highest_of_each_row_of_scores(dtype, queries, width, kept):
+    for name, drawn in orders(width, queries):
+        scores = written(drawn.T.contiguous(), dtype)
+        found, places = highest(scores, kept)
+        assert torch.equal(found.double().sort(dim=1, descending=True).values, scores.double().topk(kept).values), name
+        assert torch.equal(scores.gather(1, places), found), name
+        assert all(len(set(row)) == kept for row in places.tolist()), name
 
 
 @pytest.mark.parametrize("numpy_is_faster", [True, False])

@@ -66,18 +66,21 @@ class PreparedQueries(NamedTuple):
         square: (B,) float64 |v|²; inf where the query is beyond the bounds' range and must be searched without it.
         offset: (B,) float64 sc·v, for inner products alone.
         scale: (B,) float64, what turns q·x into the scale of u·v, likewise.
+        shortfall: (B,) float64, what the rows' columns leave unpaid of the margins of unusual queries, for int8 alone.
     """
 
     vectors: Tensor
     square: Tensor
     offset: Tensor | None = None
     scale: Tensor | None = None
+    shortfall: Tensor | None = None
 
 
 class Bounds(Protocol):
     """Scores that bound distances from below."""
 
     bytes: int
+    score_dtype: torch.dtype
 
     def prepare(self, queries: Tensor) -> PreparedQueries:
         """Prepare queries (B, d)."""
@@ -124,29 +127,25 @@ class ProductBounds:
     ) -> None:
         self._rows = rows
         self._distance = distance
-        self.dtype = dtype
-        half = dtype == torch.bfloat16
-        self._pieces = 2 if half else 1  # h in bfloat16 alone would be off by 2^-8 of it
+        self.dtype = self.score_dtype = dtype
         self._basis = basis
         self._vector = rows.dim if basis is None else basis.shape[1]
-        self._width = _aligned(self._vector + self._pieces + (2 if basis is None else 3))
-        # Eight more than the product has: centring a row rounds it twice.
-        self._gamma = (_HALF_PRODUCT_ROUNDINGS if half else _PRODUCT_ROUNDINGS) * (self._width + 8) * _SINGLE
         self._norm_error = 1.01 * (rows.dim + 8) * _SINGLE  # of |u|² summed in float32
         self._tilt = 0.0 if basis is None else _tilt(basis)
-        self._is_proof = max(self._gamma, self._norm_error, self._tilt) <= _MOST_ERROR
         self._passed_over: Tensor | None = None
         if passed_over is not None:
             self._passed_over = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
             self._passed_over[passed_over] = True
         self._step = max(1, (_GPU_BLOCK_VALUES if rows.device.type == "cuda" else _BLOCK_VALUES) // rows.dim)
         self._place(rows)
+        self._lay_out()
+        self._is_proof = max(self._gamma, self._norm_error, self._tilt) <= _MOST_ERROR
         self._copy = self._copied(rows, room)
         self.bytes = self._copy.numel() * self._copy.element_size()
 
     def _place(self, rows: StoredRows) -> None:
         """Choose centre and scale: medians, which a few huge rows do not move."""
-        sample = rows.sample(_SAMPLE, self._distance)
+        sample = self._sample_of_rows()
         self._centre = sample.median(0).values
         sizes = lengths(sample - self._centre)  # whose squares float64 need not hold
         sizes = sizes[(sizes > 0) & sizes.isfinite()]
@@ -167,6 +166,17 @@ class ProductBounds:
         self._blur = _LEAST_BLUR + (self._scale * of_rows if self._distance.normalized else 0.0)
         self._shift = 0.5 * (size * self._scale) ** 2
 
+    def _sample_of_rows(self) -> Tensor:
+        return self._rows.sample(_SAMPLE, self._distance)
+
+    def _lay_out(self) -> None:
+        """Choose the columns."""
+        half = self.dtype == torch.bfloat16
+        self._pieces = 2 if half else 1  # h in bfloat16 alone would be off by 2^-8 of it
+        self._width = aligned(self._vector + self._pieces + (2 if self._basis is None else 3))
+        # Eight more than the product has: centring a row rounds it twice.
+        self._gamma = (_HALF_PRODUCT_ROUNDINGS if half else _PRODUCT_ROUNDINGS) * (self._width + 8) * _SINGLE
+
     def _as_compared(self, block: Tensor, start: int) -> Tensor:
         """Return a block of rows, which starts at row `start`, in the dtype to centre it in."""
         if self._distance.normalized:
@@ -180,12 +190,7 @@ class ProductBounds:
 
     def _write(self, block: Tensor, start: int, out: Tensor) -> None:
         """Write all columns of a block of rows (n, d), which starts at row `start`, to `out` (n, K)."""
-        rows = (self._as_compared(block, start) - self._centre.to(self._work)).mul_(self._scale).float()
-        sizes = rows.norm(dim=1)
-        far = ~(sizes <= self._reach)
-        outside = far if self._passed_over is None else far | self._passed_over[start : start + len(block)]
-        if outside.any():
-            rows[outside], sizes[outside] = 0.0, 0.0
+        rows, sizes, outside, far = self._centred(block, start)
         seen = rows if self._basis is None else rows @ self._basis
         column = self._pieces + self._vector
         out[:, self._pieces : column] = seen
@@ -199,6 +204,16 @@ class ProductBounds:
         if self._basis is not None:
             left_out = self._left_out(sizes.square(), seen.square().sum(1))
             out[:, column + 2] = rounded_up(left_out, self.dtype)
+
+    def _centred(self, block: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return u (n, d) and |u| (n,) of a block of rows, 0 for those passed over (n,), and which of these are far."""
+        rows = (self._as_compared(block, start) - self._centre.to(self._work)).mul_(self._scale).float()
+        sizes = rows.norm(dim=1)
+        far = ~(sizes <= self._reach)
+        outside = far if self._passed_over is None else far | self._passed_over[start : start + len(block)]
+        if outside.any():
+            rows[outside], sizes[outside] = 0.0, 0.0
+        return rows, sizes, outside, far
 
     def _half_squares(self, sizes: Tensor) -> Tensor:
         """Return h - m in (n, pieces), rounded down, from the float32 sizes |u| (n,)."""
@@ -219,12 +234,16 @@ class ProductBounds:
 
     def prepare(self, queries: Tensor, *, bound: bool = True) -> PreparedQueries:
         """Prepare queries (B, d); without `bound`, scores estimate and prove nothing."""
+        exact, square = self._centred_queries(queries)
+        return PreparedQueries(self._columns(exact, bound), square)
+
+    def _centred_queries(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return v (B, d) and |v|² (B,), float64, of queries (B, d): 0 and inf for those beyond reach."""
         as_compared = normalize(queries) if self._distance.normalized else queries.double()
         exact = (as_compared - self._centre).mul_(self._scale)
         square = exact.square().sum(1)
         outside = ~(square < (self._reach / 4) ** 2)
-        exact.masked_fill_(outside[:, None], 0.0)
-        return PreparedQueries(self._columns(exact, bound), square.masked_fill(outside, torch.inf))
+        return exact.masked_fill_(outside[:, None], 0.0), square.masked_fill(outside, torch.inf)
 
     def _columns(self, exact: Tensor, bound: bool) -> Tensor:
         """Return all columns (B, K) of queries v (B, d) float64; without `bound`, those that prove are 0."""
@@ -247,7 +266,7 @@ class ProductBounds:
     def compact(self) -> "ProductBounds":
         """Return the same with a copy of its own, of what it reads alone."""
         other = copy.copy(self)
-        other._width = _aligned(self._width)
+        other._width = aligned(self._width)
         other._copy = self._copy.new_zeros(len(self._copy), other._width)
         other._copy[:, : self._width] = self._copy
         other.bytes = other._copy.nbytes
@@ -267,7 +286,8 @@ class ProductBounds:
 
     def scores(self, prepared: PreparedQueries, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return (stop - start, B) scores of a block of rows."""
-        out = prepared.vectors.new_empty(stop - start, len(prepared.vectors)) if out is None else out
+        if out is None:
+            out = prepared.vectors.new_empty(stop - start, len(prepared.vectors), dtype=self.score_dtype)
         return multiply(self._block(start, stop), prepared.vectors, out)
 
     def _block(self, start: int, stop: int) -> Tensor:
@@ -284,10 +304,14 @@ class ProductBounds:
         """Return (B,) float64: every row within this norm of differences has at least such a score."""
         if not self._is_proof:
             return torch.full_like(prepared.square, -torch.inf)
-        square = (norms * self._scale + self._unit_error).square() * (1 + self._slack)
-        least = self._shift - (square - prepared.square * (1 - self._slack)) / 2
+        least = self._least(prepared, norms)
         # Of a query beyond reach, or a distance that is no number, nothing is known.
         return torch.where(least.isfinite(), least - least.abs() * self._rounding, -torch.inf)
+
+    def _least(self, prepared: PreparedQueries, norms: Tensor) -> Tensor:
+        """Return (B,) the least m - t of rows within this norm of differences."""
+        square = (norms * self._scale + self._unit_error).square() * (1 + self._slack)
+        return self._shift - (square - prepared.square * (1 - self._slack)) / 2
 
     @property
     def _rounding(self) -> float:
@@ -368,19 +392,19 @@ class DifferenceBounds:
 
     def __init__(self, rows: StoredRows) -> None:
         self._rows = rows
-        self._dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        self.score_dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         # Each difference is rounded once, their sum d times; both relative to the distance.
-        self._gamma = (rows.dim + 16) * (8 * _DOUBLE if self._dtype == torch.float64 else 4 * _SINGLE)
+        self._gamma = (rows.dim + 16) * (8 * _DOUBLE if self.score_dtype == torch.float64 else 4 * _SINGLE)
 
     def prepare(self, queries: Tensor) -> PreparedQueries:
         """Prepare queries (B, d)."""
         return PreparedQueries(
-            queries.to(self._dtype), torch.zeros(len(queries), dtype=torch.float64, device=queries.device)
+            queries.to(self.score_dtype), torch.zeros(len(queries), dtype=torch.float64, device=queries.device)
         )
 
     def scores(self, prepared: PreparedQueries, start: int, stop: int, out: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """Return (stop - start, B) scores of a block of rows."""
-        return torch.cdist(self._rows.block(start, stop).to(self._dtype), prepared.vectors, p=1.0).neg_()
+        return torch.cdist(self._rows.block(start, stop).to(self.score_dtype), prepared.vectors, p=1.0).neg_()
 
     def least_score(self, prepared: PreparedQueries, norms: Tensor) -> Tensor:
         """Return (B,) float64: every row within this norm of differences has at least such a score."""
@@ -403,7 +427,13 @@ def rounded_up(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(rounded.double() < values.double(), (rounded.view(whole) + 1).view(dtype), rounded)
 
 
-def _aligned(width: int) -> int:
+def aligned(width: int) -> int:
+    """Fill a width up.
+
+    Example:
+        >>> aligned(390)
+        392
+    """
     return -(-width // 8) * 8  # what tensor cores ask for
 
 

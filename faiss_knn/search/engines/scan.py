@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.engines.bounds import Bounds, PreparedQueries
+from faiss_knn.search.engines.selection import highest
 from faiss_knn.search.engines.workers import run_alone, run_apart, run_together, threads_for
 from faiss_knn.search.stored_rows import StoredRows
 
@@ -24,12 +25,11 @@ _PER_KEPT = 64  # rows of a block for each that is kept: selection shall cost pe
 _BLOCK_BYTES, _MIN_BLOCK, _MAX_BLOCK = 2 << 20, 1 << 10, 1 << 16
 _FIRST_BYTES, _FIRST_BLOCK = 16 << 20, 1 << 14
 _GPU_BLOCK_BYTES, _GPU_MIN_BLOCK, _GPU_MAX_BLOCK = 1 << 27, 1 << 13, 1 << 20  # a block costs a dozen kernel launches
-_FLAGS = 8  # bytes of a word
-_ROWS_OF_GROUPS = _GROUP * _FLAGS
 _CROWDED = 8  # one in so many groups reaching the least score: sorting the block is cheaper
 _LEAST_WORK = 1 << 24  # products from which on a search goes to threads of our own
-_LEAST_PART = 256  # queries for a thread of their own: of fewer the product would read the bank too often
+_LEAST_PART = 192  # queries for a thread of their own: of fewer the product would read the bank too often
 _ALONE = 1 << 20  # scores from which on threads share them
+_AT_ONCE = 4  # times as many scores as are kept of a query, compared with them at once
 _PENDING = 2  # for each score kept, how many wait for being compared with them
 
 
@@ -109,18 +109,18 @@ def _gpu_block_rows(vectors: Tensor, kept: int) -> int:
 
 def _best_above_a_threshold(bounds: Bounds, prepared: PreparedQueries, rows: int, kept: int) -> tuple[Tensor, Tensor]:
     """Scan in blocks that stay in cache, and look at those scores alone that reach the lowest of the best so far."""
-    row_bytes = prepared.vectors.element_size() * max(1, len(prepared.vectors))
+    row_bytes = bounds.score_dtype.itemsize * max(1, len(prepared.vectors))
     first = min(rows, max(_PER_KEPT * kept, min(_FIRST_BLOCK, _FIRST_BYTES // row_bytes)))
     threads = threads_for(rows * len(prepared.vectors), _ALONE)
     step = min(_BLOCK_BYTES // row_bytes, math.ceil((rows - first) / threads))
-    step = min(max(math.ceil(step / _ROWS_OF_GROUPS) * _ROWS_OF_GROUPS, _MIN_BLOCK), _MAX_BLOCK)
+    step = min(max(math.ceil(step / _GROUP) * _GROUP, _MIN_BLOCK), _MAX_BLOCK)
     found = _best_of_first(bounds, prepared, first, kept, threads)
     least = found[0].amin(1)  # what one thread found, all go by
     starts = iter(range(first, rows, step))  # one for all threads: who is done takes the next
 
     def scan() -> tuple[Tensor, Tensor]:
-        best = _Best(torch.full_like(found[0], -torch.inf), torch.full_like(found[1], -1), least)
-        buffer = prepared.vectors.new_empty(min(step, rows - first), len(prepared.vectors))
+        best = _Best(torch.full_like(found[0], _lowest(found[0].dtype)), torch.full_like(found[1], -1), least)
+        buffer = _scores(bounds, prepared, min(step, rows - first))
         for start in starts:
             stop = min(start + step, rows)
             best.add(bounds.scores(prepared, start, stop, out=buffer[: stop - start]), start)
@@ -134,7 +134,7 @@ def _best_of_first(
     bounds: Bounds, prepared: PreparedQueries, rows: int, kept: int, threads: int
 ) -> tuple[Tensor, Tensor]:
     """Return the best of the first `rows` rows: threads divide the rows for the product, and then the queries."""
-    block = prepared.vectors.new_empty(rows, len(prepared.vectors))
+    block = _scores(bounds, prepared, rows)
 
     def fill(start: int, stop: int) -> None:
         scores = bounds.scores(prepared, start, stop, out=block[start:stop])
@@ -146,6 +146,15 @@ def _best_of_first(
         [partial(_best_rows, block[:, start:stop], kept) for start, stop in _spans(block.shape[1], threads)]
     )
     return torch.cat([scores for scores, _ in parts]), torch.cat([ids for _, ids in parts])
+
+
+def _scores(bounds: Bounds, prepared: PreparedQueries, rows: int) -> Tensor:
+    """Return an array for the scores of so many rows, (rows, B)."""
+    return prepared.vectors.new_empty(rows, len(prepared.vectors), dtype=bounds.score_dtype)
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    return -torch.inf if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 def _spans(length: int, parts: int) -> list[tuple[int, int]]:
@@ -166,16 +175,16 @@ class _Best:
 
     def __init__(self, scores: Tensor, ids: Tensor, least: Tensor) -> None:
         self._least = least
-        self._waiting: list[tuple[Tensor, Tensor]] = []  # scores, and places in an (N, B) array of all scores
+        self._waiting: list[tuple[Tensor, Places]] = []  # scores, and places in an (N, B) array of all scores
         self._count = 0
         self._set(scores, ids)
 
     def add(self, block: Tensor, start: int) -> None:
         """Take the scores (n, B) of rows from number `start` on into account."""
         queries = block.shape[1]
-        height = len(block) // _ROWS_OF_GROUPS * _FLAGS  # of a group's rows each is so far from the next
+        height = len(block) // _GROUP  # of a group's rows each is so far from the next
         groups = torch.unflatten(block[: height * _GROUP], 0, (_GROUP, height))
-        places = _flagged(_reached(groups, self._least))
+        places = np.flatnonzero(_reached(groups, self._least))
         if len(places) * _CROWDED > height * queries:
             self._add_crowded(block, start)
             return
@@ -192,7 +201,7 @@ class _Best:
         scores = torch.take(block, torch.from_numpy(places.ravel()))
         reached = np.flatnonzero(_comparable(scores) >= self._comparable_least[query].repeat(places.shape[1]))
         if len(reached):
-            chosen = torch.from_numpy(places.ravel()[reached] + start * block.shape[1])
+            chosen = places.ravel()[reached] + start * block.shape[1]
             self._waiting.append((scores[torch.from_numpy(reached)], chosen))
             self._count += len(reached)
             if self._count > _PENDING * self._ids.numel():
@@ -204,23 +213,27 @@ class _Best:
         self._keep(scores, numbers + start)
 
     def _merge(self) -> None:
-        """Compare what waits with the best, of each query as many at a time as are kept of it."""
+        """Compare what waits with the best, of each query so many at a time that memory stays bounded."""
         if not self._count:
             return
-        scores, places = (torch.cat(column) for column in zip(*self._waiting, strict=True))
+        scores = torch.cat([scores for scores, _ in self._waiting])
+        places = np.concatenate([places for _, places in self._waiting])
         self._waiting, self._count = [], 0
         queries, width = self._ids.shape
-        query, order = (places % queries).sort()
-        scores, ids = scores[order], places[order] // queries
-        counts = query.bincount(minlength=queries)
-        nth = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
-        most = int(counts.max())
-        for turn in range(0, most, width):
-            now = slice(None) if most <= width else ((nth >= turn) & (nth < turn + width)).nonzero()[:, 0]
-            further = scores.new_full((queries, min(most, width)), -torch.inf)
-            further_ids = torch.full_like(further, -1, dtype=torch.int64)
-            further[query[now], nth[now] - turn] = scores[now]
-            further_ids[query[now], nth[now] - turn] = ids[now]
+        query = places % queries
+        # Numbers of 16 bits numpy sorts by their digits.
+        order = np.argsort(query.astype(np.uint16) if queries <= 1 << 16 else query, kind="stable")
+        counts = np.bincount(query, minlength=queries)
+        nth = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
+        span = _AT_ONCE * width
+        for turn in range(0, int(counts.max()), span):
+            now = order if counts.max() <= span else order[(nth >= turn) & (nth < turn + span)]
+            taken = (counts - turn).clip(0, span)
+            there = torch.from_numpy(np.arange(taken.max()) < taken[:, None])
+            further = scores.new_full(there.shape, _lowest(scores.dtype))
+            further_ids = torch.full(there.shape, -1)
+            further[there] = scores[torch.from_numpy(now)]
+            further_ids[there] = torch.from_numpy(places[now] // queries)
             self._keep(further, further_ids)
 
     def _keep(self, scores: Tensor, ids: Tensor) -> None:
@@ -252,32 +265,34 @@ def _reached(groups: Tensor, least: Tensor) -> npt.NDArray[np.bool_]:
     return reached
 
 
-def _flagged(flags: npt.NDArray[np.bool_]) -> Places:
-    """Return the places of the few set ones among (n, B) flags, n a multiple of 8: eight are looked at at once."""
-    eights = np.flatnonzero(flags.reshape(-1).view(np.uint64) != 0)
-    which, place = np.nonzero(flags.reshape(-1, _FLAGS)[eights])
-    return eights[which] * _FLAGS + place
-
-
 def _best_of(scores: Tensor, ids: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    scores, order = scores.topk(min(kept, scores.shape[1]), dim=1, sorted=False)
+    scores, order = highest(scores, min(kept, scores.shape[1]))
     return scores, ids.gather(1, order)
 
 
 def _best_rows(block: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Return the `kept` highest of each column of `block` (n, B), (B, kept), and their rows.
+    """Return the `kept` highest of each column of `block` (n, B), (B, kept), and their rows."""
+    if block.dtype == torch.bfloat16 and has_cache_blocks(block.device):
+        bits, rows = _best_by_groups(block.view(torch.int16), kept)
+        if bool((bits > 0).all()):  # above all others: only negative numbers come in the reverse order of their bits
+            return bits.view(torch.bfloat16), rows
+    return _best_by_groups(block, kept)
 
-    They lie in the `kept` groups of the highest maxima. Maxima cost a pass over the block, a sort of it several.
+
+def _best_by_groups(block: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Do so by groups: the highest lie in the `kept` groups of the highest maxima.
+
+    Maxima cost a pass over the block, a sort of it several.
     """
     height = len(block) // _GROUP
     if height < 2 * kept:
-        return block.T.contiguous().topk(min(kept, len(block)), dim=1, sorted=False)
-    groups = _best_rows(torch.unflatten(block[: height * _GROUP], 0, (_GROUP, height)).amax(0), kept)[1]
+        return highest(block.T.contiguous(), min(kept, len(block)))
+    groups = _best_by_groups(torch.unflatten(block[: height * _GROUP], 0, (_GROUP, height)).amax(0), kept)[1]
     numbers = (groups[:, :, None] + torch.arange(0, height * _GROUP, height, device=block.device)).flatten(1)
     if len(block) > height * _GROUP:
         rest = torch.arange(height * _GROUP, len(block), device=block.device)
         numbers = torch.cat([numbers, rest.expand(len(numbers), -1)], 1)
-    found, order = block.T.gather(1, numbers).topk(kept, dim=1, sorted=False)
+    found, order = highest(block.T.gather(1, numbers), kept)
     return found, numbers.gather(1, order)
 
 
