@@ -6,6 +6,7 @@ import torch
 
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.engines.bounds import DifferenceBounds, ProductBounds, rounded_up
+from faiss_knn.search.engines.int8_bounds import Int8Bounds
 from faiss_knn.search.engines.projection import leading_directions
 from faiss_knn.search.stored_rows import StoredRows
 
@@ -31,9 +32,12 @@ def excluded(bank, queries, metric="euclidean", dtype=torch.float32, directions=
     if directions:
         sample = rows.as_compared(torch.arange(len(bank)), distance)
         basis = leading_directions(sample - sample.median(0).values, directions)[0].contiguous()
-    bounds = ProductBounds(rows, distance, dtype, basis=basis)
+    whole = dtype == torch.int8
+    bounds = Int8Bounds(rows, distance) if whole else ProductBounds(rows, distance, dtype, basis=basis)
     prepared = bounds.prepare(queries.to(rows.dtype))
-    scores = bounds.scores(prepared, 0, len(bank)).T.double()
+    # In whole numbers the product is exact, which not every CPU's is (test_scan).
+    whole_scores = prepared.vectors.double() @ bounds._block(0, len(bank)).double().T
+    scores = whole_scores if whole else bounds.scores(prepared, 0, len(bank)).T.double()
     norms = torch.from_numpy(exact_norms(queries, bank, metric).astype(float))
     least = torch.stack([bounds.least_score(prepared, column) for column in norms.T], 1)
     return ~(scores >= least)
@@ -44,7 +48,8 @@ def check(bank, queries, **options):
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} pairs"
 
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+FLOATS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
 METRICS = pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 DIRECTIONS = pytest.mark.parametrize("projected", [False, True])
 
@@ -66,13 +71,20 @@ def banks():
     }  # fmt: skip
 
 
-@DTYPES
+@FLOATS
 @METRICS
 @DIRECTIONS
 @pytest.mark.parametrize("name", banks())
 def test_no_row_scores_below_the_least_score_of_its_distance(name, metric, dtype, projected):
     bank, queries = banks()[name]
     check(bank, queries, metric=metric, dtype=dtype, directions=max(1, bank.shape[1] // 3) if projected else None)
+
+
+@METRICS
+@pytest.mark.parametrize("name", banks())
+def test_no_row_scores_below_in_whole_numbers(name, metric):
+    bank, queries = banks()[name]
+    check(bank, queries, metric=metric, dtype=torch.int8)
 
 
 @METRICS
@@ -110,7 +122,7 @@ def test_squares_that_are_rounded_up_at_every_step(size):
     check(torch.cat([side, -side]), torch.zeros(1, 6000), basis=basis)
 
 
-@DTYPES
+@FLOATS
 @pytest.mark.parametrize("stretch", [0.998, 1.002])
 def test_directions_that_are_not_quite_of_length_one(dtype, stretch):
     bank = normal(300, 64)
@@ -156,7 +168,7 @@ def test_numbers_whose_squares_float64_cannot_hold(dtype, scale):
     check(bank, torch.cat([centre, centre * (1 + 1e-12), 1.01 * bank[:20]]), dtype=dtype)
 
 
-@DTYPES
+@FLOATS
 def test_what_a_projection_leaves_out(dtype):
     # Half of the spread lies outside of the directions, and the query's lies along the row's.
     bank = torch.cat([normal(300, 8) * 3, torch.zeros(300, 40)], 1)

@@ -90,7 +90,7 @@ def make_engine(
         faiss_gpu.warn_without_faiss_gpu(spec)
         spec = "flat"
     if spec == "flat":
-        return ExactEngine(rows, distance)
+        return ExactEngine(rows, distance, previous=previous if isinstance(previous, ExactEngine) else None)
     return _faiss(request, rows, distance, previous, known_queries)
 
 

@@ -8,14 +8,22 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance, normalize, pair_norms
-from faiss_knn.search.engines.bounds import BOUND_COLUMNS, Bounds, DifferenceBounds, InnerProductBounds, ProductBounds
+from faiss_knn.search.engines.bounds import (
+    BOUND_COLUMNS,
+    Bounds,
+    DifferenceBounds,
+    InnerProductBounds,
+    PreparedQueries,
+    ProductBounds,
+)
 from faiss_knn.search.engines.costs import seconds_per_candidate
 from faiss_knn.search.engines.duplicates import Duplicates
+from faiss_knn.search.engines.int8_bounds import Int8Bounds
 from faiss_knn.search.engines.oversampling import Oversampling
-from faiss_knn.search.engines.products import scan_dtype
+from faiss_knn.search.engines.products import has_fast_int8, multiply_add_seconds, scan_dtype
 from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions, participation_ratio
 from faiss_knn.search.engines.rerank import measure, nearest
-from faiss_knn.search.engines.scan import best_scores, rows_at_least, search_in_parts
+from faiss_knn.search.engines.scan import best_scores, has_cache_blocks, rows_at_least, search_in_parts
 from faiss_knn.search.stored_rows import StoredRows
 
 _SMALL = 4  # a bank of fewer than this many times the candidates is measured whole
@@ -28,9 +36,13 @@ _SECOND_BLOCK = 8192  # rows for so many queries, more for fewer
 _WIDE = 512  # narrower rows gain too little from a projection
 _BASIS_SHARE = 3  # of the dimensions at most one in so many
 _LEFT_OUT = 0.03  # energy that a projection may leave out: its bound must exclude nearly all rows
-# Of a second pass, that of each, per byte scanned, and per row of each query.
-_PASS_SECONDS, _READ_SECONDS, _COMPARED_SECONDS = 1e-3, 5e-11, 3e-9
+# Of a second pass, that of each, per byte scanned, and per row of each query; of a candidate, that of selecting it.
+_PASS_SECONDS, _READ_SECONDS, _COMPARED_SECONDS, _KEPT_SECONDS = 1e-3, 2e-10, 3e-9, 5e-7
 _TRIAL, _LOOSE = 64, 0.3  # bounds are too loose if after so many queries such a share is uncertified
+_FIRST, _FIRST_INT8 = 32, 128  # candidates beyond k, or k of them, before anything is known
+_LEAST_INT8 = 64  # dimensions from which on the product is worth a faster one
+_FURTHER = 16  # candidates measured at a time beyond the first k, at least
+_FEW_LOST, _LOOSE_INT8 = 4, 0.02  # queries of one pass, and their share, that bounds in int8 may fail to certify
 
 
 class ExactEngine:
@@ -41,6 +53,7 @@ class ExactEngine:
         distance: Which distance.
         lean: Whether to make nothing of the bank beforehand: for a few queries.
         bounds: What another engine made of the same rows and scans by, to be used instead of making one.
+        previous: The engine of an earlier bank: what was too loose for its bounds is not tried again.
 
     Example:
         >>> from faiss_knn.search.distance import get_distance
@@ -58,14 +71,19 @@ class ExactEngine:
     tuned_k = None
 
     def __init__(
-        self, rows: StoredRows, distance: Distance, *, lean: bool = False, bounds: ProductBounds | None = None
+        self,
+        rows: StoredRows,
+        distance: Distance,
+        *,
+        lean: bool = False,
+        bounds: ProductBounds | None = None,
+        previous: "ExactEngine | None" = None,
     ) -> None:
         self._rows = rows
         self.device = rows.device
         self._distance = distance
-        self._dtype = scan_dtype(rows.device)
         self._duplicates: Duplicates | None = None
-        self.uncertified = self._trial_searched = self._trial_uncertified = 0
+        self.uncertified = self._trial_searched = self._trial_uncertified = self._trial_needed = 0
         self._lean = lean
         self._lock = threading.RLock()
         self._oversampling: dict[int, Oversampling] = {}
@@ -73,6 +91,8 @@ class ExactEngine:
         if distance.norm != 1 and not lean:
             self._duplicates = Duplicates.among(rows)
             self._basis = _worthwhile_basis(rows, distance)
+        self._is_int8_loose: bool = previous is not None and previous._is_int8_loose
+        self._dtype = torch.int8 if not lean and self._may_scan_in_int8() else scan_dtype(rows.device)
         self._bounds: Bounds = self._made() if bounds is None else bounds
 
     @property
@@ -97,10 +117,16 @@ class ExactEngine:
         """Drop the rows; nothing can be searched after that."""
         del self._rows, self._bounds, self._duplicates
 
+    def _may_scan_in_int8(self) -> bool:
+        is_fit = self._distance.norm == 2 and not self._rows.streamed and self._basis is None
+        return is_fit and not self._is_int8_loose and self._rows.dim >= _LEAST_INT8 and has_fast_int8(self.device)
+
     def _made(self) -> Bounds:
         if self._distance.norm == 1:
             return DifferenceBounds(self._rows)
         later = None if self._duplicates is None else self._duplicates.later
+        if self._dtype == torch.int8:
+            return Int8Bounds(self._rows, self._distance, passed_over=later)
         kind = InnerProductBounds if self._distance.norm == 0 else ProductBounds
         return kind(self._rows, self._distance, self._dtype, passed_over=later, basis=self._basis, room=self._room())
 
@@ -120,9 +146,11 @@ class ExactEngine:
     def _oversampling_for(self, k: int) -> Oversampling:
         if k not in self._oversampling:
             scanned = self._bounds.bytes or self._rows.bytes
-            candidate = seconds_per_candidate(self._rows.dim)
+            candidate = _KEPT_SECONDS if has_cache_blocks(self.device) else seconds_per_candidate(self._rows.dim)
             second_pass = _PASS_SECONDS + scanned * _READ_SECONDS
-            self._oversampling[k] = Oversampling(k, candidate, second_pass, len(self._rows) * _COMPARED_SECONDS)
+            first = _FIRST_INT8 if self._dtype == torch.int8 else _FIRST
+            query = len(self._rows) * _COMPARED_SECONDS
+            self._oversampling[k] = Oversampling(k, candidate, second_pass, query, first)
         return self._oversampling[k]
 
     def _room(self) -> int:
@@ -142,50 +170,88 @@ class ExactEngine:
         return search_in_parts(lambda part: self._search_part(part, k), queries, k, most, together=self._rows.streamed)
 
     def _search_part(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        bounds, oversampling = self._now(k)
-        count = oversampling.count
-        distances, ids, needed = self._search_chunk(queries, k, bounds, count)
-        del bounds  # so that a tighter one can take its place
-        self._learn(oversampling, needed, count)
-        return distances, ids
+        while True:
+            bounds, oversampling = self._now(k)
+            count = oversampling.count
+            distances, ids, needed = self._first_pass(queries, k, bounds, count)
+            lost = [query for query, need in enumerate(needed) if need > count]
+            # A second pass by bounds in int8 may measure so many rows that another first one is cheaper.
+            is_over = not isinstance(bounds, Int8Bounds) or len(lost) <= max(_FEW_LOST, _LOOSE_INT8 * len(queries))
+            if is_over:
+                for start in range(0, len(lost), _SECOND_CHUNK):
+                    some = lost[start : start + _SECOND_CHUNK]
+                    part = torch.tensor(some, device=queries.device)
+                    distances[part], ids[part], within = self._second_pass(
+                        queries[part], k, distances[part, -1], bounds
+                    )
+                    for query, reached in zip(some, within.tolist(), strict=True):
+                        needed[query] = max(needed[query], reached - k + 1)
+            del bounds  # so that tighter ones can take their place
+            with self._lock:
+                if oversampling is self._oversampling.get(k):  # else they have, meanwhile
+                    self._learn(oversampling, needed, count) if is_over else self._tighten()
+                self.uncertified += len(lost) if is_over else 0
+            if is_over:
+                return distances, ids
 
-    def _search_chunk(self, queries: Tensor, k: int, bounds: Bounds, count: int) -> tuple[Tensor, Tensor, list[int]]:
+    def _first_pass(self, queries: Tensor, k: int, bounds: Bounds, count: int) -> tuple[Tensor, Tensor, list[int]]:
         """Search by bounds and `count` candidates beyond k; also say how many each query would have needed."""
         prepared = bounds.prepare(queries)
         scores, ids = best_scores(bounds, prepared, len(self._rows), min(k + count, len(self._rows)))
         ids = ids if self._duplicates is None else self._duplicates.mask_copies(ids)
-        distances, ids = self._followed(*nearest(measure(queries, self._rows, ids, self._distance), ids, k), k)
+        distances, ids = self._followed(*nearest(*self._measured(queries, k, bounds, prepared, scores, ids), k), k)
         # Certified: not all candidates can be within the k-th distance, hence no row that scored lower than they.
         within = scores.double() >= bounds.least_score(prepared, self._distance.to_norm(distances[:, -1]))[:, None]
         counts = within.sum(1).tolist()  # the one time that a GPU is waited for
-        lost = [query for query, reached in enumerate(counts) if reached == scores.shape[1]]
-        for start in range(0, len(lost), _SECOND_CHUNK):
-            part = torch.tensor(lost[start : start + _SECOND_CHUNK], device=queries.device)
-            distances[part], ids[part] = self._second_pass(queries[part], k, distances[part, -1], bounds)
-        return distances, ids, [reached - k + 1 for reached in counts]
+        return distances, ids, [count + 1 if reached == scores.shape[1] else reached - k + 1 for reached in counts]
+
+    def _measured(
+        self, queries: Tensor, k: int, bounds: Bounds, prepared: PreparedQueries, scores: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Measure those candidates that may be among the k nearest: ((B, m) distances, (B, m) ids)."""
+        if not has_cache_blocks(ids.device) or ids.shape[1] <= k:  # a GPU would be waited for
+            return measure(queries, self._rows, ids, self._distance), ids
+        scores, order = scores.sort(dim=1, descending=True)
+        ids = ids.gather(1, order)
+        distances = torch.full(ids.shape, torch.inf, dtype=torch.float64)
+        start, stop, asked = 0, k, torch.arange(len(queries))
+        while len(asked) > 0:
+            some = ids[asked, start:stop]
+            distances[asked, start:stop] = measure(queries[asked], self._rows, some, self._distance)
+            # What is farther than the k nearest so far, by its score, need not be measured.
+            limits = distances[:, :stop].kthvalue(k, dim=1).values
+            least = bounds.least_score(prepared, self._distance.to_norm(limits))
+            start, stop = stop, min(stop + max(_FURTHER, k // 2), ids.shape[1])
+            asked = (scores[:, start].double() >= least).nonzero()[:, 0] if start < stop else asked[:0]
+        return distances[:, :start], ids[:, :start]
 
     def _learn(self, oversampling: Oversampling, needed: list[int], count: int) -> None:
-        uncertified = sum(need > count for need in needed)
-        with self._lock:
-            self.uncertified += uncertified
-            if oversampling is self._oversampling.get(oversampling.k):  # else the bounds were tightened meanwhile
-                oversampling.learn(needed, count)
-                self._count(len(needed), uncertified)
+        oversampling.learn(needed)
+        self._trial_searched += len(needed)
+        self._trial_uncertified += sum(need > count for need in needed)
+        self._trial_needed += sum(needed)
+        if self._trial_searched >= _TRIAL and self._are_too_loose():
+            self._tighten()
+
+    def _are_too_loose(self) -> bool:
+        if self._trial_uncertified > _LOOSE * self._trial_searched:
+            return True
+        if self._dtype != torch.int8:
+            return False
+        saved = multiply_add_seconds(scan_dtype(self.device)) - multiply_add_seconds(torch.int8)
+        more = self._trial_needed / self._trial_searched * seconds_per_candidate(self._rows.dim)
+        return more > len(self._rows) * self._rows.dim * saved
 
     def _followed(self, distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return (distances, ids) if self._duplicates is None else self._duplicates.expand(distances, ids, k)
 
-    def _count(self, searched: int, uncertified: int) -> None:
-        self._trial_searched += searched
-        self._trial_uncertified += uncertified
-        if self._trial_searched >= _TRIAL and self._trial_uncertified > _LOOSE * self._trial_searched:
-            self._tighten()
-
     def _tighten(self) -> None:
-        """Go on with tighter bounds: all coordinates instead of a projection, float32 instead of bfloat16."""
-        self._trial_searched = self._trial_uncertified = 0
+        """Go on with tighter bounds: bfloat16 instead of int8, all coordinates, float32 instead of bfloat16."""
+        self._trial_searched = self._trial_uncertified = self._trial_needed = 0
         self._oversampling = {}
-        if self._basis is not None:
+        if self._dtype == torch.int8:
+            self._dtype, self._is_int8_loose = scan_dtype(self.device), True
+        elif self._basis is not None:
             self._basis = None
         elif self._dtype == torch.bfloat16:
             self._dtype = torch.float32
@@ -194,8 +260,8 @@ class ExactEngine:
         del self._bounds  # before the next is made: one copy at a time, unless another thread searches by it
         self._bounds = self._made()
 
-    def _second_pass(self, queries: Tensor, k: int, limits: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
-        """Measure every row whose bound does not exclude it from the k nearest.
+    def _second_pass(self, queries: Tensor, k: int, limits: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
+        """Measure every row whose bound does not exclude it from the k nearest, and also count them (b,).
 
         Args:
             queries: (b, d).
@@ -206,11 +272,13 @@ class ExactEngine:
         prepared = bounds.prepare(queries)
         best = torch.empty(len(queries), 0, dtype=torch.float64, device=queries.device)
         ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+        counts = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
         step = _SECOND_BLOCK * _SECOND_CHUNK // len(queries)
         for start in range(0, len(self._rows), step):
             scores = bounds.scores(prepared, start, min(start + step, len(self._rows)))
             query, row = rows_at_least(scores, bounds.least_score(prepared, self._distance.to_norm(limits)))
             row = row + start
+            counts += query.bincount(minlength=len(queries))
             if self._duplicates is not None:
                 first = self._duplicates.mask_copies(row) >= 0
                 query, row = query[first], row[first]
@@ -220,7 +288,7 @@ class ExactEngine:
             best, ids = nearest(best, ids, min(k, best.shape[1]))
             if best.shape[1] == k:
                 limits = torch.minimum(limits, best[:, -1])
-        return self._followed(best, ids, k)
+        return *self._followed(best, ids, k), counts
 
     def _measured_whole(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         queries = normalize(queries) if self._distance.normalized else queries.double()

@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 
-_FIRST = 32
 _WATCHED = 256  # queries between two choices
 
 
@@ -16,6 +15,7 @@ class Oversampling:
         candidate: Seconds that a candidate of one query takes.
         second_pass: Seconds of a second pass, for however many queries of a chunk.
         query: Seconds that each query adds to it.
+        first: How many before anything is known, k at least.
 
     Example:
         >>> oversampling = Oversampling(200, candidate=1e-6, second_pass=1.0, query=1e-3)
@@ -24,21 +24,19 @@ class Oversampling:
         16
     """
 
-    def __init__(self, k: int, candidate: float, second_pass: float, query: float) -> None:
+    def __init__(self, k: int, candidate: float, second_pass: float, query: float, first: int = 32) -> None:
         self.k = k
-        self.count = self._first = max(_FIRST, k)
+        self.count = self._first = max(first, k)
         self._candidate, self._second_pass, self._query = candidate, second_pass, query
         self._chunks: list[list[int]] = []
 
-    def learn(self, needed: list[int], count: int | None = None) -> None:
+    def learn(self, needed: list[int]) -> None:
         """Take note of how many each query of a chunk would have needed.
 
         Args:
-            needed: One number a query; `count` + 1: more than there were.
-            count: How many the chunk was searched with; None: as many as now.
+            needed: One number a query.
         """
-        had = self.count if count is None else count
-        self._chunks.append([2 * need if need > had else need for need in needed])
+        self._chunks.append(needed)
         needs = sorted(need for chunk in self._chunks for need in chunk)
         if len(needs) < _WATCHED:
             return

@@ -17,7 +17,11 @@ from faiss_knn.search.engines.workers import numpy_threads, run_alone
 from faiss_knn.search.precision import cpu_flags
 
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")  # with either, bfloat16 products are faster than float32 ones
+# With one of them int8 products are exact, and may be faster than either: without, oneDNN's would saturate.
+_INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni")
+_LEAST_GAIN = 0.7  # of the other product's time: bounds in int8 leave more rows to be measured
 _ROWS, _WIDTH, _QUERIES = 512, 520, 500  # of the product that is timed: sizes that no kernel is made for
+_PRODUCT = _ROWS * _WIDTH * _QUERIES
 _ROUNDS = 4  # the first to warm up: some 50 milliseconds in all where a core does 80 GFLOP/s
 
 
@@ -28,6 +32,8 @@ def multiply(rows: Tensor, queries: Tensor, out: Tensor) -> Tensor:
         `out`.
     """
     # The rows on the left: oneDNN packs the right side anew for every product, and the queries are fewer.
+    if rows.dtype == torch.int8:
+        return _multiply_whole(rows, queries, out)
     return _multiply_numpys(rows, queries, out) if uses_numpy(rows) else _multiply_pytorchs(rows, queries, out)
 
 
@@ -38,6 +44,10 @@ def _multiply_numpys(rows: Tensor, queries: Tensor, out: Tensor) -> Tensor:
 
 def _multiply_pytorchs(rows: Tensor, queries: Tensor, out: Tensor) -> Tensor:
     return torch.mm(rows, queries.T, out=out)
+
+
+def _multiply_whole(rows: Tensor, queries: Tensor, out: Tensor) -> Tensor:
+    return torch._int_mm(rows, queries.T, out=out)
 
 
 def uses_numpy(rows: Tensor) -> bool:
@@ -54,13 +64,15 @@ def prefers_numpy() -> bool:
 @cache
 def multiply_add_seconds(dtype: torch.dtype) -> float:
     """Return what each multiply-add of a scan's product takes a thread of this CPU, timed once per process."""
+    if dtype == torch.int8:
+        return statistics.median(turn[0] for turn in _turns([_multiply_whole], dtype)) / _PRODUCT
     if dtype == torch.float32 or cpu_flags().isdisjoint(BFLOAT16_FLAGS):
         # Without instructions of its own, bfloat16 is never scanned in.
         of_numpy = numpy_threads() is not None and prefers_numpy()
         seconds = [turn[of_numpy] for turn in _float32_turns()]
     else:
         seconds = [turn[0] for turn in _turns([_multiply_pytorchs], dtype)]
-    return statistics.median(seconds) / (_ROWS * _WIDTH * _QUERIES)
+    return statistics.median(seconds) / _PRODUCT
 
 
 @cache
@@ -74,7 +86,7 @@ def _turns(products: Sequence[Callable[[Tensor, Tensor, Tensor], Tensor]], dtype
     queries = torch.ones(_QUERIES, _WIDTH, dtype=dtype, device="cpu")
 
     def measure() -> list[list[float]]:
-        out = rows.new_empty(_ROWS, _QUERIES)
+        out = rows.new_empty(_ROWS, _QUERIES, dtype=torch.int32 if dtype == torch.int8 else dtype)
         return [[_thread_seconds(partial(product, rows, queries, out)) for product in products] for _ in range(_ROUNDS)]
 
     return run_alone(measure)[1:]
@@ -102,3 +114,14 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and not cpu_flags().isdisjoint(BFLOAT16_FLAGS)
+
+
+@cache
+def has_fast_int8(device: torch.device) -> bool:
+    """Tell whether int8 products are exact on this CPU and clearly faster than those in `scan_dtype`."""
+    if device.type != "cpu" or cpu_flags().isdisjoint(_INT8_FLAGS) or not hasattr(torch, "_int_mm"):
+        return False
+    try:
+        return multiply_add_seconds(torch.int8) < _LEAST_GAIN * multiply_add_seconds(scan_dtype(device))
+    except RuntimeError:  # a build of PyTorch without it
+        return False

@@ -1,0 +1,124 @@
+"""The exact search by bounds in whole numbers: the same neighbours, and another way where the bounds are loose."""
+
+import numpy as np
+import pytest
+import torch
+
+from faiss_knn import KNNIndex
+from faiss_knn.search.engines import products
+from faiss_knn.search.precision import cpu_flags
+
+HAS_INSTRUCTIONS = not cpu_flags().isdisjoint({"amx_int8", "avx512_vnni", "avx_vnni"})
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def int8_is_fast(monkeypatch):
+    monkeypatch.setattr("faiss_knn.search.engines.exact.has_fast_int8", lambda device: device.type == "cpu")
+    monkeypatch.setattr(
+        "faiss_knn.search.engines.exact.multiply_add_seconds", lambda dtype: 1e-12 if dtype == torch.int8 else 1e-9
+    )
+    if not HAS_INSTRUCTIONS:
+        monkeypatch.setattr(products, "_multiply_whole", in_float64)
+
+
+def in_float64(rows, queries, out):
+    return out.copy_(rows.double() @ queries.double().T)
+
+
+def expected(queries, bank, k, metric):
+    queries, bank = queries.double().numpy(), bank.double().numpy()
+    if metric == "cosine":
+        queries, bank = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (queries, bank))
+    norms = np.stack([np.sqrt(((bank - query) ** 2).sum(1)) for query in queries])
+    distances = norms**2 / 2 if metric == "cosine" else norms
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, order, 1), order
+
+
+def check(index, queries, bank, k=10):
+    distances, ids = index.search(queries, k)
+    wanted, order = expected(queries, bank, k, index.distance_metric)
+    np.testing.assert_allclose(distances.numpy(), wanted, rtol=1e-6, atol=1e-12)
+    assert (ids.numpy() == order).all()
+
+
+def banks():
+    clusters = normal(30, 96)[torch.arange(3000) % 30] + 0.1 * normal(3000, 96, seed=1)
+    outlying = normal(3000, 96)
+    outlying[:, 5] *= 40
+    return {
+        "normal": (normal(3000, 96), normal(40, 96, seed=1)),
+        "clusters": (clusters, clusters[:40] + 0.05 * normal(40, 96, seed=2)),
+        "far from zero": (normal(3000, 64) + 50, normal(40, 64, seed=1) + 50),
+        "one coordinate outlying": (outlying, outlying[:40] + normal(40, 96, seed=2)),
+        "copies of each row": (normal(300, 96).repeat(10, 1), normal(40, 96, seed=1)),
+        "a few rows of any size": (
+            torch.cat([normal(3000, 96), normal(8, 96) * 10.0 ** torch.arange(-3, 5)[:, None]]),
+            normal(40, 96, seed=1),
+        ),
+        "a few queries of any size": (
+            normal(3000, 96),
+            torch.cat([normal(40, 96, seed=1), normal(8, 96, seed=2) * 10.0 ** torch.arange(-3, 5)[:, None]]),
+        ),
+        "queries of another kind": (normal(3000, 96), 7 * normal(40, 96, seed=1) + 3),
+        "rows of float16": (normal(3000, 96).half(), normal(40, 96, seed=1).half()),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("name", banks())
+def test_the_neighbours_are_those_of_a_float64_search(name, metric):
+    bank, queries = banks()[name]
+    index = KNNIndex(distance_metric=metric).build(bank)
+    assert index.stats.parameters["scan_dtype"] == "int8"
+    check(index, queries, bank)
+    check(index, queries, bank)  # by what was learned
+
+
+def test_usual_features_stay_with_it():
+    bank, queries = normal(20_000, 128), normal(300, 128, seed=1)
+    index = KNNIndex().build(bank)
+    check(index, queries, bank, k=20)
+    assert index.stats.parameters["scan_dtype"] == "int8"
+    assert index.stats.uncertified <= 3
+
+
+def test_where_it_is_loose_the_search_goes_on_in_another_and_the_next_bank_begins_with_that():
+    bank = normal(20_000, 64)
+    bank[:, :2] *= 20  # beside these, the other coordinates are rounded to next to nothing
+    queries = bank[:300] + 0.1 * normal(300, 64, seed=1)
+    index = KNNIndex().build(bank)
+    check(index, queries, bank)
+    assert index.stats.parameters["scan_dtype"] != "int8"
+    assert index.build(bank).stats.parameters["scan_dtype"] != "int8"
+    assert KNNIndex().build(bank).stats.parameters["scan_dtype"] == "int8"
+
+
+def test_where_the_product_is_too_small_to_pay_the_search_goes_on_in_another(monkeypatch):
+    monkeypatch.setattr("faiss_knn.search.engines.exact.multiply_add_seconds", lambda dtype: 1e-14)
+    bank, queries = normal(20_000, 128), normal(300, 128, seed=1)
+    index = KNNIndex().build(bank)
+    check(index, queries, bank)
+    assert index.stats.parameters["scan_dtype"] != "int8"
+
+
+@pytest.mark.parametrize(("metric", "dim"), [("euclidean", 63), ("dot", 96), ("manhattan", 96)])
+def test_elsewhere_it_is_not_used(metric, dim):
+    index = KNNIndex(distance_metric=metric).build(normal(3000, dim))
+    assert index.stats.parameters.get("scan_dtype") != "int8"
+
+
+@pytest.mark.skipif(not HAS_INSTRUCTIONS, reason="the CPU has no instructions for int8, or saturating ones")
+@pytest.mark.parametrize("width", [8, 72, 392, 2056])
+def test_products_of_whole_numbers_are_exact(width):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-127, 128, (300, width), generator=generator).to(torch.int8)
+    queries = torch.cat([torch.full((1, width), 127), torch.full((1, width), -127)]).to(torch.int8)
+    rows[:2] = queries
+    queries = torch.cat([queries, rows[40:71]])
+    product = products.multiply(rows, queries, torch.empty(300, len(queries), dtype=torch.int32))
+    assert torch.equal(product, (rows.double() @ queries.double().T).int())
