@@ -116,8 +116,12 @@ def decayed(n, d=256, seed=0):
 
 
 def test_the_spectrum_decides_and_is_looked_at_only_where_it_may_pay(monkeypatch):
+    def seconds(dtype):
+        return 1e-12 if dtype == torch.int8 else 1e-11  # 200 GFLOP/s a thread
+
     for module in (choice, costs):
-        monkeypatch.setattr(module, "multiply_add_seconds", lambda dtype: 1e-11)  # 200 GFLOP/s a thread
+        monkeypatch.setattr(module, "multiply_add_seconds", seconds)
+    monkeypatch.setattr("faiss_knn.search.engines.exact.has_fast_int8", lambda device: False)
     index = KNNIndex("auto")
     assert index.build(bank(20_000, 256), expected_queries=10**6).stats.spec == "flat"
     assert index.build(decayed(20_000), expected_queries=500).stats.spec == "flat"
@@ -133,6 +137,7 @@ def test_the_spectrum_decides_and_is_looked_at_only_where_it_may_pay(monkeypatch
     half = same._replace(fast_dims=64)
     assert prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half)
     assert not prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half._replace(flat_dims=32))
+    assert not prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half._replace(in_int8=True))
 
 
 def test_a_large_bank_is_projected_to_what_was_best_for_a_sample_of_it_or_not_at_all(monkeypatch):

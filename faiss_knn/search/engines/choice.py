@@ -123,11 +123,13 @@ class Scans(NamedTuple):
         flat_dims: Width that "flat" scans.
         fast_dims: Width that "fast" scans.
         candidates: Rows that "fast" measures.
+        in_int8: Whether "flat" scans in int8.
     """
 
     flat_dims: int
     fast_dims: int
     candidates: int
+    in_int8: bool = False
 
 
 def prefers_fast(
@@ -142,7 +144,7 @@ def prefers_fast(
 ) -> bool:
     """Decide for "auto" whether a build and `queries` searches are cheaper with "fast" than with "flat".
 
-    flat:  build N·d + Q · (scan + 1.25k candidates)
+    flat:  build N·d + Q · (scan + 1.25k candidates, or in int8 2k)
     fast:  build N·d, tuning (some scans of the held-out queries, fewer when warm) + Q · (narrower scan + candidates)
 
     "ivf" is never chosen: at a recall worth reporting it visits a quarter of its lists, one query at a time, and takes
@@ -160,7 +162,8 @@ def prefers_fast(
     """
 
     def pays(scans: Scans) -> bool:
-        flat = search_cost(rows, dim, scans.flat_dims, k + k // 4 + 4, dtype)
+        measured = 2 * k + 8 if scans.in_int8 else k + k // 4 + 4
+        flat = search_cost(rows, dim, scans.flat_dims, measured, torch.int8 if scans.in_int8 else dtype)
         fast = search_cost(rows, dim, scans.fast_dims, scans.candidates, dtype, is_quick=True)
         total = _tuning_cost(rows, dim, k, dtype, warm=warm) + queries * fast
         return fast < _FASTER * flat and total < _SURE * queries * flat
@@ -190,11 +193,11 @@ def _directions_cost(dim: int, dtype: torch.dtype) -> float:
 
 def _foretold(request: EngineRequest, rows: StoredRows, distance: Distance, tuned: Tuned | None) -> Scans:
     """Foretell the scans by an earlier tuning, or by that of a sample of the bank."""
-    flat_dims = ExactEngine(sample_of(rows, distance), distance).parameters["scan_dims"]
+    flat = ExactEngine(sample_of(rows, distance), distance).parameters
     if tuned is None:
         tuned = foretell(rows, distance, request.expected_k, request.target)
     dims = rows.dim if tuned.basis is None else tuned.basis.shape[1]
-    return Scans(cast(int, flat_dims), dims, tuned.candidates(request.expected_k))
+    return Scans(cast(int, flat["scan_dims"]), dims, tuned.candidates(request.expected_k), flat["scan_dtype"] == "int8")
 
 
 def _fast(
