@@ -134,7 +134,7 @@ def test_the_spectrum_decides_and_is_looked_at_only_where_it_may_pay(monkeypatch
     assert not prefers_fast(20_000, 256, 8_000, 20, DTYPE, warm=False, foretell=never)  # would take long beside them
     same = choice.Scans(flat_dims=256, fast_dims=256, candidates=20)
     assert not prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: same)
-    half = same._replace(fast_dims=64)
+    half = same._replace(fast_dims=128)
     assert prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half)
     assert not prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half._replace(flat_dims=32))
     assert not prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half._replace(in_int8=True))
