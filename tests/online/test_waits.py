@@ -7,7 +7,7 @@ import torch
 from torchmetrics import MeanAbsoluteError
 
 from faiss_knn import FeatureBank, OnlineKNN, OnlineQueue
-from faiss_knn.search.engines import products, scan
+from faiss_knn.search.engines import matrix_product, scan
 from tests.online.parts import Echo, loader, trainer
 from tests.online.test_callback import knn
 from tests.waits import Waits
@@ -35,7 +35,7 @@ def waits_of(monkeypatch: pytest.MonkeyPatch, train: dict, val: dict, **options)
             if name in vars(owner):
                 monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
     monkeypatch.setattr(scan, "has_cache_blocks", lambda device: False)  # the scan of a GPU
-    monkeypatch.setattr(products, "prefers_numpy", lambda: False)  # and its product, also where numpy's is faster
+    monkeypatch.setattr(matrix_product, "prefers_numpy", lambda: False)  # and its product, whichever is faster
     run = trainer(knn(queue_length=2000, **options), num_sanity_val_steps=0)
     run.fit(Echo(), loader(250, **train), loader(32, **val))
     return waits

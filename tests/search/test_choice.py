@@ -12,7 +12,7 @@ from faiss_knn import KNNIndex, OnlineKNN
 from faiss_knn.search.engines import choice, costs
 from faiss_knn.search.engines.choice import prefers_fast
 from faiss_knn.search.engines.fast import FastEngine
-from faiss_knn.search.engines.products import has_fast_bfloat16
+from faiss_knn.search.engines.matrix_product import has_fast_bfloat16
 from tests.online.parts import Echo, clusters, loader, trainer
 from tests.reference import brute_force
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faiss_knn import KNNIndex
-from faiss_knn.search.engines import products
+from faiss_knn.search.engines import matrix_product
 from faiss_knn.search.engines.backend import faiss
 from tests.reference import brute_force, distances
 
@@ -281,7 +281,7 @@ def test_one_huge_row_or_all_of_them(distance, scale):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("fast_bfloat16", [True, False])
 def test_rows_that_are_multiples_of_each_other_are_ordered_by_index(monkeypatch, dtype, fast_bfloat16):
-    monkeypatch.setattr(products, "has_fast_bfloat16", lambda device: fast_bfloat16)
+    monkeypatch.setattr(matrix_product, "has_fast_bfloat16", lambda device: fast_bfloat16)
     generator = np.random.default_rng(0)
     directions = generator.integers(-8, 9, (40, 12))
     which = generator.integers(0, 40, 1200)
@@ -309,7 +309,7 @@ def test_several_threads_search_one_index(monkeypatch):
     asked = [rows[start : start + 32] + 1e-2 * bank(start, 32, 600) for start in range(0, 1600, 200)]
     expected = [torch.from_numpy(brute_force(some.double().numpy(), rows.double().numpy(), 10)[1]) for some in asked]
     for dtype in (True, False):
-        monkeypatch.setattr(products, "has_fast_bfloat16", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(matrix_product, "has_fast_bfloat16", lambda device, dtype=dtype: dtype)
         for _ in range(2):
             index = KNNIndex().build(rows)
             done = threading.Event()

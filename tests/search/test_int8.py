@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from faiss_knn import KNNIndex
-from faiss_knn.search.engines import products
+from faiss_knn.search.engines import matrix_product
 from faiss_knn.search.precision import cpu_flags
 
 HAS_INSTRUCTIONS = not cpu_flags().isdisjoint({"amx_int8", "avx512_vnni", "avx_vnni"})
@@ -22,7 +22,7 @@ def int8_is_fast(monkeypatch):
         "faiss_knn.search.engines.exact.multiply_add_seconds", lambda dtype: 1e-12 if dtype == torch.int8 else 1e-9
     )
     if not HAS_INSTRUCTIONS:
-        monkeypatch.setattr(products, "_multiply_whole", in_float64)
+        monkeypatch.setattr(matrix_product, "_multiply_whole", in_float64)
 
 
 def in_float64(rows, queries, out):
@@ -120,5 +120,5 @@ def test_products_of_whole_numbers_are_exact(width):
     queries = torch.cat([torch.full((1, width), 127), torch.full((1, width), -127)]).to(torch.int8)
     rows[:2] = queries
     queries = torch.cat([queries, rows[40:71]])
-    product = products.multiply(rows, queries, torch.empty(300, len(queries), dtype=torch.int32))
+    product = matrix_product.multiply(rows, queries, torch.empty(300, len(queries), dtype=torch.int32))
     assert torch.equal(product, (rows.double() @ queries.double().T).int())

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from faiss_knn import KNNIndex
-from faiss_knn.search.engines import products
-from faiss_knn.search.engines.products import has_fast_bfloat16
+from faiss_knn.search.engines import matrix_product
+from faiss_knn.search.engines.matrix_product import has_fast_bfloat16
 from tests.reference import distances
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
@@ -62,7 +62,7 @@ def flat(
     scan: str, rows: int, dim: int, dtype: torch.dtype, queries: int, k: int, distance: str, twins: int
 ) -> tuple[int, int]:
     """Return by how much a build and a search grow, and what they may add."""
-    products.has_fast_bfloat16 = lambda device: scan == "bfloat16"
+    matrix_product.has_fast_bfloat16 = lambda device: scan == "bfloat16"
     warm_up(distance)
     bank, asked = torch.randn(rows, dim).to(dtype), torch.randn(queries, dim).to(dtype)
     bank[: rows * twins // 100] = bank[0]

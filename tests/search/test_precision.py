@@ -10,7 +10,7 @@ from tests.search.test_index import assert_exact, bank
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
 def scanned_in(request, monkeypatch):
     monkeypatch.setattr(
-        "faiss_knn.search.engines.products.has_fast_bfloat16", lambda device: request.param == torch.bfloat16
+        "faiss_knn.search.engines.matrix_product.has_fast_bfloat16", lambda device: request.param == torch.bfloat16
     )
     return str(request.param).removeprefix("torch.")
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from faiss_knn.search.engines import products
+from faiss_knn.search.engines import matrix_product
 from faiss_knn.search.engines.bounds import PreparedQueries
 from faiss_knn.search.engines.scan import best_scores
 from faiss_knn.search.engines.selection import highest
@@ -81,9 +81,9 @@ def test_the_highest_of_each_row_of_scores(dtype, queries, width, kept):
 @pytest.mark.parametrize("numpy_is_faster", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_either_library_multiplies(monkeypatch, numpy_is_faster, dtype):
-    monkeypatch.setattr(products, "prefers_numpy", lambda: numpy_is_faster)
+    monkeypatch.setattr(matrix_product, "prefers_numpy", lambda: numpy_is_faster)
     rows, queries = torch.randn(100, 24).to(dtype), torch.randn(7, 24).to(dtype)
-    product = products.multiply(rows, queries, torch.empty(100, 7, dtype=dtype))
+    product = matrix_product.multiply(rows, queries, torch.empty(100, 7, dtype=dtype))
     expected = rows.double() @ queries.double().T
     torch.testing.assert_close(product.double(), expected, rtol=2.0**-7, atol=1e-2 if dtype == torch.bfloat16 else 1e-4)
 
@@ -91,10 +91,10 @@ def test_either_library_multiplies(monkeypatch, numpy_is_faster, dtype):
 def test_numpy_is_left_out_where_pytorch_may_use_fewer_threads():
     code = (
         "import torch; torch.set_num_threads(1)\n"
-        "from faiss_knn.search.engines import products\n"
+        "from faiss_knn.search.engines import matrix_product\n"
         "def never(): raise SystemExit('asked')\n"
-        "products.prefers_numpy = never\n"
-        "products.multiply(torch.ones(3, 2), torch.ones(2, 2), torch.empty(3, 2))\n"
+        "matrix_product.prefers_numpy = never\n"
+        "matrix_product.multiply(torch.ones(3, 2), torch.ones(2, 2), torch.empty(3, 2))\n"
         "print(torch.get_num_threads())"
     )
     environment = {"OPENBLAS_NUM_THREADS": "2", "PATH": "", "PYTHONPATH": ":".join(sys.path)}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from faiss_knn import KNNIndex
+from faiss_knn.search.engines import matrix_product
 from faiss_knn.search.engines.workers import numpy_threads, run_alone, run_apart, run_together, threads_for
 
 
@@ -75,8 +76,8 @@ class TestRunTogether:
 @pytest.mark.parametrize("least_part", [0, 1 << 30], ids=["queries divided", "rows divided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_do_not_depend_on_the_number_of_threads(dtype, least_part, monkeypatch):
-    monkeypatch.setattr("faiss_knn.search.engines.products.has_fast_bfloat16", lambda device: dtype == torch.bfloat16)
-    monkeypatch.setattr("faiss_knn.search.engines.products.prefers_numpy", lambda: False)
+    monkeypatch.setattr(matrix_product, "has_fast_bfloat16", lambda device: dtype == torch.bfloat16)
+    monkeypatch.setattr(matrix_product, "prefers_numpy", lambda: False)
     for name in ("scan._ALONE", "rerank._ALONE", "scan._LEAST_WORK"):
         monkeypatch.setattr(f"faiss_knn.search.engines.{name}", 0)
     monkeypatch.setattr("faiss_knn.search.engines.scan._LEAST_PART", least_part)

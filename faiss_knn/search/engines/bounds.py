@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance, lengths, normalize, scaled_by_powers
-from faiss_knn.search.engines.products import multiply
+from faiss_knn.search.engines.matrix_product import multiply
 from faiss_knn.search.stored_rows import StoredRows
 
 _SAMPLE = 1024

@@ -6,7 +6,7 @@ are those of a modern core.
 
 import torch
 
-from faiss_knn.search.engines.products import multiply_add_seconds
+from faiss_knn.search.engines.matrix_product import multiply_add_seconds
 
 _PAIR, _PAIR_VALUE = 260e-9, 2e-9  # seconds per distance that is measured, and per value of it
 _QUICK = 0.6  # of that, where distances are measured in float32

@@ -19,8 +19,8 @@ from faiss_knn.search.engines.bounds import (
 from faiss_knn.search.engines.costs import seconds_per_candidate
 from faiss_knn.search.engines.duplicates import Duplicates
 from faiss_knn.search.engines.int8_bounds import Int8Bounds
+from faiss_knn.search.engines.matrix_product import has_fast_int8, multiply_add_seconds, scan_dtype
 from faiss_knn.search.engines.oversampling import Oversampling
-from faiss_knn.search.engines.products import has_fast_int8, multiply_add_seconds, scan_dtype
 from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions, participation_ratio
 from faiss_knn.search.engines.rerank import measure, nearest
 from faiss_knn.search.engines.scan import best_scores, has_cache_blocks, rows_at_least, search_in_parts

@@ -9,7 +9,7 @@ from torch import Tensor
 from faiss_knn.search.distance import Distance
 from faiss_knn.search.engines.bounds import BOUND_COLUMNS, ProductBounds
 from faiss_knn.search.engines.costs import search_cost
-from faiss_knn.search.engines.products import scan_dtype
+from faiss_knn.search.engines.matrix_product import scan_dtype
 from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions
 from faiss_knn.search.engines.rerank import measure_quickly, nearest
 from faiss_knn.search.engines.scan import best_scores, run_search, search_in_parts
