@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from faiss_knn import KNNIndex
 from faiss_knn.search.engines import exact as exact_search
-from faiss_knn.search.engines.backend import faiss
+from faiss_knn.search.engines.faiss_library import faiss
 
 Record = dict[str, Any]
 KINDS = ("clusters", "embeddings", "rank 100")

@@ -33,7 +33,7 @@ SLOW = (
     "offline/test_report.py::test_the_page_in_a_browser",
     "offline/test_results_folder.py",
     "online/test_rows_together.py::test_at_whichever_line_a_step_stops_its_rows_are_all_kept_or_none",
-    "search/test_backend.py",
+    "search/test_faiss_library.py",
     "search/test_bounds.py::test_no_row_scores_below_the_least_score_of_its_distance",
     "search/test_index.py::test_factory_strings_measure_what_they_find",
     "search/test_index.py::test_float64_rows_whose_squares_float64_cannot_hold",

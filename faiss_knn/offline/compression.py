@@ -17,7 +17,7 @@ from faiss_knn.offline.preparation import Steps, with_steps
 from faiss_knn.offline.principal import principal_axes
 from faiss_knn.offline.task import EvalTask
 from faiss_knn.search.distance import directions
-from faiss_knn.search.engines.backend import binary_index
+from faiss_knn.search.engines.faiss_library import binary_index
 from faiss_knn.search.engines.rerank import nearest
 from faiss_knn.search.inputs import shown
 

@@ -22,7 +22,7 @@ from faiss_knn.offline.lazy_rows import RowSource, read_rows, spans
 from faiss_knn.offline.left_out import nearest_allowed
 from faiss_knn.offline.task import EvalTask
 from faiss_knn.search.distance import get_distance
-from faiss_knn.search.engines.backend import make_index
+from faiss_knn.search.engines.faiss_library import make_index
 from faiss_knn.search.engines.rerank import Neighbors, nearest
 from faiss_knn.search.index import IndexStats, KNNIndex
 from faiss_knn.search.inputs import is_memmap, named_as_index

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from faiss_knn.names import SPECS
 from faiss_knn.search.distance import get_distance
-from faiss_knn.search.engines.backend import make_index, reason
 from faiss_knn.search.engines.base import Engine, TooFewRowsError
 from faiss_knn.search.engines.choice import DEFAULT_K, EngineRequest, make_engine
+from faiss_knn.search.engines.faiss_library import make_index, reason
 from faiss_knn.search.engines.rerank import Neighbors, ordered_by
 from faiss_knn.search.engines.scan import run_search
 from faiss_knn.search.engines.specs import check_alive, check_numbers

@@ -10,7 +10,7 @@ import torch
 
 from faiss_knn import KNNIndex
 from faiss_knn.search.distance import get_distance
-from faiss_knn.search.engines import backend, faiss_gpu
+from faiss_knn.search.engines import faiss_gpu, faiss_library
 from faiss_knn.search.engines.exact import ExactEngine
 from faiss_knn.search.engines.faiss_engine import FaissEngine
 from faiss_knn.search.engines.fast import FastEngine
@@ -23,7 +23,7 @@ OUT_OF_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to alloca
 @pytest.mark.parametrize("spec", ["Flat", "IVF8,Flat"])
 def test_tensors_reach_faiss_as_arrays_do(spec):
     rows, queries = torch.randn(600, 16), torch.randn(40, 16)[3:]  # a view that begins inside its storage
-    ours, theirs = (backend.make_index(spec, 16, "METRIC_L2") for _ in range(2))
+    ours, theirs = (faiss_library.make_index(spec, 16, "METRIC_L2") for _ in range(2))
     faiss_gpu.train(ours, rows)
     theirs.train(rows.numpy())
     faiss_gpu.add(ours, rows)
@@ -32,7 +32,7 @@ def test_tensors_reach_faiss_as_arrays_do(spec):
 
 
 def test_an_index_only_the_cpu_has_stays_there_with_a_warning(logged):
-    index = backend.make_index("HNSW8", 4, "METRIC_L2")
+    index = faiss_library.make_index("HNSW8", 4, "METRIC_L2")
     assert faiss_gpu.to_gpu(index, torch.device("cuda", 0)) is None
     assert "IndexHNSWFlat exists on the CPU only" in "\n".join(logged)
 
@@ -41,7 +41,7 @@ def test_an_index_only_the_cpu_has_stays_there_with_a_warning(logged):
 def test_an_index_goes_to_the_gpu_of_its_rows_in_the_dtype_asked_for(monkeypatch, half):
     library = mock.Mock()
     monkeypatch.setattr(faiss_gpu, "faiss", lambda: library)
-    index = backend.make_index("Flat", 4, "METRIC_L2")
+    index = faiss_library.make_index("Flat", 4, "METRIC_L2")
     moved = faiss_gpu.to_gpu(index, torch.device("cuda", 3), half=half)
     assert moved is not None
     (resources, number, given, options), _ = library.index_cpu_to_gpu.call_args

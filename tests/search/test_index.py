@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from faiss_knn import KNNIndex
 from faiss_knn.search.engines import matrix_product
-from faiss_knn.search.engines.backend import faiss
+from faiss_knn.search.engines.faiss_library import faiss
 from tests.reference import brute_force, distances
 
 METRICS = ("euclidean", "squared_euclidean", "cosine", "manhattan")

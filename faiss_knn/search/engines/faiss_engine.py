@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance, normalize
-from faiss_knn.search.engines import backend, faiss_gpu
+from faiss_knn.search.engines import faiss_gpu, faiss_library
 from faiss_knn.search.engines.base import TooFewRowsError
 from faiss_knn.search.engines.rerank import measure, nearest
 from faiss_knn.search.engines.specs import check_alive
@@ -72,7 +72,7 @@ class FaissEngine:
                 raise TooFewRowsError(
                     f"`features` must hold {_LEAST_LINKED_CODES} rows or more for {spec!r}, got {len(rows)}: use 'flat'"
                 )
-            self.index = backend.make_index(spec, rows.dim, distance.faiss_metric)
+            self.index = faiss_library.make_index(spec, rows.dim, distance.faiss_metric)
             sample = self._sample(rows)
             self._centre = _prepared(sample, distance).mean(0)
             if distance.norm == 0:
@@ -86,14 +86,14 @@ class FaissEngine:
             for _, block in rows.blocks(None if on_cpu else max(1, _GPU_BLOCK_BYTES // (4 * rows.dim))):
                 faiss_gpu.add(self.index, self._array(block))
         self._probe(spec)
-        self.bytes = rows.bytes + (backend.index_bytes(self.index) if on_cpu else len(rows) * self._row_bytes)
+        self.bytes = rows.bytes + (faiss_library.index_bytes(self.index) if on_cpu else len(rows) * self._row_bytes)
 
     def __getstate__(self) -> dict[str, Any]:
         index = self.index if self._resources is None else faiss_gpu.to_cpu(self.index)
-        return vars(self) | {"index": backend.as_bytes(index), "_resources": None, "device": torch.device("cpu")}
+        return vars(self) | {"index": faiss_library.as_bytes(index), "_resources": None, "device": torch.device("cpu")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | {"index": backend.from_bytes(state["index"])})
+        vars(self).update(state | {"index": faiss_library.from_bytes(state["index"])})
 
     def _place(self, rows: StoredRows) -> None:
         """Move the index to the rows' GPU, if FAISS has one for it."""
@@ -101,7 +101,7 @@ class FaissEngine:
         self._resources: faiss_gpu.Resources | None = None
         if rows.device.type != "cuda":
             return
-        row_bytes = getattr(self.index, "code_size", 0) + (8 if backend.inner_ivf(self.index) is not None else 0)
+        row_bytes = getattr(self.index, "code_size", 0) + (8 if faiss_library.inner_ivf(self.index) is not None else 0)
         half = faiss_gpu.is_flat(self.index) and rows.dtype.itemsize == 2 and self.float16_holds(rows)
         row_bytes //= 2 if half else 1
         faiss_gpu.check_room(rows.device, len(rows) * row_bytes)
@@ -118,7 +118,7 @@ class FaissEngine:
 
     def _sample(self, rows: StoredRows) -> Tensor:
         """Return as many rows, taken at random, as training can use."""
-        ivf = backend.inner_ivf(self.index)
+        ivf = faiss_library.inner_ivf(self.index)
         count = max(_MIN_TRAIN_ROWS, _TRAIN_ROWS_PER_CENTROID * (ivf.nlist if ivf is not None else 0))
         return rows.take(rows.random_ids(count))
 
@@ -126,7 +126,7 @@ class FaissEngine:
         return int(ivf.nlist) if self.device.type == "cpu" else min(int(ivf.nlist), faiss_gpu.MAX_NPROBE)
 
     def _set_nprobe(self, nprobe: int | None) -> int | None:
-        ivf = backend.inner_ivf(self.index)
+        ivf = faiss_library.inner_ivf(self.index)
         if nprobe is None:
             return int(ivf.nprobe) if ivf is not None else None
         if ivf is None:
@@ -166,7 +166,7 @@ class FaissEngine:
         self._target, self._given_nprobe = target, nprobe
         most_k = k if self.device.type == "cpu" else min(k, faiss_gpu.MAX_K // 2)
         sample = recall_sample(self._rows, self._distance, most_k, known_queries)
-        ivf = backend.inner_ivf(self.index)
+        ivf = faiss_library.inner_ivf(self.index)
         tried: list[int | None] = [nprobe]
         if ivf is not None and nprobe is None:
             most = self._most_probes(ivf)
@@ -194,7 +194,7 @@ class FaissEngine:
         except RuntimeError as error:
             raise TooFewRowsError(
                 f"`features` must hold enough rows to train {spec!r}, got {len(self._rows)}: "
-                f"choose a smaller index or 'flat' ({backend.reason(error)})"
+                f"choose a smaller index or 'flat' ({faiss_library.reason(error)})"
             ) from error
 
     def _probe(self, spec: str) -> None:
@@ -205,7 +205,8 @@ class FaissEngine:
             raise
         except RuntimeError as error:
             raise ValueError(
-                f"`spec` must be an index that searches by {self._distance.name}, got {spec!r}: {backend.reason(error)}"
+                f"`spec` must be an index that searches by {self._distance.name}, got {spec!r}: "
+                f"{faiss_library.reason(error)}"
             ) from error
 
     def _array(self, rows: Tensor) -> Tensor:
@@ -223,7 +224,7 @@ class FaissEngine:
             raise ValueError(
                 f"`k` must be at most {faiss_gpu.MAX_K} for {self.spec!r} on a GPU, got {k}: use 'flat' or device='cpu'"
             )
-        with backend.blas_for_all_sizes():
+        with faiss_library.blas_for_all_sizes():
             ids = faiss_gpu.search(self.index, self._array(queries), k).to(queries.device)
         return nearest(measure(queries, self._rows, ids, self._distance), ids, k)
 

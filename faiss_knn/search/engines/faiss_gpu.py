@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from faiss_knn.search.engines.backend import faiss, reason
+from faiss_knn.search.engines.faiss_library import faiss, reason
 
 MAX_K = MAX_NPROBE = 2048  # of FAISS's own kernels; some of them abort the process beyond it
 _FLAT = {"IndexFlat", "IndexFlatL2", "IndexFlatIP"}

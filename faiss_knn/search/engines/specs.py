@@ -20,7 +20,7 @@ _PROVEN = {
     "METRIC_L1": re.compile(r"(IVF\d+,)?Flat|HNSW\d+(,Flat)?"),
 }
 _TRIAL = (
-    "import sys; from faiss_knn.search.engines.backend import try_index; "
+    "import sys; from faiss_knn.search.engines.faiss_library import try_index; "
     "try_index(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
 )
 

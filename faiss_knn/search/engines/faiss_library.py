@@ -112,7 +112,7 @@ def _warn_if_slow() -> None:
     if core in _SLOW_KERNELS and kernels is not None and "OPENBLAS_CORETYPE" not in os.environ:
         logger.warning(
             "faiss was imported before faiss_knn and its OpenBLAS runs {} kernels, several times slower than this CPU "
-            "can: import faiss_knn.search.engines.backend first, or set OPENBLAS_CORETYPE={}",
+            "can: call faiss_knn.search.engines.faiss_library.faiss() before, or set OPENBLAS_CORETYPE={}",
             core,
             kernels,
         )

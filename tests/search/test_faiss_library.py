@@ -1,12 +1,13 @@
 """What FAISS runs on, tried in processes of their own: it is chosen once, at import."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from faiss_knn.search.engines.backend import openblas_kernels
+from faiss_knn.search.engines.faiss_library import openblas_kernels
 from faiss_knn.search.precision import cpu_flags
 
 FULL = frozenset({"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"})
@@ -35,8 +36,8 @@ def test_kernels_are_named_only_where_the_cpu_has_them(flags, kernels):
 
 def test_faiss_runs_the_kernels_of_the_cpu_and_leaves_the_environment_alone():
     said = run(
-        "import os; from faiss_knn.search.engines import backend; backend.faiss();"
-        "print(backend.openblas_core(), 'OPENBLAS_CORETYPE' in os.environ)"
+        "import os; from faiss_knn.search.engines import faiss_library; faiss_library.faiss();"
+        "print(faiss_library.openblas_core(), 'OPENBLAS_CORETYPE' in os.environ)"
     )
     core, left = said.split()
     if core != "None" and openblas_kernels(cpu_flags()) is not None:
@@ -46,7 +47,7 @@ def test_faiss_runs_the_kernels_of_the_cpu_and_leaves_the_environment_alone():
 
 def test_a_users_choice_of_kernels_stays():
     said = run(
-        "import os; from faiss_knn.search.engines import backend; backend.faiss();"
+        "import os; from faiss_knn.search.engines import faiss_library; faiss_library.faiss();"
         "print(os.environ['OPENBLAS_CORETYPE'])",
         OPENBLAS_CORETYPE="Haswell",
     )
@@ -66,6 +67,11 @@ def test_faiss_imported_before_with_slow_kernels_is_told_once():
         pytest.skip("this FAISS brings no OpenBLAS")
     assert said.count("its OpenBLAS runs Prescott kernels") == 1
     assert f"set OPENBLAS_CORETYPE={openblas_kernels(cpu_flags())}" in said
+    advised = re.search(r"call (\S+)\.(\w+\(\)) before", said)
+    assert advised, said
+    module, call = advised.groups()
+    core = run(f"import {module} as library; library.{call}; import faiss; print(library.openblas_core())")
+    assert core.strip() == openblas_kernels(cpu_flags())
 
 
 def test_slow_kernels_that_the_user_chose_are_not_remarked_on():
@@ -75,8 +81,8 @@ def test_slow_kernels_that_the_user_chose_are_not_remarked_on():
 def test_an_import_that_fails_says_how_to_install_and_leaves_the_environment_alone(tmp_path):
     (tmp_path / "faiss.py").write_text("raise RuntimeError('libcudart is missing')")
     said = run(
-        "import os, torch; from faiss_knn.search.engines import backend; before = dict(os.environ)\n"
-        "try: backend.faiss()\n"
+        "import os, torch; from faiss_knn.search.engines import faiss_library; before = dict(os.environ)\n"
+        "try: faiss_library.faiss()\n"
         "except ImportError as error: print(error, before == os.environ)",
         PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]),
     )
@@ -87,8 +93,8 @@ def test_an_import_that_fails_says_how_to_install_and_leaves_the_environment_alo
 def test_searches_leave_thread_counts_and_thresholds_alone():
     said = run(
         "import torch; torch.set_num_threads(1); from faiss_knn import KNNIndex;"
-        "from faiss_knn.search.engines import backend;"
-        "f = backend.faiss(); before = f.omp_get_max_threads(), f.cvar.distance_compute_blas_threshold;"
+        "from faiss_knn.search.engines import faiss_library;"
+        "f = faiss_library.faiss(); before = f.omp_get_max_threads(), f.cvar.distance_compute_blas_threshold;"
         "x = torch.randn(500, 8);"
         "[KNNIndex(s).build(x).search(x[:3], 2) for s in ('flat', 'Flat', 'ivf')];"
         "print(before == (f.omp_get_max_threads(), f.cvar.distance_compute_blas_threshold), torch.get_num_threads())"
