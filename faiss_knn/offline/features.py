@@ -12,7 +12,7 @@ import numpy.typing as npt
 from faiss_knn.classify.labels import NUMBERS_HINT, as_labels_or_names
 from faiss_knn.offline.column_files import LABEL_NAMES, UNKNOWN, Member
 from faiss_knn.offline.extract import extract
-from faiss_knn.offline.folders import SIDES, Folder, Role, open_folder
+from faiss_knn.offline.feature_folders import SIDES, Folder, Role, open_folder
 from faiss_knn.offline.formats import Arrays, DataError, check_memory, open_arrays, read_array, readable
 from faiss_knn.offline.lazy_rows import OneAtATime, RowSource, Shards, Subset
 from faiss_knn.offline.manifest import MANIFEST

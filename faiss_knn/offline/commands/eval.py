@@ -14,8 +14,8 @@ from faiss_knn.offline.commands.arguments import device_named
 from faiss_knn.offline.commands.names_and_images import read_looks, unread_pictures
 
 if TYPE_CHECKING:
+    from faiss_knn.offline.feature_folders import Role
     from faiss_knn.offline.features import Features
-    from faiss_knn.offline.folders import Role
     from faiss_knn.offline.options import EvalOptions
     from faiss_knn.offline.report.ledger import Ledger
     from faiss_knn.offline.report.report import EvalReport
