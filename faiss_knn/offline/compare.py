@@ -15,10 +15,10 @@ from faiss_knn.measures.paired import GroupedPairs, pair_outcomes
 from faiss_knn.measures.significance import Pairs, holm
 from faiss_knn.offline.report.comparison import comparison_files, comparison_table
 from faiss_knn.offline.report.content import setting
-from faiss_knn.offline.report.ledger import write_into
 from faiss_knn.offline.report.publish import read_kept_neighbors
 from faiss_knn.offline.report.report import EvalReport
 from faiss_knn.offline.report.results import Outcome, Record, index_name, record_key, value_of
+from faiss_knn.offline.report.results_folder import write_into
 from faiss_knn.search.inputs import as_integer, shown
 
 __all__ = ["Comparison", "compare"]

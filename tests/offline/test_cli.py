@@ -263,19 +263,19 @@ def test_what_was_done_before_a_cut_is_kept_and_not_done_again(files, tmp_path, 
     from faiss_knn.search.index import KNNIndex
 
     out, arguments = tmp_path / "out", ["eval", *files, "--k", "1", "5", "--index", "flat", "IVF4,Flat"]
-    add, added = report.Ledger.add, []
+    add, added = report.ResultsFolder.add, []
 
-    def add_three(ledger, *given):
+    def add_three(results_folder, *given):
         if len(added) == 3:
             raise KeyboardInterrupt
         added.append(given)
-        add(ledger, *given)
+        add(results_folder, *given)
 
-    monkeypatch.setattr(report.Ledger, "add", add_three)
+    monkeypatch.setattr(report.ResultsFolder, "add", add_three)
     assert main([*arguments, "--out", str(out)]) == 130
     assert "--resume goes on" in capsys.readouterr().err
     assert len(records(out)) == 3
-    monkeypatch.setattr(report.Ledger, "add", add)
+    monkeypatch.setattr(report.ResultsFolder, "add", add)
     assert main([*arguments, "--out", str(out), "--resume"]) == 0
     done = records(out)
     assert [(r["spec"], r["k"]) for r in done] == [(s, k) for s in ("flat", "IVF4,Flat") for k in (1, 5)]

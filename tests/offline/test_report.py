@@ -15,8 +15,8 @@ import pytest
 from faiss_knn import evaluate
 from faiss_knn.offline.report.content import Table, sections
 from faiss_knn.offline.report.html import html_table
-from faiss_knn.offline.report.ledger import Ledger
 from faiss_knn.offline.report.results import Classes, index_name, pareto_front, pareto_names
+from faiss_knn.offline.report.results_folder import ResultsFolder
 from faiss_knn.offline.report.tables import text_table
 
 NASTY = ['<script>alert("a")</script>', "b|c", "d & e", "f_g*h `i` [j]", "$k$"]
@@ -177,18 +177,18 @@ def test_text_table_aligns_words_left_and_numbers_right():
     assert text_table(["name", "n"], [["a", "5"], ["bcdef", "10"]]) == "name    n\na       5\nbcdef  10"
 
 
-def test_a_ledger_survives_a_cut(report, tmp_path):
-    ledger = Ledger(tmp_path)
+def test_a_results_folder_survives_a_cut(report, tmp_path):
+    results_folder = ResultsFolder(tmp_path)
     for record in report.records[:3]:
-        ledger.add(record, Classes([0.5, float("nan")], {"retrieval_map": [0.25, float("nan")]}))
+        results_folder.add(record, Classes([0.5, float("nan")], {"retrieval_map": [0.25, float("nan")]}))
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('null\n[1]\n{"spec": "fl')
-    again = Ledger(tmp_path, resume=True)
+    again = ResultsFolder(tmp_path, resume=True)
     assert again.done == report.records[:3]
     assert "3 lines are no whole records" in again.warning
     again.add(report.records[3], Classes([], {}))
-    assert Ledger(tmp_path, resume=True).done == report.records[:4]
-    assert Ledger(tmp_path).done == []  # without resume all are made again, and none is lost
+    assert ResultsFolder(tmp_path, resume=True).done == report.records[:4]
+    assert ResultsFolder(tmp_path).done == []  # without resume all are made again, and none is lost
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
 
 
@@ -208,10 +208,10 @@ def test_a_folder_only_grows_until_it_is_told_otherwise(tmp_path):
     assert len({record["data"] for record in records}) == 2
 
 
-def test_a_ledger_refuses_a_file_that_is_no_ledger(tmp_path):
+def test_a_results_folder_refuses_a_file_that_is_none_of_its(tmp_path):
     (tmp_path / "results.jsonl").write_text("hello\n")
     with pytest.raises(ValueError, match="not a results file"):
-        Ledger(tmp_path, resume=True)
+        ResultsFolder(tmp_path, resume=True)
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

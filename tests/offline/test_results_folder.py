@@ -8,8 +8,8 @@ import pytest
 
 from faiss_knn import EvalReport, evaluate
 from faiss_knn.offline.cli import main
-from faiss_knn.offline.report.ledger import Ledger
 from faiss_knn.offline.report.results import Classes, record_key
+from faiss_knn.offline.report.results_folder import ResultsFolder
 
 RNG = np.random.default_rng(0)
 LABELS, TRUTH = RNG.integers(0, 4, 400), RNG.integers(0, 4, 60)
@@ -228,21 +228,21 @@ def test_retrieval_metrics_of_each_class_are_in_the_files(tmp_path, files):
     assert np.mean(of_few) == pytest.approx(few["retrieval_macro_recall"])
 
 
-def test_a_ledger_survives_a_cut(tmp_path):
+def test_a_results_folder_survives_a_cut(tmp_path):
     made = report(k=(1, 2, 3, 4)).records
-    ledger = Ledger(tmp_path)
+    results_folder = ResultsFolder(tmp_path)
     for record in made[:3]:
-        ledger.add(record, Classes([0.5, float("nan")], {"retrieval_map": [0.25, float("nan")]}))
+        results_folder.add(record, Classes([0.5, float("nan")], {"retrieval_map": [0.25, float("nan")]}))
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"spec": "fl')
-    again = Ledger(tmp_path, resume=True)
+    again = ResultsFolder(tmp_path, resume=True)
     assert again.done == made[:3]
     assert "1 lines are no whole records" in again.warning
     again.add(made[3], Classes([], {}))
-    assert Ledger(tmp_path, resume=True).done == made
+    assert ResultsFolder(tmp_path, resume=True).done == made
     assert EvalReport.load(tmp_path).retrieval_by_class[record_key(made[2])] == {"retrieval_map": [0.25, None]}
-    assert Ledger(tmp_path, resume=True).warning is None
-    assert Ledger(tmp_path).done == []
+    assert ResultsFolder(tmp_path, resume=True).warning is None
+    assert ResultsFolder(tmp_path).done == []
     assert records(tmp_path) == made
 
 
@@ -270,7 +270,7 @@ def test_a_file_that_is_something_else_is_left_alone(files, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.jsonl").write_text("hello\n")
     with pytest.raises(ValueError, match="not a results file"):
-        Ledger(tmp_path / "out")
+        ResultsFolder(tmp_path / "out")
     run(files, tmp_path / "out", "--overwrite", code=1)
     assert (tmp_path / "out" / "results.jsonl").read_text() == "hello\n"
 

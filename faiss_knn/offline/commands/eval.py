@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from faiss_knn.offline.feature_folders import Role
     from faiss_knn.offline.features import Features
     from faiss_knn.offline.options import EvalOptions
-    from faiss_knn.offline.report.ledger import Ledger
     from faiss_knn.offline.report.report import EvalReport
     from faiss_knn.offline.report.results import Record
+    from faiss_knn.offline.report.results_folder import ResultsFolder
     from faiss_knn.offline.task import EvalTask, Limits
 
 # torch and the readers are imported when there is something to evaluate, so that --help and bad usage answer at once.
@@ -29,19 +29,19 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
     """Evaluate the files, or do what --relevance, --explain or --dry-run asks for instead."""
     from faiss_knn.distributed import all_or_none, broadcast_object
     from faiss_knn.offline.evaluate import evaluate_with, task_for
-    from faiss_knn.offline.report.ledger import Ledger
+    from faiss_knn.offline.report.results_folder import ResultsFolder
 
     if given.relevance is not None:
         return _relevance(given) if first else 0
     if given.explain is not None:
         return _explain(given, first)
-    ledger = None
+    results_folder = None
     with all_or_none():
         bank, queries = _read(given)
         limits = _limits(given)
         looks = read_looks(given, len(bank.rows), None if queries is None else len(queries.rows))
         if given.out is not None and not given.dry_run and first:
-            ledger = Ledger(given.out, given.resume, overwrite=given.overwrite)
+            results_folder = ResultsFolder(given.out, given.resume, overwrite=given.overwrite)
     if given.dry_run:
         if first:
             print(_dry_run(given, bank, queries))
@@ -52,13 +52,13 @@ def run(given: argparse.Namespace, *, first: bool) -> int:
             options,
             task_for(options, *_sides(bank, queries), limits),
             _files(given),
-            done=broadcast_object(ledger.done if ledger is not None else []),
-            on_record=None if ledger is None else ledger.add,
+            done=broadcast_object(results_folder.done if results_folder is not None else []),
+            on_record=None if results_folder is None else results_folder.add,
         )
-    if ledger is not None:
+    if results_folder is not None:
         report.save(given.out, **({} if report.mistakes is None else looks))
     if first:
-        _show(report, given.out, _notes(report, ledger, looks))
+        _show(report, given.out, _notes(report, results_folder, looks))
     return 0
 
 
@@ -102,7 +102,7 @@ def _relevance(given: argparse.Namespace) -> int:
     """Judge by lists of what is relevant, without labels; --out gets relevance.json."""
     from faiss_knn.offline.features import read_features
     from faiss_knn.offline.relevance import evaluate_relevance, read_relevance
-    from faiss_knn.offline.report.ledger import write_into
+    from faiss_knn.offline.report.results_folder import write_into
 
     keys = {"features_key": given.features_key, "allow_partial": given.allow_partial}
     bank, queries = read_features(given.bank, "bank", **keys), read_features(given.queries, "queries", **keys)
@@ -263,11 +263,11 @@ def _sides(bank: "Features", queries: "Features | None") -> tuple[Any, Any, Any,
     return bank.rows, bank.labels, *((queries.rows, queries.labels) if queries else (None, None))
 
 
-def _notes(report: "EvalReport", ledger: "Ledger | None", looks: dict[str, Any]) -> list[str]:
+def _notes(report: "EvalReport", results_folder: "ResultsFolder | None", looks: dict[str, Any]) -> list[str]:
     """Say what --out lacks, in words; after the page was written."""
     from faiss_knn.offline.report.mistakes_page import NOTHING_SHOWN
 
-    notes = [] if ledger is None or ledger.warning is None else [ledger.warning]
+    notes = [] if results_folder is None or results_folder.warning is None else [results_folder.warning]
     notes += unread_pictures(looks)
     return notes if not looks or report.mistakes is not None else [*notes, NOTHING_SHOWN]
 

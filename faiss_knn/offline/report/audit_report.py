@@ -10,8 +10,8 @@ from faiss_knn.offline.report.audit_page import audit_sections, audit_title
 from faiss_knn.offline.report.audit_text import audit_lines, audit_summary, audit_warnings
 from faiss_knn.offline.report.findings import Findings
 from faiss_knn.offline.report.html import page
-from faiss_knn.offline.report.ledger import write_into
 from faiss_knn.offline.report.markdown import markdown
+from faiss_knn.offline.report.results_folder import write_into
 from faiss_knn.offline.report.shown_rows import Rows, looks_of
 from faiss_knn.offline.report.tables import csv_lines
 

@@ -1,7 +1,7 @@
 """Make a results folder's tables, page and plots anew from all its records, and replace them together.
 
-What a folder holds is the ledger's concern; what a report says is in content.py, and how it looks in html.py,
-markdown.py and plots.py.
+What a folder holds is the concern of results_folder.py; what a report says is in content.py, and how it looks in
+html.py, markdown.py and plots.py.
 """
 
 import io
@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from faiss_knn.offline.report.content import Section, overview, sections, title_of
 from faiss_knn.offline.report.html import page
-from faiss_knn.offline.report.ledger import write
 from faiss_knn.offline.report.markdown import markdown
 from faiss_knn.offline.report.mistakes_page import mistake_sections
 from faiss_knn.offline.report.results import (
@@ -32,6 +31,7 @@ from faiss_knn.offline.report.results import (
     record_key,
     task_key,
 )
+from faiss_knn.offline.report.results_folder import write
 from faiss_knn.offline.report.tables import csv_lines, csv_text
 
 _FILES = {"cost": "cost", "k": "accuracy_over_k", "classes": "per_class"}

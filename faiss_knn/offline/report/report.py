@@ -8,10 +8,10 @@ from typing import Any
 
 from faiss_knn.offline.report.content import Table, warnings_of
 from faiss_knn.offline.report.html import html_table
-from faiss_knn.offline.report.ledger import Ledger, read_folder
 from faiss_knn.offline.report.mistakes_page import NOTHING_SHOWN, mistake_sections
 from faiss_knn.offline.report.publish import publish
 from faiss_knn.offline.report.results import Record, Results, best_of, task_key
+from faiss_knn.offline.report.results_folder import ResultsFolder, read_folder
 from faiss_knn.offline.report.shown_rows import PLAIN, Looks, looks_of
 from faiss_knn.offline.report.tables import rows_of, text_table
 
@@ -123,13 +123,13 @@ class EvalReport(Results):
                 many names or pictures as rows.
         """
         looks = self._looks(names=names, query_names=query_names, images=images, query_images=query_images)
-        ledger = Ledger(folder, overwrite=overwrite)
-        if ledger.warning:
-            warnings.warn(ledger.warning, stacklevel=2)
-        parts = ledger.merge(self)
+        results_folder = ResultsFolder(folder, overwrite=overwrite)
+        if results_folder.warning:
+            warnings.warn(results_folder.warning, stacklevel=2)
+        parts = results_folder.merge(self)
         pictured = [] if looks is PLAIN else mistake_sections(self, looks)
-        publish(parts, self, ledger.folder, ledger.keep_gallery(task_key(self.records[0]), pictured))
-        return ledger.folder
+        publish(parts, self, results_folder.folder, results_folder.keep_gallery(task_key(self.records[0]), pictured))
+        return results_folder.folder
 
     def _looks(self, **given: Any) -> Looks:
         """Check names and pictures, which are as many as rows were given."""

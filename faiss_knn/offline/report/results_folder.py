@@ -40,7 +40,7 @@ _PRESENT = (
 )  # fmt: skip
 
 
-class Ledger:
+class ResultsFolder:
     """results.jsonl of a folder that only grows, and of a run that may be cut off.
 
     Args:
