@@ -9,7 +9,8 @@ def recalls(distances: Tensor, indices: Tensor, exact_distances: Tensor, exact_i
 
     By distance a neighbour counts if it is no farther than the last exact one (to a relative 1e-5, for indexes that
     keep float32 distances), so that another row of the same distance is no miss. The tuning of an index has only ids,
-    and needs the share of each query to tell how sure it is: its own count is `search.engines.tuning.recall_by_query`.
+    and needs the share of each query to tell how sure it is: its own count is `recall_by_query` in
+    search/engines/recall_sample.py.
 
     Args:
         distances: (Q, k) found, inf where missing.

@@ -9,7 +9,7 @@ from faiss_knn.distributed import all_gather_object, all_or_none, rank_and_size
 from faiss_knn.online.epoch_bank import EpochBank
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.run_memory import RunMemory
-from faiss_knn.search.engines.tuning import recall_by_query
+from faiss_knn.search.engines.recall_sample import recall_by_query
 from faiss_knn.search.sharded import ShardedIndex
 
 _EXPECTED_BATCHES = 8  # over which queries are drawn where their number is not known

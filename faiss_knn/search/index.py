@@ -19,10 +19,10 @@ from faiss_knn.search.distance import get_distance
 from faiss_knn.search.engines.base import Engine, TooFewRowsError
 from faiss_knn.search.engines.choice import DEFAULT_K, EngineRequest, make_engine
 from faiss_knn.search.engines.faiss_library import make_index, reason
+from faiss_knn.search.engines.recall_sample import recall_sample
 from faiss_knn.search.engines.rerank import Neighbors, ordered_by
 from faiss_knn.search.engines.scan import run_search
 from faiss_knn.search.engines.specs import check_alive, check_numbers
-from faiss_knn.search.engines.tuning import recall_sample
 from faiss_knn.search.inputs import as_count, as_integer, as_k, as_number, first_line, shown
 from faiss_knn.search.precision import full_precision
 from faiss_knn.search.stored_rows import StoredRows, as_queries

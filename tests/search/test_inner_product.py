@@ -7,7 +7,7 @@ import torch
 from faiss_knn import FeatureBank, KNNIndex, OnlineKNN, evaluate, vote
 from faiss_knn.search.distance import get_distance, pair_norms
 from faiss_knn.search.engines.bounds import InnerProductBounds
-from faiss_knn.search.engines.tuning import recall_sample
+from faiss_knn.search.engines.recall_sample import recall_sample
 from faiss_knn.search.stored_rows import StoredRows
 from tests.reference import brute_force, distances
 

@@ -16,7 +16,7 @@ from faiss_knn.search.engines.faiss_engine import FaissEngine
 from faiss_knn.search.engines.fast import FastEngine, Tuned, foretell, sample_of
 from faiss_knn.search.engines.matrix_product import multiply_add_seconds, scan_dtype
 from faiss_knn.search.engines.projection import SAMPLE_ROWS
-from faiss_knn.search.engines.tuning import HELD_OUT, RECHECK
+from faiss_knn.search.engines.recall_sample import HELD_OUT, RECHECK
 from faiss_knn.search.stored_rows import StoredRows
 
 DEFAULT_K = 20

@@ -11,9 +11,9 @@ from torch import Tensor
 from faiss_knn.search.distance import Distance, normalize
 from faiss_knn.search.engines import faiss_gpu, faiss_library
 from faiss_knn.search.engines.base import TooFewRowsError
+from faiss_knn.search.engines.recall_sample import recall_sample, recall_source
 from faiss_knn.search.engines.rerank import measure, nearest
 from faiss_knn.search.engines.specs import check_alive
-from faiss_knn.search.engines.tuning import recall_sample, recall_source
 from faiss_knn.search.stored_rows import StoredRows
 
 _TRAIN_ROWS_PER_CENTROID = 256  # more do not help k-means, by FAISS's own cap

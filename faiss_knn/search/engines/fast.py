@@ -11,9 +11,9 @@ from faiss_knn.search.engines.bounds import BOUND_COLUMNS, ProductBounds
 from faiss_knn.search.engines.costs import search_cost
 from faiss_knn.search.engines.matrix_product import scan_dtype
 from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions
+from faiss_knn.search.engines.recall_sample import HELD_OUT, RECHECK, RecallSample, recall_sample, recall_source
 from faiss_knn.search.engines.rerank import measure_quickly, nearest
 from faiss_knn.search.engines.scan import best_scores, run_search, search_in_parts
-from faiss_knn.search.engines.tuning import HELD_OUT, RECHECK, RecallSample, recall_sample, recall_source
 from faiss_knn.search.stored_rows import StoredRows
 
 _SHARES = (0.125, 0.25, 0.375, 0.5)  # of the dimensions, scanned instead of all
