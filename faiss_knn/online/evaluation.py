@@ -16,11 +16,11 @@ from faiss_knn.online.clock import Clock
 from faiss_knn.online.collected_queries import CollectedQueries, dealt_out, queries_of
 from faiss_knn.online.diagnostics import Diagnostics
 from faiss_knn.online.epoch_bank import BankRows, EpochBank, warn_of_skipped
+from faiss_knn.online.epoch_recall import EpochRecall, warn_of_recall
 from faiss_knn.online.gallery import Gallery, check_images
 from faiss_knn.online.metrics import MetricTable
 from faiss_knn.online.number_metrics import NumberTable
 from faiss_knn.online.options import OnlineOptions
-from faiss_knn.online.recall import EpochRecall, warn_of_recall
 from faiss_knn.online.ring import QueueStorage
 from faiss_knn.online.run_memory import RunMemory
 from faiss_knn.online.standard_errors import WITH_ERRORS
