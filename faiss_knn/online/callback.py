@@ -16,9 +16,9 @@ from faiss_knn.online.gallery import hand_to_loggers
 from faiss_knn.online.options import OnlineOptions
 from faiss_knn.online.queue import OnlineQueue, align_all, belong_together, find_or_create_queue
 from faiss_knn.online.ring import QueueStorage
-from faiss_knn.online.row_owner import WeightsWatch, drop_rows_of_others, remember, remembered, weights_fingerprint
 from faiss_knn.online.scorer import Scorer
 from faiss_knn.online.trainer_state import trainer_state
+from faiss_knn.online.weights_watch import WeightsWatch, drop_rows_of_others, remember, remembered, weights_fingerprint
 
 
 @dataclass

@@ -23,8 +23,8 @@ from faiss_knn.online.ring import (
     row_shape,
     shaped_rows,
 )
-from faiss_knn.online.row_owner import AVERAGED, remember
 from faiss_knn.online.trainer_state import trainer_state
+from faiss_knn.online.weights_watch import AVERAGED, remember
 from faiss_knn.search.inputs import as_key, as_positive, as_switch
 
 __all__ = [

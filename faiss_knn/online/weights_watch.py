@@ -1,4 +1,4 @@
-"""Whose rows a queue holds: by a few of the weights of the module that made them."""
+"""Whether a queue's rows were made by the weights that are scored now: told by a few of each module's weights."""
 
 from typing import Any
 
