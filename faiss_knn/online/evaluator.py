@@ -11,10 +11,10 @@ from loguru import logger
 from torch import Tensor
 
 from faiss_knn.distributed import all_or_none, rank_and_size
+from faiss_knn.online.checkpoint_rows import put_back, rows_of_all_ranks
 from faiss_knn.online.evaluation import Plan
 from faiss_knn.online.failures import kept, settle
 from faiss_knn.online.options import OnlineOptions
-from faiss_knn.online.resume import put_back, rows_of_all_ranks
 from faiss_knn.online.ring import QueueStorage, RingBuffer, align, shaped_rows
 from faiss_knn.online.scorer import Scorer
 from faiss_knn.search.inputs import as_integer, shown

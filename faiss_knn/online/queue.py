@@ -11,8 +11,8 @@ from torch import Tensor
 
 from faiss_knn.distributed import all_or_none, rank_and_size
 from faiss_knn.online.batch import find_tensor, was_skipped
+from faiss_knn.online.checkpoint_rows import own_rows, put_back, rows_of_all_ranks, rows_of_stable_pretraining
 from faiss_knn.online.failures import kept, settle, settle_first_step, start, tell
-from faiss_knn.online.resume import own_rows, put_back, rows_of_all_ranks, rows_of_stable_pretraining
 from faiss_knn.online.ring import (
     Dim,
     QueueStorage,
