@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from faiss_knn.distributed import all_gather_object, all_or_none, is_final, raise_together, rank_and_size
+from faiss_knn.online.bank_rows import BankRows, warn_of_skipped
 from faiss_knn.online.batch import BatchQueries, find_rows, find_tensor, read_batch
 from faiss_knn.online.clock import Clock
 from faiss_knn.online.collected_queries import CollectedQueries, dealt_out, queries_of
 from faiss_knn.online.diagnostics import Diagnostics
-from faiss_knn.online.epoch_bank import BankRows, EpochBank, warn_of_skipped
+from faiss_knn.online.epoch_bank import EpochBank
 from faiss_knn.online.epoch_recall import EpochRecall, warn_of_recall
 from faiss_knn.online.gallery import Gallery, check_images
 from faiss_knn.online.metrics import MetricTable

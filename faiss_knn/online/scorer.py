@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from faiss_knn.online.bank_rows import BankRows
 from faiss_knn.online.batch import find_rows, flat_rows
 from faiss_knn.online.diagnostics import Diagnostics
-from faiss_knn.online.epoch_bank import BankRows
 from faiss_knn.online.evaluation import Evaluation, Plan
 from faiss_knn.online.options import VIEW_ALIGNMENT, OnlineOptions
 from faiss_knn.online.ring import QueueStorage
