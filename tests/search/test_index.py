@@ -134,6 +134,16 @@ def test_half_the_bank_duplicated():
     assert_exact(KNNIndex(distance_metric="cosine").build(rows), rows, queries, 25)
 
 
+def test_queries_without_copies_after_many_whose_neighbours_are_copies():
+    groups, others = bank(0, 100, 24), bank(1, 2000, 24)
+    others[:, 3] += 20
+    rows = torch.cat([groups.repeat(12, 1), others])
+    index = KNNIndex().build(rows)
+    assert_exact(index, rows, groups.repeat(3, 1) + 1e-3 * bank(2, 300, 24), 10)
+    assert_exact(index, rows, torch.cat([groups[:5], others[:20] + 0.1]), 10)
+    assert_exact(index, rows, others[:20] + 0.1, 10)
+
+
 def test_near_duplicates_take_the_second_pass_and_are_counted():
     rows = bank(0, 3000, 32)
     rows[2200:] = rows[0] + 1e-6 * bank(1, 800, 32)

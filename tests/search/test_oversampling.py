@@ -21,6 +21,12 @@ def test_goes_down_to_what_queries_need():
     assert 10 <= spare.count <= 20
 
 
+def test_copies_of_what_was_found_leave_no_fewer_candidates_than_neighbours():
+    spare = Oversampling(20, **DEAR)
+    spare.learn([-18] * 300)
+    assert spare.count == 0
+
+
 @pytest.mark.parametrize("times", [1, 10])
 def test_goes_up_where_candidates_do_not_suffice_but_not_without_end(times):
     spare = Oversampling(20, **DEAR)

@@ -34,7 +34,7 @@ class Oversampling:
         """Take note of how many each query of a chunk would have needed.
 
         Args:
-            needed: One number a query.
+            needed: One number a query; below 0 where copies of candidates are among its neighbours.
         """
         self._chunks.append(needed)
         needs = sorted(need for chunk in self._chunks for need in chunk)
@@ -49,5 +49,5 @@ class Oversampling:
         best = min(sorted(set(needs)), key=cost)
         if best == needs[-1]:  # what none of them needed, others may
             best += best // 4 + 4
-        self.count = min(best, 4 * self._first)
+        self.count = min(max(best, 0), 4 * self._first)
         self._chunks = []
