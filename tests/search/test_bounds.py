@@ -138,6 +138,17 @@ def test_rows_far_from_the_centre_beside_it(dtype):
     check(bank, bank[::7] * 1.001, dtype=dtype)
 
 
+@DTYPES
+def test_a_far_row_beside_one_that_is_nearly_as_far(dtype):
+    # What scales the second to whole numbers must leave room for a score of the first that is below all others.
+    bank = normal(1000, 64)
+    bank[8:10] = 0.0
+    bank[8:10, 0] = torch.tensor([2.0**42.9, 2.0**43.1])
+    queries = torch.zeros(2, 64)
+    queries[:, 0] = torch.tensor([2.0**40.9, 1.0])
+    check(bank, queries, dtype=dtype)
+
+
 def test_a_row_at_the_centre_of_queries_far_away():
     # Of the row nothing is rounded; float64 rounds the squares of such queries by more than all other margins.
     corners = torch.cat([torch.eye(8), -torch.eye(8)])

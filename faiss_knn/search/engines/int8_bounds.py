@@ -28,7 +28,7 @@ _CLIPPED = (0.0, 1e-4, 1e-3, 3e-3, 1e-2)  # shares of the coordinates that may b
 _USUAL, _ROOM = 0.95, 1.02  # share of the sample's rows that V and β suffice for, and what is added to them
 _SAMPLED = 4  # one in so many rows of the sample that centre and scale are from
 _RANGE, _MOST_PIECES = 1.5, 32  # of T, in that of the sample's; and columns for it
-_LEAST = 2.0**-20  # of the coordinate that becomes 127
+_LEAST, _LARGEST = 2.0**-20, 2.0**36  # of the coordinate that becomes 127: the lowest T must be below any far row's
 _SINGLE = 2.0**-24
 _DOUBLE_ERROR = 2.0**-40  # relative, of all that is computed in float64
 
@@ -66,7 +66,7 @@ class Int8Bounds(ProductBounds):
         sample, sizes = (sample[is_near], sizes[is_near]) if is_near.any() else (torch.zeros(1, 1), torch.zeros(1))
         places = [int(share * (sample.numel() - 1)) for share in _CLIPPED]
         largest = sample.abs().flatten().topk(places[-1] + 1).values
-        units = (largest[places].clamp(min=_LEAST) / _MOST).tolist()  # numbers that float32 has
+        units = (largest[places].clamp(_LEAST, _LARGEST) / _MOST).tolist()  # numbers that float32 has
         self._unit = min(units, key=lambda unit: float(_rounded_off(sample, unit).mean()))
         lost = _rounded_off(sample, self._unit)
         self._usual_size = _ROOM * float(sizes.quantile(_USUAL))
