@@ -64,10 +64,13 @@ def test_the_best_of_any_order_of_rows_are_found(dtype, rows, queries, kept):
         assert all(len(set(row)) == kept for row in ids.tolist()), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32])
 @pytest.mark.parametrize(
     ("queries", "width", "kept"),
-    [(5, 400, 30), (3, 513, 256), (4, 1300, 200), (2, 5000, 3), (3, 70_000, 9), (7, 20, 20)],
+    [
+        *[(5, 400, 30), (3, 513, 256), (4, 1300, 200), (2, 5000, 3), (3, 70_000, 9), (7, 20, 20)],
+        *[(3, 1, 1), (3, 511, 1), (3, 512, 512), (3, 512, 1), (3, 513, 1), (3, 1 << 16, 1), (3, (1 << 16) + 1, 1)],
+    ],
 )
 def test_the_highest_of_each_row_of_scores(dtype, queries, width, kept):
     for name, drawn in orders(width, queries):

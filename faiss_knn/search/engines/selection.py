@@ -33,7 +33,7 @@ def highest(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
         return scores.topk(kept, dim=1, sorted=False)
     if kept == width:
         return scores, torch.arange(width).expand(len(scores), -1)
-    if scores.element_size() == 2 and width <= _PLACES:
+    if scores.dtype in (torch.bfloat16, torch.int16) and width <= _PLACES:
         places = _by_keys(_ordered_bits(scores), kept)
     elif scores.dtype == torch.bfloat16:
         return scores.topk(kept, dim=1, sorted=False)
@@ -44,7 +44,7 @@ def highest(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 
 def _ordered_bits(scores: Tensor) -> npt.NDArray[np.int32]:
-    """Return scores of 16 bits as integers of the same order."""
+    """Return scores of bfloat16 or int16 as integers of the same order; -0 comes before 0."""
     if scores.dtype != torch.bfloat16:
         return scores.numpy().astype(np.int32)
     bits = scores.contiguous().view(torch.int16).numpy().astype(np.int32)
