@@ -1,5 +1,7 @@
 """The exact search by bounds in whole numbers: the same neighbours, and another way where the bounds are loose."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,40 @@ def test_where_the_product_is_too_small_to_pay_the_search_goes_on_in_another(mon
 def test_elsewhere_it_is_not_used(metric, dim):
     index = KNNIndex(distance_metric=metric).build(normal(3000, dim))
     assert index.stats.parameters.get("scan_dtype") != "int8"
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_an_index_that_moves_to_a_machine_without_it_goes_on_in_another(monkeypatch, has_it):
+    bank, queries = normal(3000, 96), normal(40, 96, seed=1)
+    pickled = pickle.dumps(KNNIndex().build(bank))
+    monkeypatch.setattr("faiss_knn.search.engines.exact.has_fast_int8", lambda device: has_it)
+    index = pickle.loads(pickled)
+    assert (index.stats.parameters["scan_dtype"] == "int8") == has_it
+    check(index, queries, bank)
+
+
+def test_more_dimensions_than_int32_has_room_for_are_scanned_in_another():
+    # Rows that are 127 or -127 everywhere in whole numbers: of some the product would be above 2^31.
+    row = normal(1, 140_000).sign()
+    sizes = 1 + torch.arange(44)[:, None] / 512
+    bank = torch.cat([row * sizes, 0 * row, -row * sizes]).half()
+    index = KNNIndex().build(bank)
+    assert index.stats.parameters["scan_dtype"] != "int8"
+    assert index.search(bank[[20, 70]], 1).indices.tolist() == [[20], [70]]
+
+
+@pytest.mark.skipif(not HAS_INSTRUCTIONS, reason="the CPU has no instructions for int8, or saturating ones")
+@pytest.mark.parametrize("saturates", [True, False])
+def test_products_that_saturate_are_not_used_however_fast(monkeypatch, saturates):
+    monkeypatch.setattr(matrix_product, "multiply_add_seconds", lambda dtype: 1e-12 if dtype == torch.int8 else 1e-9)
+    if saturates:
+        monkeypatch.setattr(matrix_product, "_multiply_whole", saturating)
+    assert matrix_product.has_fast_int8.__wrapped__(torch.device("cpu")) != saturates
+
+
+def saturating(rows, queries, out):
+    pairs = [rows[:, i::2].double() @ queries[:, i::2].double().T for i in range(2)]
+    return out.copy_(sum(pair.clamp(-(2.0**15), 2.0**15 - 1) for pair in pairs))
 
 
 @pytest.mark.skipif(not HAS_INSTRUCTIONS, reason="the CPU has no instructions for int8, or saturating ones")

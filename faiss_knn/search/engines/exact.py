@@ -40,7 +40,8 @@ _LEFT_OUT = 0.03  # energy that a projection may leave out: its bound must exclu
 _PASS_SECONDS, _READ_SECONDS, _COMPARED_SECONDS, _KEPT_SECONDS = 1e-3, 2e-10, 3e-9, 5e-7
 _TRIAL, _LOOSE = 64, 0.3  # bounds are too loose if after so many queries such a share is uncertified
 _FIRST, _FIRST_INT8 = 32, 128  # candidates beyond k, or k of them, before anything is known
-_LEAST_INT8 = 64  # dimensions from which on the product is worth a faster one
+# Dimensions from which on the product is worth a faster one, and those that an int32 has room for (127² · 2¹⁷ < 2³¹).
+_LEAST_INT8, _MOST_INT8 = 64, 1 << 17
 _FURTHER = 16  # candidates measured at a time beyond the first k, at least
 _FEW_LOST, _LOOSE_INT8 = 4, 0.02  # queries of one pass, and their share, that bounds in int8 may fail to certify
 
@@ -119,7 +120,8 @@ class ExactEngine:
 
     def _may_scan_in_int8(self) -> bool:
         is_fit = self._distance.norm == 2 and not self._rows.streamed and self._basis is None
-        return is_fit and not self._is_int8_loose and self._rows.dim >= _LEAST_INT8 and has_fast_int8(self.device)
+        is_fit &= _LEAST_INT8 <= self._rows.dim <= _MOST_INT8
+        return is_fit and not self._is_int8_loose and has_fast_int8(self.device)
 
     def _made(self) -> Bounds:
         if self._distance.norm == 1:
@@ -137,6 +139,8 @@ class ExactEngine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._lock = threading.RLock()
+        if self._dtype == torch.int8 and not has_fast_int8(self.device):  # another machine's may saturate
+            self._tighten()
 
     def _now(self, k: int) -> tuple[Bounds, Oversampling]:
         """Return what a search goes by until its end, whatever others change meanwhile."""

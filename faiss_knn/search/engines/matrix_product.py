@@ -122,6 +122,16 @@ def has_fast_int8(device: torch.device) -> bool:
     if device.type != "cpu" or cpu_flags().isdisjoint(_INT8_FLAGS) or not hasattr(torch, "_int_mm"):
         return False
     try:
-        return multiply_add_seconds(torch.int8) < _LEAST_GAIN * multiply_add_seconds(scan_dtype(device))
+        is_fast = multiply_add_seconds(torch.int8) < _LEAST_GAIN * multiply_add_seconds(scan_dtype(device))
+        return is_fast and _is_exact_in_int8()
     except RuntimeError:  # a build of PyTorch without it
         return False
+
+
+def _is_exact_in_int8() -> bool:
+    """Try the largest products: oneDNN may be kept from the CPU's instructions, and others saturate."""
+    rows = torch.full((_ROWS, _WIDTH), 127, dtype=torch.int8, device="cpu")
+    signs = torch.ones(_QUERIES, 1, dtype=torch.int8, device="cpu")
+    signs[1::2] = -1
+    product = _multiply_whole(rows, rows[:_QUERIES] * signs, torch.empty(_ROWS, _QUERIES, dtype=torch.int32))
+    return torch.equal(product, (127**2 * _WIDTH * signs.T.int()).expand_as(product))
