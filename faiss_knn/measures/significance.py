@@ -1,4 +1,6 @@
-"""How sure a difference of accuracies is: intervals, tests, and how many queries it would take.
+"""How sure an accuracy is, and a difference of two: intervals, tests, and how many queries it would take.
+
+Of one accuracy there are Wilson's interval and, for queries in groups, the standard error and the bootstrap's interval.
 
 Two classifiers that answered the same queries differ only where one of them is right alone. So all that is needed of
 them are three numbers, `Pairs`, whatever the number of queries.

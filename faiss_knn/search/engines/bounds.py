@@ -23,6 +23,7 @@ most ρuρv to u·v (Cauchy-Schwarz again): the last column. Where the spectrum 
 
 For the distance -q·x the same columns without h bound the product itself: s(q·x) = u·v + sc·v.
 
+exact.py compares a scan's scores with `least_score`, which certifies that no row left unmeasured is nearer.
 docs/exact.md derives every constant below.
 """
 
