@@ -10,13 +10,13 @@ import torch
 from faiss_knn.measures.components import groups_of
 from faiss_knn.measures.hubness import hubness
 from faiss_knn.measures.label_errors import LabelNoise, NeighborVote, neighbor_vote, one_vote_a_group
+from faiss_knn.offline.accuracy import BLOCK, class_shares
 from faiss_knn.offline.audit_inputs import AuditInputs
 from faiss_knn.offline.audit_search import AuditLists
 from faiss_knn.offline.confusions import confusions_between
 from faiss_knn.offline.lazy_rows import Subset, read_rows, spans
 from faiss_knn.offline.report.audit_report import AuditReport
 from faiss_knn.offline.report.findings import Confusion, LabelSuspect, Leak, Side
-from faiss_knn.offline.scores import BLOCK, class_shares
 from faiss_knn.search.distance import get_distance
 
 Ids = npt.NDArray[np.int64]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from faiss_knn.offline.accuracy import Judge, make_judge
 from faiss_knn.offline.copies import Copies, count_copies
 from faiss_knn.offline.metric_names import make_metrics
 from faiss_knn.offline.mistakes import mistakes_of, says_more
@@ -35,7 +36,6 @@ from faiss_knn.offline.record import (
 )
 from faiss_knn.offline.report.report import EvalReport
 from faiss_knn.offline.report.results import Classes, Outcome, Record, record_key
-from faiss_knn.offline.scores import Judge, make_judge
 from faiss_knn.offline.search import EXACT, SearchResult, Variant, search_task
 from faiss_knn.offline.task import EvalTask, Limits, check_values, few_shot_facts, make_task, warning_facts
 from faiss_knn.search.inputs import as_switch, shown

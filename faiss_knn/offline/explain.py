@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from faiss_knn.offline.accuracy import make_judge
 from faiss_knn.offline.options import DEFAULTS, EvalOptions, VoteOptions, vote_settings
 from faiss_knn.offline.preparation import prepare
 from faiss_knn.offline.report.results_folder import write_into
-from faiss_knn.offline.scores import make_judge
 from faiss_knn.offline.search import EXACT, SearchOptions, SearchResult, search_task
 from faiss_knn.offline.task import EvalTask, check_values, make_task
 from faiss_knn.protocol import Protocol, protocols

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from faiss_knn.offline.accuracy import Hits
 from faiss_knn.offline.options import EvalOptions
 from faiss_knn.offline.report.results import Outcome
-from faiss_knn.offline.scores import Hits
 from faiss_knn.offline.task import EvalTask, LabelledRows
 
 _BYTES = 9  # of a query under one vote of one bank: an int32, a bool and a float32

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from faiss_knn.measures.class_means import class_means
+from faiss_knn.offline.accuracy import BLOCK, Hits, neighbor_labels
 from faiss_knn.offline.lazy_rows import spans
 from faiss_knn.offline.options import EvalOptions
-from faiss_knn.offline.scores import BLOCK, Hits, neighbor_labels
 from faiss_knn.offline.search import SearchResult
 from faiss_knn.offline.task import EvalTask
 from faiss_knn.protocol import OwnRule, get_protocol

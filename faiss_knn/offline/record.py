@@ -21,10 +21,10 @@ from faiss_knn.measures.significance import (
     cluster_standard_error,
     wilson_interval,
 )
+from faiss_knn.offline.accuracy import Hits, neighbor_labels
 from faiss_knn.offline.lazy_rows import spans
 from faiss_knn.offline.options import EvalOptions, VoteOptions
 from faiss_knn.offline.report.results import Record
-from faiss_knn.offline.scores import Hits, neighbor_labels
 from faiss_knn.offline.search import SearchResult, Variant
 from faiss_knn.offline.task import EvalTask
 

@@ -9,10 +9,10 @@ import torch
 from faiss_knn import EvalReport, evaluate, vote
 from faiss_knn.classify.vote import neighbor_weights, normalize_scores
 from faiss_knn.offline import outcomes as outcomes_step
+from faiss_knn.offline.accuracy import ClassJudge, MultiHotJudge, SharesJudge, neighbor_labels
 from faiss_knn.offline.cli import main
 from faiss_knn.offline.report.outcomes_file import pack_outcomes, read_outcomes
 from faiss_knn.offline.report.results import record_key
-from faiss_knn.offline.scores import ClassJudge, MultiHotJudge, SharesJudge, neighbor_labels
 
 RNG = np.random.default_rng(0)
 LABELS, TRUTH = RNG.integers(0, 4, 300), RNG.integers(0, 4, 60)
