@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.measures.generative import set_scores
-from faiss_knn.offline.balls import count_in_balls
+from faiss_knn.offline.ball_counts import count_in_balls
 from faiss_knn.offline.near_duplicates import Lists
 from faiss_knn.offline.search import EXACT, SearchOptions, search_task
 from faiss_knn.offline.task import EvalTask, LabelledRows

@@ -7,8 +7,8 @@ from sklearn.metrics import pairwise_distances
 
 from faiss_knn import KNNIndex
 from faiss_knn.measures.generative import set_scores
-from faiss_knn.offline import balls, near_duplicates
-from faiss_knn.offline.balls import count_in_balls
+from faiss_knn.offline import ball_counts, near_duplicates
+from faiss_knn.offline.ball_counts import count_in_balls
 from faiss_knn.offline.near_duplicates import Lists, group_rows
 
 RNG = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def scores_of(real, fake, k):
 @pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.8, 1.0), (0.0, 0.2), (0.0, 0.0)])
 @pytest.mark.parametrize("places", [300, 1 << 22])
 def test_balls_give_precision_recall_density_and_coverage(shift, scale, places, monkeypatch):
-    monkeypatch.setattr(balls, "_PLACES", places)
+    monkeypatch.setattr(ball_counts, "_PLACES", places)
     rng = np.random.default_rng(1)
     real = rng.integers(-8, 9, (150, 4)).astype(np.float32)  # many equal distances
     fake = np.round(scale * rng.integers(-8, 9, (90, 4)) + 8 * shift).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Which rows lie within balls around others, each of its own radius."""
+"""How many rows lie within balls around others, each of its own radius; measures/generative.py makes scores of that."""
 
 import numpy as np
 import numpy.typing as npt
