@@ -162,7 +162,7 @@ def test_overwrite_forgets_but_not_before_there_is_something_new(files, tmp_path
     run(files, out, "--k 1 5 --index flat IVF4,Flat --save-neighbors")
     (out / "notes.txt").write_text("mine")
     before = records(out)
-    run(files, out, "--overwrite --index IVG4", code=1)
+    run(files, out, "--overwrite --index IVF4096,Flat", code=1)
     assert records(out) == before
     run(files, out, "--k 3 --overwrite")
     assert points(out) == [("flat", 3)]
