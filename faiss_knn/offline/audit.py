@@ -67,7 +67,7 @@ def audit(
         k: Neighbours of each row. They vote on its label, and the k-th is how far it is from everything else.
         distance_metric: "cosine", "euclidean", "squared_euclidean" or "manhattan".
         duplicate_distance: At most how far near-duplicates are apart; 0: equal rows alone; None: chosen from the gap
-            in the distances (`faiss_knn.measures.gap`).
+            in the distances (`faiss_knn.measures.duplicate_gap`).
         outlier_labels: (Q,) 1 for queries, or without queries for rows, that are known to be outliers, else 0.
         class_names: Names by class id, for text.
         ignore_index: A class id that means "unlabelled", beside -1.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.measures.components import Components
-from faiss_knn.measures.gap import ROUNDING, duplicate_gap
+from faiss_knn.measures.duplicate_gap import ROUNDING, duplicate_gap
 from faiss_knn.offline.lazy_rows import RowSource, Subset, read_rows, spans
 from faiss_knn.search.distance import get_distance
 from faiss_knn.search.index import KNNIndex

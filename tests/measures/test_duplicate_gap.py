@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from faiss_knn.measures.gap import ROUNDING, duplicate_gap
+from faiss_knn.measures.duplicate_gap import ROUNDING, duplicate_gap
 from tests.measures.lists import digits, own_lists
 
 ROWS, LABELS = digits()
