@@ -11,7 +11,7 @@ from faiss_knn.search.inputs import as_choice
 
 _LEAST_NORM = 2.0**-500  # below it a square may be lost in float64
 _RESCALED = 1 << 20  # values measured again at once
-_PRODUCTS = 1 << 20  # products held at once
+_VALUES = 1 << 20  # differences or products held at once
 _REDUCED = 64  # exponent that rows are reduced by whose products with a query left the range
 _RESCALE = 2.0**600  # brings squares of the largest and the smallest differences into range
 
@@ -176,22 +176,38 @@ def _without_range_errors(norms: Tensor, queries: Tensor, rows: Tensor) -> Tenso
 
 
 def _per_pair(queries: Tensor, rows: Tensor, norm: float) -> Tensor:
+    if norm == 2 and queries.device.type == "cpu":  # in a third of the time that cdist takes
+        return _in_blocks(queries, rows, _euclidean)
     if len(rows) == 1:
         return torch.cdist(queries[None], rows, p=norm, compute_mode="donot_use_mm_for_euclid_dist")[0]
     return torch.cdist(queries[:, None], rows, p=norm, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
 
 
+def _euclidean(queries: Tensor, rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows - queries, dim=2)
+    return norms
+
+
 def _inner(queries: Tensor, rows: Tensor) -> Tensor:
     """Return the inner products (B, m) of queries (B, d) with rows (B, m, d) or (1, m, d)."""
-    products = queries.new_empty(len(queries), rows.shape[1])
-    width = max(1, min(rows.shape[1], _PRODUCTS // rows.shape[2]))
-    height = max(1, _PRODUCTS // (width * rows.shape[2]))
+    return _in_blocks(queries, rows, _summed_products)
+
+
+def _summed_products(queries: Tensor, rows: Tensor) -> Tensor:
+    return _summed(queries * rows)
+
+
+def _in_blocks(queries: Tensor, rows: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Compare queries (B, d) with rows (B, m, d) or (1, m, d), in parts that `compare` gets as (b, 1, d), (b, n, d)."""
+    compared = queries.new_empty(len(queries), rows.shape[1])
+    width = max(1, min(rows.shape[1], _VALUES // rows.shape[2]))
+    height = max(1, _VALUES // (width * rows.shape[2]))
     for top in range(0, len(queries), height):
         part = slice(top, top + height)
         own = rows if len(rows) == 1 else rows[part]
         for left in range(0, rows.shape[1], width):
-            products[part, left : left + width] = _summed(queries[part, None] * own[:, left : left + width])
-    return products
+            compared[part, left : left + width] = compare(queries[part, None], own[:, left : left + width])
+    return compared
 
 
 def _summed(values: Tensor) -> Tensor:
