@@ -30,7 +30,7 @@ _SMALL = 4  # a bank of fewer than this many times the candidates is measured wh
 _LEEWAY = 32 << 20  # bytes that a copy may be larger than the bank
 _CHUNK = 512  # queries of one pass
 _SECOND_CHUNK = 64
-_KEPT = 1 << 18  # candidates of one chunk
+_KEPT_BYTES = 1 << 19  # of the scores of one chunk's candidates: 64 times as much is held of the first rows
 _WHOLE = 1 << 20  # distances of one, where all are measured
 _SECOND_BLOCK = 8192  # rows for so many queries, more for fewer
 _WIDE = 512  # narrower rows gain too little from a projection
@@ -170,7 +170,9 @@ class ExactEngine:
             return search_in_parts(
                 lambda part: self._measured_whole(part, k), queries, k, max(1, _WHOLE // len(self._rows))
             )
-        most = max(1, min(_CHUNK, _KEPT // (k + self._now(k)[1].count)))
+        bounds, oversampling = self._now(k)
+        most = max(1, min(_CHUNK, _KEPT_BYTES // (bounds.score_dtype.itemsize * (k + oversampling.count))))
+        del bounds  # so that tighter ones can take their place
         return search_in_parts(lambda part: self._search_part(part, k), queries, k, most, together=self._rows.streamed)
 
     def _search_part(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
