@@ -7,7 +7,7 @@ import torch
 from torchmetrics import MeanAbsoluteError
 
 from faiss_knn import FeatureBank, OnlineKNN, OnlineQueue
-from faiss_knn.search.engines import matrix_product, scan
+from faiss_knn.search.engines import exact, matrix_product, scan, selection
 from tests.online.parts import Echo, loader, trainer
 from tests.online.test_callback import knn
 from tests.waits import Waits
@@ -34,7 +34,8 @@ def waits_of(monkeypatch: pytest.MonkeyPatch, train: dict, val: dict, **options)
         for name in ("on_train_batch_end", "on_validation_batch_end"):
             if name in vars(owner):
                 monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
-    monkeypatch.setattr(scan, "has_cache_blocks", lambda device: False)  # the scan of a GPU
+    for module in (scan, selection, exact):
+        monkeypatch.setattr(module, "needs_no_wait", lambda device: False)  # the search of a GPU
     monkeypatch.setattr(matrix_product, "prefers_numpy", lambda: False)  # and its product, whichever is faster
     run = trainer(knn(queue_length=2000, **options), num_sanity_val_steps=0)
     run.fit(Echo(), loader(250, **train), loader(32, **val))

@@ -23,7 +23,8 @@ from faiss_knn.search.engines.matrix_product import has_fast_int8, multiply_add_
 from faiss_knn.search.engines.oversampling import Oversampling
 from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions, participation_ratio
 from faiss_knn.search.engines.rerank import measure, nearest
-from faiss_knn.search.engines.scan import best_scores, has_cache_blocks, rows_at_least, search_in_parts
+from faiss_knn.search.engines.scan import best_scores, rows_at_least, search_in_parts
+from faiss_knn.search.engines.selection import needs_no_wait
 from faiss_knn.search.stored_rows import StoredRows
 
 _SMALL = 4  # a bank of fewer than this many times the candidates is measured whole
@@ -150,7 +151,7 @@ class ExactEngine:
     def _oversampling_for(self, k: int) -> Oversampling:
         if k not in self._oversampling:
             scanned = self._bounds.bytes or self._rows.bytes
-            candidate = _KEPT_SECONDS if has_cache_blocks(self.device) else seconds_per_candidate(self._rows.dim)
+            candidate = _KEPT_SECONDS if needs_no_wait(self.device) else seconds_per_candidate(self._rows.dim)
             second_pass = _PASS_SECONDS + scanned * _READ_SECONDS
             first = _FIRST_INT8 if self._dtype == torch.int8 else _FIRST
             query = len(self._rows) * _COMPARED_SECONDS
@@ -215,7 +216,7 @@ class ExactEngine:
         self, queries: Tensor, k: int, bounds: Bounds, prepared: PreparedQueries, scores: Tensor, ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Measure those candidates that may be among the k nearest: ((B, m) distances, (B, m) ids)."""
-        if not has_cache_blocks(ids.device) or ids.shape[1] <= k:  # a GPU would be waited for
+        if not needs_no_wait(ids.device) or ids.shape[1] <= k:  # a GPU would be waited for
             return measure(queries, self._rows, ids, self._distance), ids
         scores, order = scores.sort(dim=1, descending=True)
         ids = ids.gather(1, order)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.engines.bounds import Bounds, PreparedQueries
-from faiss_knn.search.engines.selection import highest
+from faiss_knn.search.engines.selection import highest, needs_no_wait
 from faiss_knn.search.engines.workers import run_alone, run_apart, run_together, threads_for
 from faiss_knn.search.stored_rows import StoredRows
 
@@ -85,7 +85,7 @@ def best_scores(bounds: Bounds, prepared: PreparedQueries, rows: int, kept: int)
     Returns:
         (B, kept) scores and (B, kept) int64 row numbers, in no order. Equal scores are kept by chance.
     """
-    if has_cache_blocks(prepared.vectors.device):
+    if needs_no_wait(prepared.vectors.device):
         return _best_above_a_threshold(bounds, prepared, rows, kept)
     step = _gpu_block_rows(prepared.vectors, kept)
     best, ids = _best_rows(bounds.scores(prepared, 0, min(step, rows)), kept)
@@ -95,11 +95,6 @@ def best_scores(bounds: Bounds, prepared: PreparedQueries, rows: int, kept: int)
         del block  # before the next is made
         best, ids = _best_of(torch.cat([best, scores], 1), torch.cat([ids, numbers + start], 1), kept)
     return best, ids
-
-
-def has_cache_blocks(device: torch.device) -> bool:
-    """Tell whether to scan in blocks that stay in cache, and to look at each: a GPU would be waited for every time."""
-    return device.type == "cpu"
 
 
 def _gpu_block_rows(vectors: Tensor, kept: int) -> int:
@@ -272,7 +267,7 @@ def _best_of(scores: Tensor, ids: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 def _best_rows(block: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Return the `kept` highest of each column of `block` (n, B), (B, kept), and their rows."""
-    if block.dtype == torch.bfloat16 and has_cache_blocks(block.device):
+    if block.dtype == torch.bfloat16 and needs_no_wait(block.device):
         bits, rows = _best_by_groups(block.view(torch.int16), kept)
         if bool((bits > 0).all()):  # above all others: only negative numbers come in the reverse order of their bits
             return bits.view(torch.bfloat16), rows

@@ -13,6 +13,16 @@ _PIECE = 512
 _PLACES = 1 << 16  # that go into a key beside a score of 16 bits
 
 
+def needs_no_wait(device: torch.device) -> bool:
+    """Tell whether what was computed can be looked at at once: a GPU would be waited for every time.
+
+    Example:
+        >>> needs_no_wait(torch.device("cpu")), needs_no_wait(torch.device("cuda"))
+        (True, False)
+    """
+    return device.type == "cpu"
+
+
 def highest(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Return the `kept` highest of each row of scores and their places, in no order; equal ones are kept by chance.
 
@@ -29,7 +39,7 @@ def highest(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
         ([4.0, 5.0], [2, 3])
     """
     width = scores.shape[1]
-    if scores.device.type != "cpu":
+    if not needs_no_wait(scores.device):
         return scores.topk(kept, dim=1, sorted=False)
     if kept == width:
         return scores, torch.arange(width).expand(len(scores), -1)
