@@ -122,6 +122,42 @@ def test_squares_that_are_rounded_up_at_every_step(size):
     check(torch.cat([side, -side]), torch.zeros(1, 6000), basis=basis)
 
 
+def test_squares_of_rows_that_are_rounded_up_in_whole_numbers():
+    # The query is the centre, which no row is: of the score only |u|² is left.
+    blocks = torch.arange(100)
+    for size, part in [(6, 0.51), (8, 0.51), (10, 0.49), (14, 0.51)]:
+        rows = (1 + part * 2.0**-size) ** 0.5 * torch.ones(100, 6000)
+        rows.view(100, 100, 60)[blocks, blocks] = 0.0
+        check(torch.cat([rows, -rows]), torch.zeros(1, 6000), dtype=torch.int8)
+
+
+def test_squares_of_what_is_rounded_off_that_are_rounded_down_in_whole_numbers():
+    # Three rows are rounded to nothing, the query is not rounded, and along what was rounded off.
+    axes = torch.arange(24)
+    bank = torch.zeros(24, 20_000)
+    bank[axes, axes] = (-1.0) ** axes
+    for size in range(12, 15):
+        bank[1:6:2] = 2.0**-8 * (1 + 0.49 * 2.0**-size) ** 0.5
+        check(bank, torch.ones(1, 20_000), dtype=torch.int8)
+
+
+def test_directions_that_float32_rounds_away_from_the_centre_in_whole_numbers():
+    # Nearly all rows are the centre, which is also the query and, like the other rows, hardly rounded to whole numbers.
+    for seed in range(3):
+        bank = torch.ones(1000, 64)
+        bank[::25] += 4e-3 * normal(40, 64, seed=seed).sign()
+        check(bank * (1 + normal(1000, 1, seed=seed).abs()), torch.ones(1, 64), metric="cosine", dtype=torch.int8)
+
+
+def test_a_row_whose_columns_cannot_hold_its_share_in_whole_numbers():
+    # Columns are laid out by every fourth row: of those that are shorter, no T is so large as the centre's.
+    bank = torch.eye(64).repeat(6, 1)
+    bank[::2] *= -1
+    bank[::4] *= 0.7
+    bank[1] = 0.0
+    check(bank, torch.zeros(1, 64), dtype=torch.int8)
+
+
 @FLOATS
 @pytest.mark.parametrize("stretch", [0.998, 1.002])
 def test_directions_that_are_not_quite_of_length_one(dtype, stretch):
