@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from faiss_knn import KNNIndex
 from faiss_knn.search.engines import matrix_product
+from faiss_knn.search.engines.exact import ExactEngine
 from faiss_knn.search.engines.faiss_library import faiss
 from tests.reference import brute_force, distances
 
@@ -505,3 +506,20 @@ def test_no_check_of_the_search_goes_away_under_python_o():
     for path in (Path(__file__).parents[2] / "faiss_knn" / "search").rglob("*.py"):
         asserts = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
         assert not asserts, path
+
+
+def test_bounds_that_memory_ran_out_for_are_made_by_the_next_search(monkeypatch):
+    bank, queries = torch.randn(3000, 24), torch.randn(8, 24)
+    index = KNNIndex().build(bank)
+    engine, made = index._engine, ExactEngine._made
+
+    def no_memory(self):
+        raise MemoryError
+
+    monkeypatch.setattr(ExactEngine, "_made", no_memory)
+    engine._dtype = torch.bfloat16  # not the last that there is
+    with pytest.raises(MemoryError):
+        engine._tighten()
+    monkeypatch.setattr(ExactEngine, "_made", made)
+    _, expected = brute_force(queries.numpy(), bank.numpy(), 5)
+    assert (index.search(queries, 5).indices.numpy() == expected).all()

@@ -95,19 +95,20 @@ class ExactEngine:
             self._basis = _worthwhile_basis(rows, distance)
         self._is_int8_loose: bool = previous is not None and previous._is_int8_loose
         self._dtype = torch.int8 if not lean and self._may_scan_in_int8() else scan_dtype(rows.device)
-        self._bounds: Bounds = self._made() if bounds is None else bounds
+        self._bounds: Bounds | None = bounds
+        self._made_bounds()
 
     @property
     def bytes(self) -> int:
         """Size of the bank and what was made of it."""
         with self._lock:
-            return self._rows.bytes + self._bounds.bytes
+            return self._rows.bytes + self._made_bounds().bytes
 
     @property
     def parameters(self) -> dict[str, object]:
         """What the scan computes in."""
         with self._lock:
-            if not isinstance(self._bounds, ProductBounds):
+            if not isinstance(self._made_bounds(), ProductBounds):
                 return {}
             dims = self._rows.dim if self._basis is None else self._basis.shape[1]
             return {"scan_dtype": str(self._dtype).removeprefix("torch."), "scan_dims": dims}
@@ -123,6 +124,12 @@ class ExactEngine:
         is_fit = self._distance.norm == 2 and not self._rows.streamed and self._basis is None
         is_fit &= _LEAST_INT8 <= self._rows.dim <= _MOST_INT8
         return is_fit and not self._is_int8_loose and has_fast_int8(self.device)
+
+    def _made_bounds(self) -> Bounds:
+        """Return the bounds, made if there are none: memory may have run out when they were to be made before."""
+        if self._bounds is None:
+            self._bounds = self._made()
+        return self._bounds
 
     def _made(self) -> Bounds:
         if self._distance.norm == 1:
@@ -146,11 +153,11 @@ class ExactEngine:
     def _now(self, k: int) -> tuple[Bounds, Oversampling]:
         """Return what a search goes by until its end, whatever others change meanwhile."""
         with self._lock:
-            return self._bounds, self._oversampling_for(k)
+            return self._made_bounds(), self._oversampling_for(k)
 
     def _oversampling_for(self, k: int) -> Oversampling:
         if k not in self._oversampling:
-            scanned = self._bounds.bytes or self._rows.bytes
+            scanned = self._made_bounds().bytes or self._rows.bytes
             candidate = _KEPT_SECONDS if needs_no_wait(self.device) else seconds_per_candidate(self._rows.dim)
             second_pass = _PASS_SECONDS + scanned * _READ_SECONDS
             first = _FIRST_INT8 if self._dtype == torch.int8 else _FIRST
@@ -264,8 +271,8 @@ class ExactEngine:
             self._dtype = torch.float32
         else:
             return
-        del self._bounds  # before the next is made: one copy at a time, unless another thread searches by it
-        self._bounds = self._made()
+        self._bounds = None  # before the next are made: one copy at a time, unless another thread searches by it
+        self._made_bounds()
 
     def _second_pass(self, queries: Tensor, k: int, limits: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
         """Measure every row whose bound does not exclude it from the k nearest, and also count them (b,).
