@@ -227,8 +227,8 @@ class ExactEngine:
             return measure(queries, self._rows, ids, self._distance), ids
         scores, order = scores.sort(dim=1, descending=True)
         ids = ids.gather(1, order)
-        distances = torch.full(ids.shape, torch.inf, dtype=torch.float64)
-        start, stop, asked = 0, k, torch.arange(len(queries))
+        distances = torch.full(ids.shape, torch.inf, dtype=torch.float64, device="cpu")
+        start, stop, asked = 0, k, torch.arange(len(queries), device="cpu")
         while len(asked) > 0:
             some = ids[asked, start:stop]
             distances[asked, start:stop] = measure(queries[asked], self._rows, some, self._distance)

@@ -63,7 +63,9 @@ class Int8Bounds(ProductBounds):
         sample = ((self._sample_of_rows()[::_SAMPLED] - self._centre) * self._scale).float()
         sizes = sample.norm(dim=1)
         is_near = sizes <= self._reach
-        sample, sizes = (sample[is_near], sizes[is_near]) if is_near.any() else (torch.zeros(1, 1), torch.zeros(1))
+        sample, sizes = (
+            (sample[is_near], sizes[is_near]) if is_near.any() else map(torch.zeros_like, (sample[:1], sizes[:1]))
+        )
         places = [int(share * (sample.numel() - 1)) for share in _CLIPPED]
         largest = sample.abs().flatten().topk(places[-1] + 1).values
         units = (largest[places].clamp(_LEAST, _LARGEST) / _MOST).tolist()  # numbers that float32 has

@@ -133,5 +133,6 @@ def _is_exact_in_int8() -> bool:
     rows = torch.full((_ROWS, _WIDTH), 127, dtype=torch.int8, device="cpu")
     signs = torch.ones(_QUERIES, 1, dtype=torch.int8, device="cpu")
     signs[1::2] = -1
-    product = _multiply_whole(rows, rows[:_QUERIES] * signs, torch.empty(_ROWS, _QUERIES, dtype=torch.int32))
+    out = torch.empty(_ROWS, _QUERIES, dtype=torch.int32, device="cpu")
+    product = _multiply_whole(rows, rows[:_QUERIES] * signs, out)
     return torch.equal(product, (127**2 * _WIDTH * signs.T.int()).expand_as(product))

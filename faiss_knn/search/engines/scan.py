@@ -226,7 +226,7 @@ class _Best:
             taken = (counts - turn).clip(0, span)
             there = torch.from_numpy(np.arange(taken.max()) < taken[:, None])
             further = scores.new_full(there.shape, _lowest(scores.dtype))
-            further_ids = torch.full(there.shape, -1)
+            further_ids = torch.full(there.shape, -1, device="cpu")
             further[there] = scores[torch.from_numpy(now)]
             further_ids[there] = torch.from_numpy(places[now] // queries)
             self._keep(further, further_ids)

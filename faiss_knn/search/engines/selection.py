@@ -42,7 +42,7 @@ def highest(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     if not needs_no_wait(scores.device):
         return scores.topk(kept, dim=1, sorted=False)
     if kept == width:
-        return scores, torch.arange(width).expand(len(scores), -1)
+        return scores, torch.arange(width, device="cpu").expand(len(scores), -1)
     if scores.dtype in (torch.bfloat16, torch.int16) and width <= _PLACES:
         places = _by_keys(_ordered_bits(scores), kept)
     elif scores.dtype == torch.bfloat16:
