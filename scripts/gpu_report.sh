@@ -6,7 +6,11 @@
 # CPU; TEST_SECONDS and TABLE_SECONDS (defaults 210 and 310): when each half is stopped, with what it had written kept.
 set -uo pipefail
 file=${1:-results/gpu_report.txt}
-case $file in /*) ;; *) file=$PWD/$file ;; esac
+case $file in
+    -*) echo "gpu_report: FILE must be a path, got $file: options are environment variables (see the head of this script)" >&2; exit 2 ;;
+    /*) ;;
+    *) file=$PWD/$file ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p "$(dirname "$file")" || exit 1
 if [ -z "${PYTHON:-}" ]; then

@@ -250,3 +250,9 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path):
     assert "-- tests: FAILED with status 3" in done.stdout
     assert "begun" in done.stdout
     assert "-- tables: stopped after 1 s" in done.stdout
+
+
+def test_the_report_of_a_gpu_takes_no_option_for_its_file():
+    done = subprocess.run(["bash", str(GPU_REPORT), "--stand-in"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--stand-in" in done.stderr
