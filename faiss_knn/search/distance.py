@@ -176,7 +176,7 @@ def _without_range_errors(norms: Tensor, queries: Tensor, rows: Tensor) -> Tenso
 
 
 def _per_pair(queries: Tensor, rows: Tensor, norm: float) -> Tensor:
-    if norm == 2 and queries.device.type == "cpu":  # in a third of the time that cdist takes
+    if norm == 2 and queries.device.type == "cpu":  # in half of the time that cdist takes for few rows a query
         return _in_blocks(queries, rows, _euclidean)
     if len(rows) == 1:
         return torch.cdist(queries[None], rows, p=norm, compute_mode="donot_use_mm_for_euclid_dist")[0]

@@ -429,7 +429,7 @@ def rounded_up(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def aligned(width: int) -> int:
-    """Fill a width up.
+    """Round a product's width up to a multiple of eight.
 
     Example:
         >>> aligned(390)

@@ -190,23 +190,24 @@ class ExactEngine:
             distances, ids, needed = self._first_pass(queries, k, bounds, count)
             lost = [query for query, need in enumerate(needed) if need > count]
             # A second pass by bounds in int8 may measure so many rows that another first one is cheaper.
-            is_over = not isinstance(bounds, Int8Bounds) or len(lost) <= max(_FEW_LOST, _LOOSE_INT8 * len(queries))
-            if is_over:
-                for start in range(0, len(lost), _SECOND_CHUNK):
-                    some = lost[start : start + _SECOND_CHUNK]
-                    part = torch.tensor(some, device=queries.device)
-                    distances[part], ids[part], within = self._second_pass(
-                        queries[part], k, distances[part, -1], bounds
-                    )
-                    for query, reached in zip(some, within.tolist(), strict=True):
-                        needed[query] = max(needed[query], reached - k + 1)
+            is_anew = isinstance(bounds, Int8Bounds) and len(lost) > max(_FEW_LOST, _LOOSE_INT8 * len(queries))
+            for start in range(0, 0 if is_anew else len(lost), _SECOND_CHUNK):
+                some = lost[start : start + _SECOND_CHUNK]
+                part = torch.tensor(some, device=queries.device)
+                distances[part], ids[part], within = self._second_pass(queries[part], k, distances[part, -1], bounds)
+                for query, reached in zip(some, within.tolist(), strict=True):
+                    needed[query] = max(needed[query], reached - k + 1)
             del bounds  # so that tighter ones can take their place
             with self._lock:
-                if oversampling is self._oversampling.get(k):  # else they have, meanwhile
-                    self._learn(oversampling, needed, count) if is_over else self._tighten()
-                self.uncertified += len(lost) if is_over else 0
-            if is_over:
-                return distances, ids
+                are_current = oversampling is self._oversampling.get(k)  # else they have, meanwhile
+                if is_anew:
+                    if are_current:
+                        self._tighten()
+                    continue
+                self.uncertified += len(lost)
+                if are_current:
+                    self._learn(oversampling, needed, count)
+            return distances, ids
 
     def _first_pass(self, queries: Tensor, k: int, bounds: Bounds, count: int) -> tuple[Tensor, Tensor, list[int]]:
         """Search by bounds and `count` candidates beyond k; also say how many each query would have needed."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 Values = npt.NDArray[Any]
 
-_PIECE = 512
+_PIECE = 512  # values that are sorted at once; see `_sorted_out`
 _PLACES = 1 << 16  # that go into a key beside a score of 16 bits
 
 
