@@ -1,5 +1,6 @@
 """Threads of our own: they change no setting, no result, and no mode of the thread that asks."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from faiss_knn import KNNIndex
-from faiss_knn.search.engines import matrix_product
+from faiss_knn.search.engines import matrix_product, workers
 from faiss_knn.search.engines.workers import numpy_threads, run_alone, run_apart, run_together, threads_for
 
 
@@ -71,6 +72,50 @@ class TestRunTogether:
             return threads_for(10, least=10)
 
         assert run_alone(search) == 2
+
+
+_PLACES = """
+import os, sys, threading, torch
+from faiss_knn.search.engines import workers
+from faiss_knn.search.engines.workers import run_alone, run_together
+assert workers._runnable() >= 1  # at least this one
+workers._runnable = lambda: int(sys.argv[2])
+cpus = sorted(os.sched_getaffinity(0))[:2]
+os.sched_setaffinity(0, cpus)
+torch.set_num_threads(int(sys.argv[1]))
+meet = threading.Barrier(2)
+def task():
+    meet.wait()  # on two threads
+    return os.sched_getaffinity(0)
+places = run_alone(lambda: run_together([task, task]))
+after = [os.sched_getaffinity(thread) for thread in workers._pool(os.getpid(), torch.get_num_threads()).threads]
+print([sorted(cpus.index(cpu) for cpu in place) for place in places], all(place == set(cpus) for place in after))
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="asks for two CPUs of a Linux machine"
+)
+@pytest.mark.parametrize(
+    ("threads", "runnable", "places"),
+    [(2, 1, [[[0], [1]], [[1], [0]]]), (2, 2, [[[0, 1], [0, 1]]]), (3, 1, [[[0, 1], [0, 1]]])],
+    ids=["as many threads as CPUs", "others run too", "more threads"],
+)
+def test_threads_that_share_work_have_a_cpu_each_on_a_quiet_machine(threads, runnable, places):
+    command = [sys.executable, "-c", _PLACES, str(threads), str(runnable)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in [f"{of_tasks} True" for of_tasks in places]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_where_threads_may_not_be_placed_they_stay_where_they_are(monkeypatch):
+    def refuse(thread, cpus):
+        raise PermissionError
+
+    monkeypatch.setattr(workers, "_runnable", lambda: 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda thread: {0, 1}, raising=False)
+    monkeypatch.setattr("os.sched_setaffinity", refuse, raising=False)
+    assert run_alone(lambda: run_together([lambda: 1, lambda: 2])) == [1, 2]
 
 
 @pytest.mark.parametrize("least_part", [0, 1 << 30], ids=["queries divided", "rows divided"])

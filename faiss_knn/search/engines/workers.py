@@ -5,17 +5,23 @@ process has one of the cores (data loaders, other trainings), every barrier wait
 a scan of many small blocks then takes ten times as long. And where nobody has it, the threads of the one library, which
 go on spinning for some milliseconds, are in the way of the other's. Here one thread goes through a whole search, in
 which both libraries compute on the thread that asks; what is worth dividing is taken in parts by all, who meet once.
+
+In a virtual machine Linux cannot tell a CPU that sleeps from one that its host has taken away. It wakes threads on the
+CPU of the one that wakes them, where they wait for some milliseconds, and Python's lock wakes them at every turn. So
+where nothing else runs, and there are as many threads as CPUs, each stays on one of its own through a search.
 """
 
 import ctypes
 import os
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
+from pathlib import Path
 from threading import Barrier
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from numpy.linalg import _umath_linalg
@@ -45,7 +51,15 @@ def run_alone(task: Callable[[], T]) -> T:
     Raises:
         Exception: The task's own.
     """
-    return task() if _here.count else _submitted(task, torch.get_num_threads()).result()
+    if _here.count:
+        return task()
+    pool, is_quiet = _pool(os.getpid(), torch.get_num_threads()), _runnable() == 1
+
+    def run() -> T:
+        with _each_on_a_cpu(pool.threads) if is_quiet else nullcontext():
+            return task()
+
+    return _submitted(run, pool).result()
 
 
 def run_together(tasks: Sequence[Callable[[], T]]) -> list[T]:
@@ -56,9 +70,10 @@ def run_together(tasks: Sequence[Callable[[], T]]) -> list[T]:
     """
     if len(tasks) < 2:
         return [task() for task in tasks]
-    futures = [_submitted(task, _here.count or torch.get_num_threads()) for task in tasks]
+    pool = _pool(os.getpid(), _here.count or torch.get_num_threads())
     if not _here.count:
-        return [future.result() for future in futures]
+        return [future.result() for future in [_submitted(task, pool) for task in tasks]]
+    futures = [_submitted(task, pool) for task in tasks]
     # What no other thread has begun is done by this one, which they may be waiting for in turn. The last come first.
     waiting = reversed(list(zip(tasks, futures, strict=True)))
     return [task() if future.cancel() else future.result() for task, future in waiting][::-1]
@@ -81,7 +96,12 @@ def run_apart(tasks: Sequence[Callable[[], T]]) -> list[T]:
     return run_together([partial(undivided, task) for task in tasks])
 
 
-def _submitted(task: Callable[[], T], count: int) -> Future[T]:
+class _Pool(NamedTuple):
+    executor: ThreadPoolExecutor
+    threads: list[int]  # as Linux numbers them
+
+
+def _submitted(task: Callable[[], T], pool: _Pool) -> Future[T]:
     is_inference = torch.is_inference_mode_enabled()
 
     def run() -> T:
@@ -89,24 +109,58 @@ def _submitted(task: Callable[[], T], count: int) -> Future[T]:
         with torch.inference_mode(is_inference), torch.no_grad(), one_thread_of_numpy():
             return task()
 
-    return _pool(os.getpid(), count).submit(run)
+    return pool.executor.submit(run)
 
 
 @cache
-def _pool(process: int, count: int) -> ThreadPoolExecutor:  # noqa: ARG001
+def _pool(process: int, count: int) -> _Pool:  # noqa: ARG001
     """Return `count` threads on each of which PyTorch computes alone; a forked process has none of its parent's."""
-    pool, barrier = ThreadPoolExecutor(count, "faiss-knn"), Barrier(count)
+    executor, barrier = ThreadPoolExecutor(count, "faiss-knn"), Barrier(count)
 
-    def alone() -> None:
+    def alone() -> int:
         _here.count = count
         torch.get_num_threads()  # a thread takes over the process's number when it is first asked, and not after that
         torch.set_num_threads(1)  # of this thread, and of those that begin until it is put back below
         barrier.wait()
+        return threading.get_native_id()
 
-    for started in [pool.submit(alone) for _ in range(count)]:
-        started.result()
+    threads = [started.result() for started in [executor.submit(alone) for _ in range(count)]]
     torch.set_num_threads(count)
-    return pool
+    return _Pool(executor, threads)
+
+
+def _runnable() -> int:
+    """Return how many threads of this machine have or wait for a CPU, this one included; 0 where that is not known."""
+    try:
+        return int(Path("/proc/loadavg").read_bytes().split()[3].split(b"/")[0])
+    except (OSError, LookupError, ValueError):
+        return 0
+
+
+@contextmanager
+def _each_on_a_cpu(threads: Sequence[int]) -> Iterator[None]:
+    """Keep threads, of which this is one, each on a CPU of its own, where there are as many."""
+    if sys.platform != "linux" or len(cpus := os.sched_getaffinity(0)) != len(threads):
+        yield
+        return
+    here, cpu = threading.get_native_id(), _libc().sched_getcpu()
+    others = iter(cpus - {cpu})
+    _place({thread: {cpu} if thread == here else {next(others)} for thread in threads})
+    try:
+        yield
+    finally:
+        _place(dict.fromkeys(threads, cpus))
+
+
+def _place(places: dict[int, set[int]]) -> None:
+    with suppress(OSError):  # it may be forbidden, or a CPU be gone: then threads stay where they are
+        for thread, cpus in places.items():
+            os.sched_setaffinity(thread, cpus)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def one_thread_of_numpy() -> AbstractContextManager[None]:
