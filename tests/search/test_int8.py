@@ -100,6 +100,18 @@ def test_where_it_is_loose_the_search_goes_on_in_another_and_the_next_bank_begin
     assert KNNIndex().build(bank).stats.parameters["scan_dtype"] == "int8"
 
 
+def test_too_few_candidates_are_no_reason_to_go_on_in_another():
+    bank, queries = normal(20_000, 128), normal(300, 128, seed=1)
+    index = KNNIndex().build(bank)
+    check(index, queries, bank, k=20)
+    spare = index._engine._oversampling[20]
+    spare.count = 0  # as where the queries so far needed none
+    check(index, queries, bank, k=20)
+    assert index.stats.parameters["scan_dtype"] == "int8"
+    assert index.stats.uncertified <= 6
+    assert spare.count > 64
+
+
 def test_where_the_product_is_too_small_to_pay_the_search_goes_on_in_another(monkeypatch):
     monkeypatch.setattr("faiss_knn.search.engines.exact.multiply_add_seconds", lambda dtype: 1e-14)
     bank, queries = normal(20_000, 128), normal(300, 128, seed=1)

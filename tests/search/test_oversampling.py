@@ -8,6 +8,11 @@ DEAR, CHEAP = (
 )
 
 
+def learn_often(spare, needed, times=50):
+    for _ in range(times):
+        spare.learn(needed)
+
+
 def test_starts_with_as_many_as_the_neighbours_and_some_at_least():
     assert Oversampling(5, **DEAR).count == 32
     assert Oversampling(200, **DEAR).count == 200
@@ -18,12 +23,37 @@ def test_goes_down_to_what_queries_need():
     spare.learn([8] * 100)
     assert spare.count == 200  # too few to tell
     spare.learn([10] * 200)
+    assert 170 < spare.count < 200  # others may need more
+    learn_often(spare, [10] * 300)
     assert 10 <= spare.count <= 20
+
+
+def test_goes_up_at_once_and_down_by_and_by():
+    spare = Oversampling(20, **DEAR)
+    counts = []
+    for needed in [10, 32, *[10] * 7]:
+        spare.learn([needed] * 300)
+        counts.append(spare.count)
+    assert counts == [28, 44, 38, 33, 28, 24, 21, 18, 16]  # the need, and a quarter and four more
+
+
+def test_begins_anew_with_as_many_as_at_first():
+    spare = Oversampling(20, **DEAR)
+    learn_often(spare, [3] * 300)
+    spare.learn([3] * 200)  # which are forgotten
+    spare.begin_anew()
+    assert spare.count == spare.first == 32
+    spare.learn([30] * 100)
+    assert spare.count == 32
+    learn_often(spare, [100] * 300)
+    more = spare.count
+    spare.begin_anew()
+    assert spare.count == more > spare.first
 
 
 def test_copies_of_what_was_found_leave_no_fewer_candidates_than_neighbours():
     spare = Oversampling(20, **DEAR)
-    spare.learn([-18] * 300)
+    learn_often(spare, [-18] * 300)
     assert spare.count == 0
 
 
@@ -39,16 +69,15 @@ def test_goes_up_where_candidates_do_not_suffice_but_not_without_end(times):
 def test_a_few_queries_are_left_to_the_second_pass_where_that_is_cheaper():
     needed = [5] * 295 + [18] * 5
     dear, cheap = Oversampling(20, **DEAR), Oversampling(20, **CHEAP)
-    dear.learn(needed)
-    cheap.learn(needed)
+    learn_often(dear, needed)
+    learn_often(cheap, needed)
     assert dear.count > 18
     assert cheap.count == 5
 
 
 def test_queries_of_one_chunk_share_their_second_pass():
     together, apart = (Oversampling(20, candidate=1.0, second_pass=2000.0, query=0.0) for _ in range(2))
-    together.learn([5] * 295 + [18] * 5)
-    for _ in range(5):
-        apart.learn([5] * 59 + [18])
+    learn_often(together, [5] * 295 + [18] * 5)
+    learn_often(apart, [5] * 59 + [18], times=250)
     assert together.count == 5
     assert apart.count > 18

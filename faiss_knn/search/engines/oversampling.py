@@ -1,8 +1,10 @@
 """Choose how many extra candidates to measure beyond k."""
 
+import math
 from bisect import bisect_right
 
 _WATCHED = 256  # queries between two choices
+_FALL = 8  # one in so many, at most, are fewer after each: the worst of few queries are at times few
 
 
 class Oversampling:
@@ -20,13 +22,13 @@ class Oversampling:
     Example:
         >>> oversampling = Oversampling(200, candidate=1e-6, second_pass=1.0, query=1e-3)
         >>> oversampling.learn([10] * 300)
-        >>> oversampling.count
-        16
+        >>> oversampling.count  # an eighth fewer, 16 after some more
+        175
     """
 
     def __init__(self, k: int, candidate: float, second_pass: float, query: float, first: int = 32) -> None:
         self.k = k
-        self.count = self._first = max(first, k)
+        self.count = self.first = max(first, k)
         self._candidate, self._second_pass, self._query = candidate, second_pass, query
         self._chunks: list[list[int]] = []
 
@@ -49,5 +51,9 @@ class Oversampling:
         best = min(sorted(set(needs)), key=cost)
         if best == needs[-1]:  # what none of them needed, others may
             best += best // 4 + 4
-        self.count = min(max(best, 0), 4 * self._first)
+        self.count = min(max(best, self.count - math.ceil(self.count / _FALL)), 4 * self.first)
         self._chunks = []
+
+    def begin_anew(self) -> None:
+        """Forget what was learned: other queries come than those before."""
+        self.count, self._chunks = max(self.count, self.first), []
