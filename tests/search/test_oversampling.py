@@ -37,6 +37,15 @@ def test_goes_up_at_once_and_down_by_and_by():
     assert counts == [28, 44, 38, 33, 28, 24, 21, 18, 16]  # the need, and a quarter and four more
 
 
+def test_knows_what_half_of_the_queries_need():
+    spare = Oversampling(20, **DEAR)
+    assert spare.usual == 0
+    spare.learn([7] * 150 + [30] * 140)
+    assert spare.usual == 7
+    spare.learn([-5] * 300)
+    assert spare.usual == 0
+
+
 def test_begins_anew_with_as_many_as_at_first():
     spare = Oversampling(20, **DEAR)
     learn_often(spare, [3] * 300)

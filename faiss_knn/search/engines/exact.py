@@ -43,7 +43,7 @@ _TRIAL, _LOOSE = 64, 0.3  # bounds are too loose if after so many queries such a
 _FIRST, _FIRST_INT8 = 32, 128  # candidates beyond k, or k of them, before anything is known
 # Dimensions from which on the product is worth a faster one, and those that an int32 has room for (127² · 2¹⁷ < 2³¹).
 _LEAST_INT8, _MOST_INT8 = 64, 1 << 17
-_FURTHER = 16  # candidates measured at a time beyond the first k, at least
+_FURTHER = 16  # candidates measured at a time beyond the first ones, at least
 _FEW_LOST, _LOOSE_INT8 = 4, 0.02  # queries of one pass, and their share, that bounds in int8 may fail to certify
 
 
@@ -187,7 +187,7 @@ class ExactEngine:
         while True:
             bounds, oversampling = self._now(k)
             count = oversampling.count
-            distances, ids, needed = self._first_pass(queries, k, bounds, count)
+            distances, ids, needed = self._first_pass(queries, k, bounds, count, oversampling.usual)
             lost = [query for query, need in enumerate(needed) if need > count]
             # A second pass by bounds in int8 may measure so many rows that another first one is cheaper.
             is_anew = isinstance(bounds, Int8Bounds) and len(lost) > max(_FEW_LOST, _LOOSE_INT8 * len(queries))
@@ -209,19 +209,37 @@ class ExactEngine:
                     self._learn(oversampling, needed, count)
             return distances, ids
 
-    def _first_pass(self, queries: Tensor, k: int, bounds: Bounds, count: int) -> tuple[Tensor, Tensor, list[int]]:
-        """Search by bounds and `count` candidates beyond k; also say how many each query would have needed."""
+    def _first_pass(
+        self, queries: Tensor, k: int, bounds: Bounds, count: int, usual: int
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Search by bounds and `count` candidates beyond k; also say how many each query would have needed.
+
+        Args:
+            queries: (b, d).
+            k: How many neighbours.
+            bounds: To scan by.
+            count: Candidates beyond k.
+            usual: How many of them to measure at once, before it is known which may be among the k nearest.
+        """
         prepared = bounds.prepare(queries)
         scores, ids = best_scores(bounds, prepared, len(self._rows), min(k + count, len(self._rows)))
         ids = ids if self._duplicates is None else self._duplicates.mask_copies(ids)
-        distances, ids = self._followed(*nearest(*self._measured(queries, k, bounds, prepared, scores, ids), k), k)
+        measured = self._measured(queries, k, bounds, prepared, scores, ids, usual)
+        distances, ids = self._followed(*nearest(*measured, k), k)
         # Certified: not all candidates can be within the k-th distance, hence no row that scored lower than they.
         within = scores.double() >= bounds.least_score(prepared, self._distance.to_norm(distances[:, -1]))[:, None]
         counts = within.sum(1).tolist()  # the one time that a GPU is waited for
         return distances, ids, [count + 1 if reached == scores.shape[1] else reached - k + 1 for reached in counts]
 
     def _measured(
-        self, queries: Tensor, k: int, bounds: Bounds, prepared: PreparedQueries, scores: Tensor, ids: Tensor
+        self,
+        queries: Tensor,
+        k: int,
+        bounds: Bounds,
+        prepared: PreparedQueries,
+        scores: Tensor,
+        ids: Tensor,
+        usual: int,
     ) -> tuple[Tensor, Tensor]:
         """Measure those candidates that may be among the k nearest: ((B, m) distances, (B, m) ids)."""
         if not needs_no_wait(ids.device) or ids.shape[1] <= k:  # a GPU would be waited for
@@ -229,7 +247,7 @@ class ExactEngine:
         scores, order = scores.sort(dim=1, descending=True)
         ids = ids.gather(1, order)
         distances = torch.full(ids.shape, torch.inf, dtype=torch.float64, device="cpu")
-        start, stop, asked = 0, k, torch.arange(len(queries), device="cpu")
+        start, stop, asked = 0, min(k + usual, ids.shape[1]), torch.arange(len(queries), device="cpu")
         while len(asked) > 0:
             some = ids[asked, start:stop]
             distances[asked, start:stop] = measure(queries[asked], self._rows, some, self._distance)

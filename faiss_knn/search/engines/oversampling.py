@@ -19,6 +19,11 @@ class Oversampling:
         query: Seconds that each query adds to it.
         first: How many before anything is known, k at least.
 
+    Attributes:
+        count: How many.
+        first: How many before anything is known.
+        usual: How many half of the queries need; 0 before anything is known.
+
     Example:
         >>> oversampling = Oversampling(200, candidate=1e-6, second_pass=1.0, query=1e-3)
         >>> oversampling.learn([10] * 300)
@@ -29,6 +34,7 @@ class Oversampling:
     def __init__(self, k: int, candidate: float, second_pass: float, query: float, first: int = 32) -> None:
         self.k = k
         self.count = self.first = max(first, k)
+        self.usual = 0
         self._candidate, self._second_pass, self._query = candidate, second_pass, query
         self._chunks: list[list[int]] = []
 
@@ -42,6 +48,7 @@ class Oversampling:
         needs = sorted(need for chunk in self._chunks for need in chunk)
         if len(needs) < _WATCHED:
             return
+        self.usual = max(0, needs[len(needs) // 2])
         worst = sorted(max(chunk) for chunk in self._chunks)
 
         def cost(count: int) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance, get_distance, normalize, pair_norms
+from faiss_knn.search.engines.selection import needs_no_wait
 from faiss_knn.search.engines.workers import run_together, threads_for
 from faiss_knn.search.stored_rows import StoredRows
 
@@ -134,6 +135,11 @@ def nearest(distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ids: (B, m) int64.
         k: At most m.
     """
+    if needs_no_wait(distances.device):
+        ordered, order = distances.sort(dim=1)
+        compared = ordered[:, : k + 1]  # with the first that is left out: it may be equal to the last
+        if not (compared[:, 1:] == compared[:, :-1]).any():
+            return ordered[:, :k].contiguous(), ids.gather(1, order[:, :k])
     # Two stable sorts: by id (missing ones as the largest), then by distance.
     order = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids).argsort(dim=1, stable=True)
     distances, ids = distances.gather(1, order), ids.gather(1, order)
