@@ -30,7 +30,7 @@ def decisions(monkeypatch):
     """What the cost model is asked; "fast" is always its answer."""
     asked = []
 
-    def always(rows, dim, queries, k, dtype, *, warm, foretell):
+    def always(rows, dim, queries, k, dtype, *, warm, forecast):
         asked.append({"rows": rows, "dim": dim, "queries": queries, "k": k, "dtype": dtype, "warm": warm})
         return True
 
@@ -111,8 +111,8 @@ def test_a_large_bank_is_searched_exactly_for_few_queries(queries):
     assert KNNIndex("auto").build(bank(50_000, 128), expected_queries=queries).stats.exact
 
 
-def decayed(n, d=256, seed=0):
-    return bank(n, d, seed=seed) * torch.arange(1, d + 1) ** -1.0
+def decayed(n, d=256, seed=0, power=-1.0):
+    return bank(n, d, seed=seed) * torch.arange(1, d + 1) ** power
 
 
 def test_the_spectrum_decides_and_is_looked_at_only_where_it_may_pay(monkeypatch):
@@ -121,7 +121,7 @@ def test_the_spectrum_decides_and_is_looked_at_only_where_it_may_pay(monkeypatch
 
     for module in (choice, costs):
         monkeypatch.setattr(module, "multiply_add_seconds", seconds)
-    monkeypatch.setattr("faiss_knn.search.engines.exact.has_fast_int8", lambda device: False)
+    monkeypatch.setattr("faiss_knn.search.engines.int8_bounds.has_fast_int8", lambda device: False)
     index = KNNIndex("auto")
     assert index.build(bank(20_000, 256), expected_queries=10**6).stats.spec == "flat"
     assert index.build(decayed(20_000), expected_queries=500).stats.spec == "flat"
@@ -130,29 +130,36 @@ def test_the_spectrum_decides_and_is_looked_at_only_where_it_may_pay(monkeypatch
     def never():
         raise AssertionError("asked")
 
-    assert not prefers_fast(20_000, 256, 500, 20, DTYPE, warm=False, foretell=never)
-    assert not prefers_fast(20_000, 256, 8_000, 20, DTYPE, warm=False, foretell=never)  # would take long beside them
-    same = choice.Scans(flat_dims=256, fast_dims=256, candidates=20)
-    assert not prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: same)
-    half = same._replace(fast_dims=128)
-    assert prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half)
-    assert not prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half._replace(flat_dims=32))
-    assert not prefers_fast(20_000, 256, 10**9, 20, DTYPE, warm=False, foretell=lambda: half._replace(in_int8=True))
+    def prefers(queries, flat, fast):
+        return prefers_fast(20_000, 256, queries, 20, DTYPE, warm=False, forecast=choice.Forecast(flat, fast))
+
+    assert not prefers(500, never, never)
+    assert not prefers(8_000, never, never)  # would take long beside them
+    whole, half = choice.Scan(256, DTYPE, 29), choice.Scan(128, DTYPE, 20)
+    assert not prefers(10**9, lambda: whole, lambda: whole._replace(candidates=20))
+    assert prefers(10**9, lambda: whole, lambda: half)
+    assert not prefers(10**9, lambda: whole._replace(dims=32), lambda: half)
+    assert not prefers(10**9, lambda: whole._replace(dims=8), never)
+    assert not prefers(10**9, lambda: whole._replace(dtype=torch.int8), lambda: half)
+    assert prefers(10**9, lambda: whole, lambda: half._replace(dims=256, dtype=torch.int8))
 
 
 def test_a_large_bank_is_projected_to_what_was_best_for_a_sample_of_it_or_not_at_all(monkeypatch):
     monkeypatch.setattr("faiss_knn.search.engines.fast._LEAST_FORETOLD", 0)
+    monkeypatch.setattr("faiss_knn.search.engines.int8_bounds.has_fast_int8", lambda device: False)
     projected, make = [], FastEngine._made
 
-    def made(self, basis):
+    def made(self, dtype, basis=None):
         if basis is not None:
             projected.append((len(self._rows), basis.shape[1]))
-        return make(self, basis)
+        return make(self, dtype, basis)
 
     monkeypatch.setattr(FastEngine, "_made", made)
     noise = KNNIndex("fast").build(bank(20_000, 256)).stats
     assert noise.parameters["scan_dims"] == 256
     assert noise.recall >= 0.99
+    assert projected == []  # it spreads evenly
+    assert KNNIndex("fast").build(decayed(20_000, power=-0.3)).stats.parameters["scan_dims"] == 256
     assert {rows for rows, _ in projected} == {4096}  # the sample alone
     projected.clear()
     rows, queries = decayed(20_000), decayed(50, seed=1)

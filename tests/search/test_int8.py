@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from faiss_knn import KNNIndex
-from faiss_knn.search.engines import matrix_product
+from faiss_knn.search.distance import get_distance
+from faiss_knn.search.engines import exact, matrix_product
+from faiss_knn.search.engines.exact import ExactEngine
+from faiss_knn.search.engines.matrix_product import scan_dtype
 from faiss_knn.search.precision import cpu_flags
+from faiss_knn.search.stored_rows import StoredRows
 
 HAS_INSTRUCTIONS = not cpu_flags().isdisjoint({"amx_int8", "avx512_vnni", "avx_vnni"})
 
@@ -19,12 +23,21 @@ def normal(*shape, seed=0):
 
 @pytest.fixture(autouse=True)
 def int8_is_fast(monkeypatch):
-    monkeypatch.setattr("faiss_knn.search.engines.exact.has_fast_int8", lambda device: device.type == "cpu")
-    monkeypatch.setattr(
-        "faiss_knn.search.engines.exact.multiply_add_seconds", lambda dtype: 1e-12 if dtype == torch.int8 else 1e-9
-    )
+    lack_or_have_int8(monkeypatch, True)
+    for module in ("exact", "costs"):
+        monkeypatch.setattr(
+            f"faiss_knn.search.engines.{module}.multiply_add_seconds",
+            lambda dtype: 1e-12 if dtype == torch.int8 else 1e-9,
+        )
     if not HAS_INSTRUCTIONS:
         monkeypatch.setattr(matrix_product, "_multiply_whole", in_float64)
+
+
+def lack_or_have_int8(monkeypatch, has_it):
+    for module in ("exact", "fast", "int8_bounds"):
+        monkeypatch.setattr(
+            f"faiss_knn.search.engines.{module}.has_fast_int8", lambda device: has_it and device.type == "cpu"
+        )
 
 
 def in_float64(rows, queries, out):
@@ -130,10 +143,62 @@ def test_elsewhere_it_is_not_used(metric, dim):
 def test_an_index_that_moves_to_a_machine_without_it_goes_on_in_another(monkeypatch, has_it):
     bank, queries = normal(3000, 96), normal(40, 96, seed=1)
     pickled = pickle.dumps(KNNIndex().build(bank))
-    monkeypatch.setattr("faiss_knn.search.engines.exact.has_fast_int8", lambda device: has_it)
+    lack_or_have_int8(monkeypatch, has_it)
     index = pickle.loads(pickled)
     assert (index.stats.parameters["scan_dtype"] == "int8") == has_it
     check(index, queries, bank)
+
+
+@pytest.mark.parametrize("spec", ["flat", "fast"])
+def test_a_released_index_moves_too(monkeypatch, spec):
+    bank, queries = normal(8000, 96), normal(40, 96, seed=1)
+    index = KNNIndex(spec).build(bank)
+    assert index.stats.parameters["scan_dtype"] == "int8"
+    index.release()
+    pickled = pickle.dumps(index)
+    lack_or_have_int8(monkeypatch, False)
+    index = pickle.loads(pickled).build(bank)
+    assert index.stats.parameters["scan_dtype"] != "int8"
+    assert share_found(index, queries, bank) >= 0.98
+
+
+def share_found(index, queries, bank, k=10):
+    _, order = expected(queries, bank, k, index.distance_metric)
+    found = index.search(queries, k).indices.numpy()
+    return np.mean([len(set(a) & set(b)) / k for a, b in zip(found, order, strict=True)])
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_fast_scans_in_it_at_its_recall_and_a_warm_build_too(metric):
+    bank, queries = normal(8000, 96), normal(100, 96, seed=1)
+    index = KNNIndex("fast", distance_metric=metric).build(bank)
+    for is_warm in (False, True):
+        assert index.stats.parameters["scan_dtype"] == "int8"
+        assert index.stats.parameters["scan_dims"] == 96
+        assert index.stats.parameters["warm"] == is_warm
+        assert index.stats.recall >= 0.985
+        assert share_found(index, queries, bank) >= 0.98
+        index.build(bank)
+
+
+def test_fast_scans_in_another_where_rounding_leaves_too_little():
+    clusters = 100 * normal(8, 64).repeat(1000, 1)
+    bank = clusters + 0.4 * normal(8000, 64, seed=1)  # a tenth of what one in 127 stands for
+    queries = clusters[:100] + 0.4 * normal(100, 64, seed=2)
+    index = KNNIndex("fast").build(bank)
+    assert index.stats.parameters["scan_dtype"] != "int8"
+    assert index.stats.recall >= 0.98
+    assert share_found(index, queries, bank) >= 0.98
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_fast_that_moves_to_a_machine_without_it_goes_on_in_another(monkeypatch, has_it):
+    bank, queries = normal(8000, 96), normal(40, 96, seed=1)
+    pickled = pickle.dumps(KNNIndex("fast").build(bank))
+    lack_or_have_int8(monkeypatch, has_it)
+    index = pickle.loads(pickled)
+    assert (index.stats.parameters["scan_dtype"] == "int8") == has_it
+    assert share_found(index, queries, bank) >= 0.98
 
 
 def test_more_dimensions_than_int32_has_room_for_are_scanned_in_another():
@@ -170,3 +235,26 @@ def test_products_of_whole_numbers_are_exact(width):
     queries = torch.cat([queries, rows[40:71]])
     product = matrix_product.multiply(rows, queries, torch.empty(300, len(queries), dtype=torch.int32))
     assert torch.equal(product, (rows.double() @ queries.double().T).int())
+
+
+def test_a_sample_foretells_how_many_candidates_a_bank_needs():
+    bank, queries = normal(40_000, 96), normal(300, 96, seed=1)
+    index = KNNIndex().build(bank)
+    index.search(queries, 20)
+    needed = index._engine._oversampling[20].usual
+    rows = StoredRows(bank[::10].contiguous())
+    foretold = ExactEngine(rows, get_distance("euclidean")).candidates_needed(40_000, 20)
+    assert 0.7 * needed < foretold < 1.5 * needed
+
+
+def test_candidates_and_second_passes_must_cost_less_than_the_product_saves(monkeypatch):
+    rows = StoredRows(normal(1000, 100))
+    seconds = {torch.int8: 2e-12, scan_dtype(rows.device): 4e-12}
+    monkeypatch.setattr(f"{exact.__name__}.multiply_add_seconds", seconds.__getitem__)
+    monkeypatch.setattr(f"{exact.__name__}.seconds_per_candidate", lambda dim: 1e-6)
+    monkeypatch.setattr(f"{exact.__name__}.seconds_per_kept", lambda rows: 1e-6)
+    saved = 0.9 * (1_000_000 * 100 * 2e-12 + 32e-6)  # 209 µs a query
+    for needed, selecting in ((208, 0.0), (100, 108e-6), (0, 208e-6)):
+        assert exact.pays_in_int8(rows, 1_000_000, needed, selecting)
+        assert not exact.pays_in_int8(rows, 1_000_000, needed + 2, selecting)
+        assert needed * 1e-6 + selecting < saved < (needed + 2) * 1e-6 + selecting

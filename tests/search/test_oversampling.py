@@ -90,3 +90,12 @@ def test_queries_of_one_chunk_share_their_second_pass():
     learn_often(apart, [5] * 59 + [18], times=250)
     assert together.count == 5
     assert apart.count > 18
+
+
+def test_says_what_candidates_and_second_passes_cost_a_query():
+    spare, cheap = Oversampling(20, **DEAR), Oversampling(20, **CHEAP)
+    assert spare.seconds == 0
+    spare.learn([10] * 300)
+    assert spare.seconds == 10
+    cheap.learn([5] * 295 + [18] * 5)
+    assert cheap.seconds == 5 + (1 + 5) / 300

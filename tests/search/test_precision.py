@@ -12,6 +12,7 @@ def scanned_in(request, monkeypatch):
     monkeypatch.setattr(
         "faiss_knn.search.engines.matrix_product.has_fast_bfloat16", lambda device: request.param == torch.bfloat16
     )
+    monkeypatch.setattr("faiss_knn.search.engines.int8_bounds.has_fast_int8", lambda device: False)
     return str(request.param).removeprefix("torch.")
 
 

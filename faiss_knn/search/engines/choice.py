@@ -1,5 +1,6 @@
 """From a spec to an engine: who searches a bank, by what was asked, what the bank is and what was learned before."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -10,8 +11,8 @@ from torch import Tensor
 from faiss_knn.search.distance import Distance
 from faiss_knn.search.engines import faiss_gpu
 from faiss_knn.search.engines.base import Engine, TooFewRowsError
-from faiss_knn.search.engines.costs import search_cost
-from faiss_knn.search.engines.exact import ExactEngine
+from faiss_knn.search.engines.costs import search_cost, seconds_per_kept
+from faiss_knn.search.engines.exact import ExactEngine, pays_in_int8
 from faiss_knn.search.engines.faiss_engine import FaissEngine
 from faiss_knn.search.engines.fast import FastEngine, Tuned, foretell, sample_of
 from faiss_knn.search.engines.matrix_product import multiply_add_seconds, scan_dtype
@@ -25,6 +26,7 @@ _UNMET = 0.005  # below the target, where "auto" searches exactly instead
 _FAST_ROWS = 4096  # below, the exact search takes about as long as any other
 _LEAST_ROWS_PER_LIST = 39  # by FAISS's own advice
 _BUILD_VALUE = 8e-9  # seconds per value that a build writes: centred, cast
+_TAIL = 4  # times as many candidates as they need on average are kept of all queries
 _TUNING_SCANS = 3  # scans of the held-out queries that a first tuning takes
 _DIRECTION_PASSES = 24  # products of the sample with half as many directions as dimensions, and what goes with them
 _LEAST_SHARE = 8  # of the dimensions "fast" scans at least one in so many
@@ -111,25 +113,35 @@ def _resolved(request: EngineRequest, rows: StoredRows, distance: Distance, prev
         request.expected_k,
         scan_dtype(rows.device),
         warm=tuned is not None,
-        foretell=lambda: _foretold(request, rows, distance, tuned),
+        forecast=_forecast(request, rows, distance, tuned),
     )
     return "fast" if pays else "flat"
 
 
-class Scans(NamedTuple):
-    """What the two engines would do for each query.
+class Scan(NamedTuple):
+    """What an engine does for each query.
 
     Attributes:
-        flat_dims: Width that "flat" scans.
-        fast_dims: Width that "fast" scans.
-        candidates: Rows that "fast" measures.
-        in_int8: Whether "flat" scans in int8.
+        dims: Width that it scans.
+        dtype: What it scans in.
+        candidates: Rows that it measures.
     """
 
-    flat_dims: int
-    fast_dims: int
+    dims: int
+    dtype: torch.dtype
     candidates: int
-    in_int8: bool = False
+
+
+class Forecast(NamedTuple):
+    """What a bank's spectrum allows, each found out when it is asked for.
+
+    Attributes:
+        flat: What "flat" would do.
+        fast: What "fast" would do.
+    """
+
+    flat: Callable[[], Scan]
+    fast: Callable[[], Scan]
 
 
 def prefers_fast(
@@ -140,11 +152,11 @@ def prefers_fast(
     dtype: torch.dtype,
     *,
     warm: bool,
-    foretell: Callable[[], Scans] | None = None,
+    forecast: Forecast | None = None,
 ) -> bool:
     """Decide for "auto" whether a build and `queries` searches are cheaper with "fast" than with "flat".
 
-    flat:  build N·d + Q · (scan + 1.25k candidates, or in int8 2k)
+    flat:  build N·d + Q · (scan + candidates)
     fast:  build N·d, tuning (some scans of the held-out queries, fewer when warm) + Q · (narrower scan + candidates)
 
     "ivf" is never chosen: at a recall worth reporting it visits a quarter of its lists, one query at a time, and takes
@@ -157,33 +169,40 @@ def prefers_fast(
         k: Neighbours of each.
         dtype: That a scan computes in.
         warm: Whether an earlier tuning is at hand, which need only be checked.
-        foretell: Says what the bank's spectrum allows; asked only if the narrowest scan would pay and the answer takes
-            little beside the searches. None: that it does.
+        forecast: Says what the bank allows; asked only if the narrowest scan would pay and the answer takes little
+            beside the searches. None: that it does.
     """
+    narrowest = Scan(max(1, dim // _LEAST_SHARE), dtype, k)
 
-    def pays(scans: Scans) -> bool:
-        measured = 2 * k + 8 if scans.in_int8 else k + k // 4 + 4
-        flat = search_cost(rows, dim, scans.flat_dims, measured, torch.int8 if scans.in_int8 else dtype)
-        fast = search_cost(rows, dim, scans.fast_dims, scans.candidates, dtype, is_quick=True)
-        total = _tuning_cost(rows, dim, k, dtype, warm=warm) + queries * fast
-        return fast < _FASTER * flat and total < _SURE * queries * flat
+    def pays(flat: Scan, fast: Scan) -> bool:
+        exact = search_cost(rows, dim, flat.dims, flat.candidates, flat.dtype)
+        quick = search_cost(rows, dim, fast.dims, fast.candidates, fast.dtype, is_quick=True)
+        tuning = _tuning_cost(rows, dim, k, dtype, warm=warm, is_projected=fast.dims < dim)
+        return quick < _FASTER * exact and tuning + queries * quick < _SURE * queries * exact
 
-    if not pays(Scans(dim, max(1, dim // _LEAST_SHARE), k)):
+    if not pays(_usual_scan(dim, k, dtype), narrowest):
         return False
-    if foretell is None:
+    if forecast is None:
         return True
     searches = queries * search_cost(rows, dim, dim, k, dtype)
-    is_affordable = warm or _FORETELLING + _directions_cost(dim, dtype) <= _FORECAST * searches
-    return is_affordable and pays(foretell())
+    if not warm and _FORETELLING + _directions_cost(dim, dtype) > _FORECAST * searches:
+        return False
+    flat = forecast.flat()
+    return pays(flat, narrowest) and pays(flat, forecast.fast())
 
 
-def _tuning_cost(rows: int, dim: int, k: int, dtype: torch.dtype, *, warm: bool) -> float:
+def _usual_scan(dims: int, k: int, dtype: torch.dtype) -> Scan:
+    """Return what "flat" does, but in int8."""
+    return Scan(dims, dtype, k + k // 4 + 4)
+
+
+def _tuning_cost(rows: int, dim: int, k: int, dtype: torch.dtype, *, warm: bool, is_projected: bool) -> float:
     """Return the seconds of a thread that a build of "fast" takes and one of "flat" does not."""
-    projected = _BUILD_VALUE + dim // 2 * multiply_add_seconds(dtype)
+    projecting = rows * dim * (_BUILD_VALUE + dim // 2 * multiply_add_seconds(dtype)) if is_projected else 0.0
     if warm:
-        return RECHECK * search_cost(rows, dim, dim, 2 * k, dtype) + rows * dim * projected
+        return RECHECK * search_cost(rows, dim, dim, 2 * k, dtype) + projecting
     scans = _TUNING_SCANS * HELD_OUT * search_cost(rows, dim, dim, k, dtype)
-    return scans + _directions_cost(dim, dtype) + rows * dim * projected
+    return scans + _directions_cost(dim, dtype) + projecting
 
 
 def _directions_cost(dim: int, dtype: torch.dtype) -> float:
@@ -191,13 +210,25 @@ def _directions_cost(dim: int, dtype: torch.dtype) -> float:
     return _DIRECTION_PASSES * SAMPLE_ROWS * dim * (dim // 2) * multiply_add_seconds(dtype)
 
 
-def _foretold(request: EngineRequest, rows: StoredRows, distance: Distance, tuned: Tuned | None) -> Scans:
-    """Foretell the scans by an earlier tuning, or by that of a sample of the bank."""
-    flat = ExactEngine(sample_of(rows, distance), distance).parameters
-    if tuned is None:
-        tuned = foretell(rows, distance, request.expected_k, request.target)
-    dims = rows.dim if tuned.basis is None else tuned.basis.shape[1]
-    return Scans(cast(int, flat["scan_dims"]), dims, tuned.candidates(request.expected_k), flat["scan_dtype"] == "int8")
+def _forecast(request: EngineRequest, rows: StoredRows, distance: Distance, tuned: Tuned | None) -> Forecast:
+    """Foretell by an earlier tuning, or by a sample of the bank."""
+    k = request.expected_k
+
+    def flat() -> Scan:
+        engine = ExactEngine(sample := sample_of(rows, distance), distance)
+        dims = cast(int, engine.parameters["scan_dims"])
+        if engine.parameters["scan_dtype"] == "int8":
+            needed = engine.candidates_needed(len(rows), k)
+            if pays_in_int8(sample, len(rows), needed, _TAIL * needed * seconds_per_kept(len(rows))):
+                return Scan(dims, torch.int8, k + math.ceil(needed))
+        return _usual_scan(dims, k, scan_dtype(rows.device))
+
+    def fast() -> Scan:
+        chosen = foretell(rows, distance, k, request.target) if tuned is None else tuned
+        dims = rows.dim if chosen.basis is None else chosen.basis.shape[1]
+        return Scan(dims, chosen.dtype, chosen.candidates(k))
+
+    return Forecast(flat, fast)
 
 
 def _fast(

@@ -16,14 +16,14 @@ from faiss_knn.search.engines.bounds import (
     PreparedQueries,
     ProductBounds,
 )
-from faiss_knn.search.engines.costs import seconds_per_candidate
+from faiss_knn.search.engines.costs import seconds_per_candidate, seconds_per_kept
 from faiss_knn.search.engines.duplicates import Duplicates
-from faiss_knn.search.engines.int8_bounds import Int8Bounds
+from faiss_knn.search.engines.int8_bounds import Int8Bounds, may_scan_in_int8
 from faiss_knn.search.engines.matrix_product import has_fast_int8, multiply_add_seconds, scan_dtype
 from faiss_knn.search.engines.oversampling import Oversampling
 from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions, participation_ratio
 from faiss_knn.search.engines.rerank import measure, nearest
-from faiss_knn.search.engines.scan import best_scores, rows_at_least, search_in_parts
+from faiss_knn.search.engines.scan import best_scores, rows_at_least, run_search, search_in_parts
 from faiss_knn.search.engines.selection import needs_no_wait
 from faiss_knn.search.stored_rows import StoredRows
 
@@ -37,12 +37,11 @@ _SECOND_BLOCK = 8192  # rows for so many queries, more for fewer
 _WIDE = 512  # narrower rows gain too little from a projection
 _BASIS_SHARE = 3  # of the dimensions at most one in so many
 _LEFT_OUT = 0.03  # energy that a projection may leave out: its bound must exclude nearly all rows
-# Of a second pass, that of each, per byte scanned, and per row of each query; of a candidate, that of selecting it.
-_PASS_SECONDS, _READ_SECONDS, _COMPARED_SECONDS, _KEPT_SECONDS = 1e-3, 2e-10, 3e-9, 5e-7
+# Of a second pass, that of each, per byte scanned, and per row of each query.
+_PASS_SECONDS, _READ_SECONDS, _COMPARED_SECONDS = 1e-3, 2e-10, 3e-9
 _TRIAL, _LOOSE = 64, 0.3  # bounds are too loose if after so many queries such a share is uncertified
 _FIRST, _FIRST_INT8 = 32, 128  # candidates beyond k, or k of them, before anything is known
-# Dimensions from which on the product is worth a faster one, and those that an int32 has room for (127² · 2¹⁷ < 2³¹).
-_LEAST_INT8, _MOST_INT8 = 64, 1 << 17
+_SPENT = 0.9  # of what a product in int8 saves, as modelled, that its candidates may cost
 _FURTHER = 16  # candidates measured at a time beyond the first ones, at least
 _FEW_LOST, _LOOSE_INT8 = 4, 0.02  # queries of one pass, and their share, that bounds in int8 may fail to certify
 
@@ -94,7 +93,12 @@ class ExactEngine:
             self._duplicates = Duplicates.among(rows)
             self._basis = _worthwhile_basis(rows, distance)
         self._is_int8_loose: bool = previous is not None and previous._is_int8_loose
-        self._dtype = torch.int8 if not lean and self._may_scan_in_int8() else scan_dtype(rows.device)
+        if bounds is not None:
+            self._dtype = bounds.dtype
+        elif lean or self._basis is not None or self._is_int8_loose or not may_scan_in_int8(rows, distance):
+            self._dtype = scan_dtype(rows.device)
+        else:
+            self._dtype = torch.int8
         self._bounds: Bounds | None = bounds
         self._made_bounds()
 
@@ -120,11 +124,6 @@ class ExactEngine:
         """Drop the rows; nothing can be searched after that."""
         del self._rows, self._bounds, self._duplicates
 
-    def _may_scan_in_int8(self) -> bool:
-        is_fit = self._distance.norm == 2 and not self._rows.streamed and self._basis is None
-        is_fit &= _LEAST_INT8 <= self._rows.dim <= _MOST_INT8
-        return is_fit and not self._is_int8_loose and has_fast_int8(self.device)
-
     def _made_bounds(self) -> Bounds:
         """Return the bounds, made if there are none: memory may have run out when they were to be made before."""
         if self._bounds is None:
@@ -147,7 +146,8 @@ class ExactEngine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._lock = threading.RLock()
-        if self._dtype == torch.int8 and not has_fast_int8(self.device):  # another machine's may saturate
+        is_released = "_rows" not in state
+        if self._dtype == torch.int8 and not is_released and not has_fast_int8(self.device):  # products may saturate
             self._tighten()
 
     def _now(self, k: int) -> tuple[Bounds, Oversampling]:
@@ -158,7 +158,9 @@ class ExactEngine:
     def _oversampling_for(self, k: int) -> Oversampling:
         if k not in self._oversampling:
             scanned = self._made_bounds().bytes or self._rows.bytes
-            candidate = _KEPT_SECONDS if needs_no_wait(self.device) else seconds_per_candidate(self._rows.dim)
+            # On a CPU it is selected, and measured only if it may be among the nearest.
+            is_selected = needs_no_wait(self.device)
+            candidate = seconds_per_kept(len(self._rows)) if is_selected else seconds_per_candidate(self._rows.dim)
             second_pass = _PASS_SECONDS + scanned * _READ_SECONDS
             first = _FIRST_INT8 if self._dtype == torch.int8 else _FIRST
             query = len(self._rows) * _COMPARED_SECONDS
@@ -263,17 +265,31 @@ class ExactEngine:
         self._trial_searched += len(needed)
         self._trial_uncertified += sum(need > count for need in needed)
         self._trial_needed += sum(needed)
-        if self._trial_searched >= _TRIAL and self._are_too_loose():
+        if self._trial_searched >= _TRIAL and self._are_too_loose(oversampling.seconds):
             self._tighten()
 
-    def _are_too_loose(self) -> bool:
+    def _are_too_loose(self, seconds: float) -> bool:
         if self._trial_uncertified > _LOOSE * self._trial_searched:
             return True
         if self._dtype != torch.int8:
             return False
-        saved = multiply_add_seconds(scan_dtype(self.device)) - multiply_add_seconds(torch.int8)
-        more = self._trial_needed / self._trial_searched * seconds_per_candidate(self._rows.dim)
-        return more > len(self._rows) * self._rows.dim * saved
+        return not pays_in_int8(self._rows, len(self._rows), self._trial_needed / self._trial_searched, seconds)
+
+    def candidates_needed(self, rows: int, k: int) -> float:
+        """Foretell how many candidates beyond k a query needs on average in a bank that these rows are a sample of.
+
+        Args:
+            rows: Of the bank.
+            k: How many neighbours.
+        """
+        bounds, share = self._made_bounds(), len(self._rows) / rows
+        near = 1 + max(1, round(k * share))  # each query finds itself
+        queries = self._rows.take(self._rows.random_ids(_TRIAL))
+        distances = run_search(lambda: self.search(queries, near), self._rows, len(queries))[0][:, -1]
+        prepared = bounds.prepare(queries)
+        least = bounds.least_score(prepared, self._distance.to_norm(distances))
+        reached = bounds.scores(prepared, 0, len(self._rows)).double() >= least
+        return float(reached.sum(0).double().mean() - near) / share
 
     def _followed(self, distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return (distances, ids) if self._duplicates is None else self._duplicates.expand(distances, ids, k)
@@ -333,6 +349,20 @@ class ExactEngine:
             for part in parts
         ]
         return nearest(self._distance.from_norm(torch.cat(norms, 1)), numbers.expand(len(queries), -1), k)
+
+
+def pays_in_int8(bank: StoredRows, rows: int, needed: float, seconds: float) -> bool:
+    """Tell whether the faster product outweighs the candidates that looser bounds leave.
+
+    Args:
+        bank: What is searched, or a sample of it.
+        rows: How many there are in all.
+        needed: Candidates beyond k that are measured of a query.
+        seconds: What selecting more of them, and second passes, cost it.
+    """
+    saved = multiply_add_seconds(scan_dtype(bank.device)) - multiply_add_seconds(torch.int8)
+    saved_of_all = rows * bank.dim * saved + _FIRST * seconds_per_kept(rows)
+    return needed * seconds_per_candidate(bank.dim) + seconds <= _SPENT * saved_of_all
 
 
 def _by_query(query: Tensor, distances: Tensor, ids: Tensor, queries: int) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,18 @@
-"""index="fast": a scan of estimates over the leading directions, and exact distances of the best."""
+"""index="fast": a scan of estimates, over the leading directions or in int8, and exact distances of the best."""
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from faiss_knn.search.distance import Distance
 from faiss_knn.search.engines.bounds import BOUND_COLUMNS, ProductBounds
 from faiss_knn.search.engines.costs import search_cost
-from faiss_knn.search.engines.matrix_product import scan_dtype
-from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions
+from faiss_knn.search.engines.int8_bounds import Int8Bounds, may_scan_in_int8
+from faiss_knn.search.engines.matrix_product import has_fast_int8, scan_dtype
+from faiss_knn.search.engines.projection import SAMPLE_ROWS, leading_directions, participation_ratio
 from faiss_knn.search.engines.recall_sample import HELD_OUT, RECHECK, RecallSample, recall_sample, recall_source
 from faiss_knn.search.engines.rerank import measure_quickly, nearest
 from faiss_knn.search.engines.scan import best_scores, run_search, search_in_parts
@@ -19,6 +21,7 @@ from faiss_knn.search.stored_rows import StoredRows
 _SHARES = (0.125, 0.25, 0.375, 0.5)  # of the dimensions, scanned instead of all
 _FACTORS = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0)
 _SPARE = 280  # candidates beyond k that a factor may ask for: selecting more takes longer than measuring them
+_EVEN = 0.5  # of the dimensions: rows that spread over so many directions are not projected
 _SAMPLE = 4096  # rows to foretell a tuning from; of a small bank no more than a quarter
 _LEAST_FORETOLD = 1 << 16  # rows; below, to try all takes no longer
 _CHUNK = 512
@@ -32,15 +35,24 @@ class Tuned(NamedTuple):
         basis: (d, m) directions to scan; None: all coordinates.
         factor: Candidates measured per neighbour asked for.
         k: The k it was measured at.
+        dtype: What is scanned in.
     """
 
     basis: Tensor | None
     factor: float
     k: int
+    dtype: torch.dtype
 
     def candidates(self, k: int) -> int:
         """Return how many candidates to measure for k neighbours: never fewer spare ones than at the tuned k."""
         return max(math.ceil(self.factor * k), k + math.ceil((self.factor - 1) * self.k))
+
+
+class _Choice(NamedTuple):
+    cost: float
+    bounds: ProductBounds
+    tuned: Tuned
+    recall: float
 
 
 class FastEngine:
@@ -56,7 +68,6 @@ class FastEngine:
         stands_for: How many rows to choose for, where the bank is a sample of them.
 
     Example:
-        >>> import torch
         >>> from faiss_knn.search.distance import get_distance
         >>> bank = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
         >>> engine = FastEngine(StoredRows(bank), get_distance("euclidean"), k=5, target=0.99)
@@ -87,8 +98,8 @@ class FastEngine:
         self.device = rows.device
         self._distance = distance
         self._target = target
-        self._dtype = scan_dtype(rows.device)
         self.recall = 0.0
+        self.tuned: Tuned
         if previous is not None and previous.basis is not None:
             previous = previous._replace(basis=previous.basis.to(rows.device))
         self._warm = previous is not None and self._still_meets_target(previous, k)
@@ -105,14 +116,20 @@ class FastEngine:
     def parameters(self) -> dict[str, object]:
         """What was tuned."""
         dims = self._rows.dim if self.tuned.basis is None else self.tuned.basis.shape[1]
-        dtype = str(self._dtype).removeprefix("torch.")
         return {
             "k_factor": self.tuned.factor,
             "scan_dims": dims,
-            "scan_dtype": dtype,
+            "scan_dtype": str(self.tuned.dtype).removeprefix("torch."),
             "tuned_k": self.tuned.k,
             "warm": self._warm,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        is_released = "_rows" not in state
+        if self.tuned.dtype == torch.int8 and not is_released and not has_fast_int8(self.device):
+            self.tuned = self.tuned._replace(dtype=scan_dtype(self.device))  # no less exact
+            self._bounds = self._made(self.tuned.dtype)
 
     def release(self) -> None:
         """Drop the rows and keep what was tuned; nothing can be searched after that."""
@@ -122,16 +139,25 @@ class FastEngine:
         """Take over an earlier choice if a few held-out rows confirm it."""
         if previous.k < k or (previous.basis is not None and len(previous.basis) != self._rows.dim):
             return False
+        if previous.basis is None and previous.dtype not in self._whole_dtypes():
+            return False
         self.tuned = previous
-        self._bounds = self._made(previous.basis)
+        self._bounds = self._made(previous.dtype, previous.basis)
         sample = self._sample(None if previous.basis is not None else self._bounds, k, RECHECK)
         kept = previous.candidates(k)
         found = self._scan(self._bounds, sample.queries, min(kept + sample.further, len(self._rows)))
         self.recall, error = sample.recall(sample.counted(found, kept))
         return self.recall + 2 * error >= self._target  # unless they refute it
 
-    def _made(self, basis: Tensor | None) -> ProductBounds:
-        return ProductBounds(self._rows, self._distance, self._dtype, basis=basis)
+    def _whole_dtypes(self) -> list[torch.dtype]:
+        """Return what all coordinates may be scanned in, the fastest and roughest first."""
+        dtypes = [torch.int8] if may_scan_in_int8(self._rows, self._distance) else []
+        return list(dict.fromkeys([*dtypes, scan_dtype(self.device), torch.float32]))
+
+    def _made(self, dtype: torch.dtype, basis: Tensor | None = None) -> ProductBounds:
+        if dtype == torch.int8:
+            return Int8Bounds(self._rows, self._distance)
+        return ProductBounds(self._rows, self._distance, dtype, basis=basis)
 
     def retune(self, k: int, known_queries: Tensor | None = None) -> None:
         """Tune for another k, on known queries (n, d) where there are any."""
@@ -140,42 +166,55 @@ class FastEngine:
         self.tune(k)
 
     def tune(self, k: int) -> None:
-        """Choose directions and candidates: the cheapest by the cost model among those that meet the target.
+        """Choose what to scan and how many candidates: the cheapest by the cost model among those that meet the target.
 
         A large bank is projected to as many directions as were best for a sample of it, or not at all. Else it begins
         with the fewest, and ends where even the least number of candidates would make more of them too dear.
         """
-        whole = self._bounds = self._made(None)
+        narrow, wholes = scan_dtype(self.device), self._whole_dtypes()
+        whole = self._bounds = self._made(wholes[0])
         sample = self._sample(whole, k, HELD_OUT)
         k = sample.neighbors.shape[1]
-        least, best = math.inf, None
+        best = _Choice(math.inf, whole, Tuned(None, 1.0, k, whole.dtype), 0.0)
 
-        def may_pay(dims: int) -> bool:
-            return self._cost(dims, k) < least
+        def may_pay(dims: int, dtype: torch.dtype = narrow) -> bool:
+            return self._cost(dims, k, dtype) < best.cost
 
+        def better(bounds: ProductBounds, basis: Tensor | None = None) -> _Choice:
+            choice = self._choice(bounds, basis, sample)
+            return choice if choice.cost <= best.cost else best
+
+        if whole.dtype == torch.int8:
+            best = better(whole)
+            wholes.remove(torch.int8)
         for basis, widths in self._projections(k, may_pay):
-            rotated = self._made(basis)
+            rotated = self._made(narrow, basis)
             for dims in widths:
                 if not may_pay(dims):
                     break
-                bounds = rotated.narrowed(dims)
-                factor, recall, is_met = self._least_factor(bounds, sample)
-                if is_met and (cost := self._cost(dims, factor * k)) < least:
-                    least, best = cost, (bounds, Tuned(basis[:, :dims].contiguous(), factor, k), recall)
-        if may_pay(self._rows.dim):
-            factor, recall, _ = self._least_factor(whole, sample)
-            if self._cost(self._rows.dim, factor * k) < least:
-                best = None
-        if best is None:
-            self.tuned, self.recall = Tuned(None, factor, k), recall
-            return
-        bounds, self.tuned, self.recall = best
+                best = better(rotated.narrowed(dims), basis[:, :dims].contiguous())
+        for dtype in wholes:
+            if may_pay(self._rows.dim, dtype):
+                best = better(whole if whole.dtype == dtype else self._made(dtype))
         del whole, self._bounds
-        self._bounds = bounds.compact()
+        self._bounds, self.tuned, self.recall = best.bounds, best.tuned, best.recall
+        if self.tuned.basis is not None:
+            self._bounds = self._bounds.compact()
+
+    def _choice(self, bounds: ProductBounds, basis: Tensor | None, sample: RecallSample) -> "_Choice":
+        """Find how many candidates bounds need; where no number meets the target, the cost is infinite."""
+        factor, recall, is_met = self._least_factor(bounds, sample)
+        tuned = Tuned(basis, factor, sample.neighbors.shape[1], bounds.dtype)
+        dims = self._rows.dim if basis is None else basis.shape[1]
+        cost = self._cost(dims, factor * tuned.k, bounds.dtype) if is_met else math.inf
+        return _Choice(cost, bounds, tuned, recall)
 
     def _projections(self, k: int, may_pay: Callable[[int], bool]) -> Iterator[tuple[Tensor, list[int]]]:
         """Yield directions (d, m), and how many of them may be scanned, ascending, while more of them may pay."""
-        widths = self._widths()
+        widths, sample = self._widths(), self._rows.sample(SAMPLE_ROWS, self._distance)
+        sample -= sample.median(0).values
+        if participation_ratio(sample) > _EVEN * self._rows.dim:
+            return
         if self._stands_for == len(self._rows) >= _LEAST_FORETOLD:
             foretold = foretell(self._rows, self._distance, k, self._target)
             if foretold.basis is not None:
@@ -183,8 +222,6 @@ class FastEngine:
                 yield foretold.basis, [width for width in widths if width <= most][-2:]
             return
         half = len(widths) // 2
-        sample = self._rows.sample(SAMPLE_ROWS, self._distance)
-        sample -= sample.median(0).values
         for some in (widths[:half], widths[half:]):  # the time to find them grows with the square of their number
             if some and may_pay(some[0]):
                 yield leading_directions(sample, some[-1])[0], some
@@ -198,8 +235,8 @@ class FastEngine:
     def _sample(self, bounds: ProductBounds | None, k: int, count: int) -> RecallSample:
         return recall_sample(self._rows, self._distance, k, self._known_queries, count=count, bounds=bounds)
 
-    def _cost(self, dims: int, candidates: float) -> float:
-        return search_cost(self._stands_for, self._rows.dim, dims, int(candidates), self._dtype, is_quick=True)
+    def _cost(self, dims: int, candidates: float, dtype: torch.dtype) -> float:
+        return search_cost(self._stands_for, self._rows.dim, dims, int(candidates), dtype, is_quick=True)
 
     def _least_factor(self, bounds: ProductBounds, sample: RecallSample) -> tuple[float, float, bool]:
         """Return the smallest factor that meets the target, or the largest; the recall with it; whether it is met."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from faiss_knn.search.distance import Distance
 from faiss_knn.search.engines.bounds import PreparedQueries, ProductBounds, aligned
+from faiss_knn.search.engines.matrix_product import has_fast_int8
 from faiss_knn.search.stored_rows import StoredRows
 
 _MOST = 127
@@ -30,7 +31,15 @@ _SAMPLED = 4  # one in so many rows of the sample that centre and scale are from
 _RANGE, _MOST_PIECES = 1.5, 32  # of T, in that of the sample's; and columns for it
 _LEAST, _LARGEST = 2.0**-20, 2.0**36  # of the coordinate that becomes 127: the lowest T must be below any far row's
 _SINGLE = 2.0**-24
+# Dimensions from which on the product is worth a faster one, and those that an int32 has room for (127² · 2¹⁷ < 2³¹).
+_LEAST_DIM, _MOST_DIM = 64, 1 << 17
 _DOUBLE_ERROR = 2.0**-40  # relative, of all that is computed in float64
+
+
+def may_scan_in_int8(rows: StoredRows, distance: Distance) -> bool:
+    """Tell whether rows can be scanned in int8, and faster than otherwise."""
+    is_fit = distance.norm == 2 and not rows.streamed and _LEAST_DIM <= rows.dim <= _MOST_DIM
+    return is_fit and has_fast_int8(rows.device)
 
 
 class Int8Bounds(ProductBounds):
@@ -43,7 +52,6 @@ class Int8Bounds(ProductBounds):
 
     Example:
         >>> from faiss_knn.search.distance import get_distance
-        >>> from faiss_knn.search.stored_rows import StoredRows
         >>> rows = StoredRows(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]]))
         >>> bounds = Int8Bounds(rows, get_distance("euclidean"))
         >>> prepared = bounds.prepare(torch.zeros(1, 2))

@@ -23,6 +23,7 @@ class Oversampling:
         count: How many.
         first: How many before anything is known.
         usual: How many half of the queries need; 0 before anything is known.
+        seconds: What these and second passes cost a query; 0 before anything is known.
 
     Example:
         >>> oversampling = Oversampling(200, candidate=1e-6, second_pass=1.0, query=1e-3)
@@ -35,6 +36,7 @@ class Oversampling:
         self.k = k
         self.count = self.first = max(first, k)
         self.usual = 0
+        self.seconds = 0.0
         self._candidate, self._second_pass, self._query = candidate, second_pass, query
         self._chunks: list[list[int]] = []
 
@@ -56,6 +58,7 @@ class Oversampling:
             return self._candidate * len(needs) * count + self._second_pass * passes + self._query * lost
 
         best = min(sorted(set(needs)), key=cost)
+        self.seconds = cost(best) / len(needs)
         if best == needs[-1]:  # what none of them needed, others may
             best += best // 4 + 4
         self.count = min(max(best, self.count - math.ceil(self.count / _FALL)), 4 * self.first)
