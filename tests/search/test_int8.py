@@ -191,6 +191,20 @@ def test_fast_scans_in_another_where_rounding_leaves_too_little():
     assert share_found(index, queries, bank) >= 0.98
 
 
+def test_where_nothing_meets_the_target_fast_takes_what_finds_most(monkeypatch):
+    shares = iter([0.2, 0.9, 0.5, 0.4, 0.3, 0.1, 0.0])
+    tried = []
+
+    def unmet(self, bounds, sample):
+        tried.append((next(shares), bounds.dtype))
+        return 10.0, tried[-1][0], False
+
+    monkeypatch.setattr("faiss_knn.search.engines.fast.FastEngine._least_factor", unmet)
+    stats = KNNIndex("fast").build(normal(8000, 96)).stats
+    assert stats.recall == 0.9
+    assert stats.parameters["scan_dtype"] == str(tried[1][1]).removeprefix("torch.") != "int8"
+
+
 @pytest.mark.parametrize("has_it", [True, False])
 def test_fast_that_moves_to_a_machine_without_it_goes_on_in_another(monkeypatch, has_it):
     bank, queries = normal(8000, 96), normal(40, 96, seed=1)

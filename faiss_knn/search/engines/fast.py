@@ -182,7 +182,7 @@ class FastEngine:
 
         def better(bounds: ProductBounds, basis: Tensor | None = None) -> _Choice:
             choice = self._choice(bounds, basis, sample)
-            return choice if choice.cost <= best.cost else best
+            return min(best, choice, key=lambda one: (one.cost, -one.recall))
 
         if whole.dtype == torch.int8:
             best = better(whole)
