@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +117,35 @@ def test_where_threads_may_not_be_placed_they_stay_where_they_are(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda thread: {0, 1}, raising=False)
     monkeypatch.setattr("os.sched_setaffinity", refuse, raising=False)
     assert run_alone(lambda: run_together([lambda: 1, lambda: 2])) == [1, 2]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_where_a_thread_is_not_told_its_cpu_none_is_placed(monkeypatch):
+    placed = []
+    monkeypatch.setattr(workers, "_runnable", lambda: 1)
+    monkeypatch.setattr(workers, "_libc", lambda: SimpleNamespace(sched_getcpu=lambda: -1))
+    monkeypatch.setattr("os.sched_getaffinity", lambda thread: {0, 1}, raising=False)
+    monkeypatch.setattr("os.sched_setaffinity", lambda thread, cpus: placed.append(cpus), raising=False)
+    assert run_alone(lambda: run_together([lambda: 1, lambda: 2])) == [1, 2]
+    assert placed == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are placed on Linux alone")
+@pytest.mark.usefixtures("two_threads")
+def test_a_thread_that_may_not_be_placed_keeps_no_other_from_being_set_free(monkeypatch):
+    placed = {}
+
+    def refuse_the_first(thread, cpus):
+        if thread == workers._pool(os.getpid(), 2).threads[0]:
+            raise PermissionError
+        placed[thread] = cpus
+
+    monkeypatch.setattr(workers, "_runnable", lambda: 1)
+    monkeypatch.setattr(workers, "_libc", lambda: SimpleNamespace(sched_getcpu=lambda: 0))
+    monkeypatch.setattr("os.sched_getaffinity", lambda thread: {0, 1}, raising=False)
+    monkeypatch.setattr("os.sched_setaffinity", refuse_the_first, raising=False)
+    run_alone(lambda: None)
+    assert list(placed.values()) == [{0, 1}]
 
 
 @pytest.mark.parametrize("least_part", [0, 1 << 30], ids=["queries divided", "rows divided"])

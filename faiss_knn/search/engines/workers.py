@@ -144,6 +144,9 @@ def _each_on_a_cpu(threads: Sequence[int]) -> Iterator[None]:
         yield
         return
     here, cpu = threading.get_native_id(), _libc().sched_getcpu()
+    if cpu not in cpus:  # -1 where the system does not say
+        yield
+        return
     others = iter(cpus - {cpu})
     _place({thread: {cpu} if thread == here else {next(others)} for thread in threads})
     try:
@@ -153,8 +156,8 @@ def _each_on_a_cpu(threads: Sequence[int]) -> Iterator[None]:
 
 
 def _place(places: dict[int, set[int]]) -> None:
-    with suppress(OSError):  # it may be forbidden, or a CPU be gone: then threads stay where they are
-        for thread, cpus in places.items():
+    for thread, cpus in places.items():
+        with suppress(OSError):  # it may be forbidden, or a CPU be gone: then it stays where it is
             os.sched_setaffinity(thread, cpus)
 
 
