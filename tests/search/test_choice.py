@@ -111,6 +111,28 @@ def test_a_large_bank_is_searched_exactly_for_few_queries(queries):
     assert KNNIndex("auto").build(bank(50_000, 128), expected_queries=queries).stats.exact
 
 
+@pytest.mark.parametrize("had", [torch.bfloat16, torch.float32])
+def test_directions_are_scanned_in_what_is_fast_on_the_machine_that_builds(monkeypatch, had):
+    monkeypatch.setattr("faiss_knn.search.engines.int8_bounds.has_fast_int8", lambda device: False)
+    index = KNNIndex("fast").build(decayed(5000))
+    assert index.stats.parameters["scan_dims"] < 256
+    engine = index._engine
+    engine.tuned = engine.tuned._replace(dtype=had)  # as on another machine, or a GPU whose memory did not suffice
+    parameters = index.build(decayed(5000)).stats.parameters
+    assert parameters["warm"]
+    assert parameters["scan_dtype"] == str(DTYPE).removeprefix("torch.")
+
+
+def test_its_size_is_that_of_what_is_scanned_after_another_tuning_too():
+    index = KNNIndex("fast").build(decayed(5000), expected_k=1)
+    dims = index.stats.parameters["scan_dims"]
+    index._engine._target = 2.0  # which nothing meets: all coordinates are scanned
+    index.search(bank(3, 256), 50)
+    stats = index.stats
+    assert stats.parameters["scan_dims"] == 256 > dims
+    assert stats.bytes >= (4 + torch.float32.itemsize) * 5000 * 256
+
+
 def decayed(n, d=256, seed=0, power=-1.0):
     return bank(n, d, seed=seed) * torch.arange(1, d + 1) ** power
 

@@ -215,6 +215,18 @@ def test_fast_that_moves_to_a_machine_without_it_goes_on_in_another(monkeypatch,
     assert share_found(index, queries, bank) >= 0.98
 
 
+def test_fast_finds_as_many_there_where_scores_in_bfloat16_would_be_too_rough(monkeypatch):
+    centres = normal(50, 256).repeat(400, 1)
+    bank = centres + 0.3 * normal(20_000, 256, seed=1)
+    queries = centres[:200] + 0.3 * normal(200, 256, seed=2)
+    index = KNNIndex("fast").build(bank, expected_k=50)
+    assert index.stats.parameters["scan_dtype"] == "int8"
+    pickled = pickle.dumps(index)
+    lack_or_have_int8(monkeypatch, False)
+    monkeypatch.setattr("faiss_knn.search.engines.fast.scan_dtype", lambda device: torch.bfloat16)
+    assert share_found(pickle.loads(pickled), queries, bank, k=50) >= 0.985
+
+
 def test_more_dimensions_than_int32_has_room_for_are_scanned_in_another():
     # Rows that are 127 or -127 everywhere in whole numbers: of some the product would be above 2^31.
     row = normal(1, 140_000).sign()

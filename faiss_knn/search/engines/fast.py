@@ -101,11 +101,15 @@ class FastEngine:
         self.recall = 0.0
         self.tuned: Tuned
         if previous is not None and previous.basis is not None:
-            previous = previous._replace(basis=previous.basis.to(rows.device))
+            previous = previous._replace(basis=previous.basis.to(rows.device), dtype=scan_dtype(rows.device))
         self._warm = previous is not None and self._still_meets_target(previous, k)
         if not self._warm:
             self.tune(k)
-        self.bytes = rows.bytes + self._bounds.bytes
+
+    @property
+    def bytes(self) -> int:
+        """Size of the bank and what was made of it."""
+        return self._rows.bytes + self._bounds.bytes
 
     @property
     def tuned_k(self) -> int:
@@ -128,8 +132,9 @@ class FastEngine:
         vars(self).update(state)
         is_released = "_rows" not in state
         if self.tuned.dtype == torch.int8 and not is_released and not has_fast_int8(self.device):
-            self.tuned = self.tuned._replace(dtype=scan_dtype(self.device))  # no less exact
-            self._bounds = self._made(self.tuned.dtype)
+            # Not bfloat16, whose scores are rounded too: it may find fewer with so many candidates.
+            self.tuned = self.tuned._replace(dtype=torch.float32)
+            self._bounds = self._made(torch.float32)
 
     def release(self) -> None:
         """Drop the rows and keep what was tuned; nothing can be searched after that."""
@@ -168,8 +173,10 @@ class FastEngine:
     def tune(self, k: int) -> None:
         """Choose what to scan and how many candidates: the cheapest by the cost model among those that meet the target.
 
-        A large bank is projected to as many directions as were best for a sample of it, or not at all. Else it begins
-        with the fewest, and ends where even the least number of candidates would make more of them too dear.
+        All coordinates in int8 come first. Then a large bank is projected to as many directions as were best for a
+        sample of it, or not at all; another begins with the fewest, and ends where even the least number of candidates
+        would make more of them too dear. All coordinates in other dtypes come last; where nothing meets the target,
+        they are scanned in float32.
         """
         narrow, wholes = scan_dtype(self.device), self._whole_dtypes()
         whole = self._bounds = self._made(wholes[0])
@@ -201,7 +208,7 @@ class FastEngine:
         if self.tuned.basis is not None:
             self._bounds = self._bounds.compact()
 
-    def _choice(self, bounds: ProductBounds, basis: Tensor | None, sample: RecallSample) -> "_Choice":
+    def _choice(self, bounds: ProductBounds, basis: Tensor | None, sample: RecallSample) -> _Choice:
         """Find how many candidates bounds need; where no number meets the target, the cost is infinite."""
         factor, recall, is_met = self._least_factor(bounds, sample)
         tuned = Tuned(basis, factor, sample.neighbors.shape[1], bounds.dtype)
