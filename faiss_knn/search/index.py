@@ -196,8 +196,9 @@ class KNNIndex:
             ValueError: If features are empty, not (N, d), not finite, or zero under cosine; or too few for the spec.
         """
         start = time.perf_counter()
-        expected_queries = None if expected_queries is None else as_integer(expected_queries, "`expected_queries`")
-        expected_k = as_count(expected_k, "`expected_k`")
+        if expected_queries is not None:
+            expected_queries = min(as_integer(expected_queries, "`expected_queries`"), sys.maxsize)
+        expected_k = min(as_count(expected_k, "`expected_k`"), sys.maxsize)
         request = EngineRequest(self.spec, self.nprobe, self.target_recall, expected_k, expected_queries)
         self._step = self.chunk_size if self.chunk_size > 0 else _CHUNK
         try:

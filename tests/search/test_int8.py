@@ -1,5 +1,6 @@
 """The exact search by bounds in whole numbers: the same neighbours, and another way where the bounds are loose."""
 
+import math
 import pickle
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from faiss_knn import KNNIndex
 from faiss_knn.search.distance import get_distance
-from faiss_knn.search.engines import exact, matrix_product
+from faiss_knn.search.engines import choice, exact, matrix_product
 from faiss_knn.search.engines.exact import ExactEngine
 from faiss_knn.search.engines.matrix_product import scan_dtype
 from faiss_knn.search.precision import cpu_flags
@@ -271,6 +272,15 @@ def test_a_sample_foretells_how_many_candidates_a_bank_needs():
     rows = StoredRows(bank[::10].contiguous())
     foretold = ExactEngine(rows, get_distance("euclidean")).candidates_needed(40_000, 20)
     assert 0.7 * needed < foretold < 1.5 * needed
+
+
+@pytest.mark.parametrize("k", [5000, 10**6, 10**400], ids=["the bank", "more", "any number"])
+@pytest.mark.parametrize("queries", [None, 10**400], ids=["usual queries", "any number"])
+def test_auto_may_expect_more_neighbours_and_queries_than_there_can_be(monkeypatch, k, queries):
+    monkeypatch.setattr(choice, "_FASTER", math.inf)  # that all is foretold
+    monkeypatch.setattr(choice, "_SURE", math.inf)
+    index = KNNIndex("auto").build(normal(5000, 64), expected_k=k, expected_queries=queries)
+    assert index.search(normal(2, 64, seed=1), 10).indices.shape == (2, 10)
 
 
 def test_candidates_and_second_passes_must_cost_less_than_the_product_saves(monkeypatch):

@@ -192,7 +192,7 @@ def prefers_fast(
 
 
 def _usual_scan(dims: int, k: int, dtype: torch.dtype) -> Scan:
-    """Return what "flat" does, but in int8."""
+    """Return what "flat" does where it does not scan in int8."""
     return Scan(dims, dtype, k + k // 4 + 4)
 
 

@@ -283,7 +283,7 @@ class ExactEngine:
             k: How many neighbours.
         """
         bounds, share = self._made_bounds(), len(self._rows) / rows
-        near = 1 + max(1, round(k * share))  # each query finds itself
+        near = min(1 + max(1, round(k * share)), len(self._rows))  # each query finds itself
         queries = self._rows.take(self._rows.random_ids(_TRIAL))
         distances = run_search(lambda: self.search(queries, near), self._rows, len(queries))[0][:, -1]
         prepared = bounds.prepare(queries)
