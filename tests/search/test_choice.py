@@ -123,14 +123,15 @@ def test_directions_are_scanned_in_what_is_fast_on_the_machine_that_builds(monke
     assert parameters["scan_dtype"] == str(DTYPE).removeprefix("torch.")
 
 
-def test_its_size_is_that_of_what_is_scanned_after_another_tuning_too():
+def test_its_size_is_that_of_what_is_scanned_after_another_tuning_too(monkeypatch):
     index = KNNIndex("fast").build(decayed(5000), expected_k=1)
     dims = index.stats.parameters["scan_dims"]
-    index._engine._target = 2.0  # which nothing meets: all coordinates are scanned
+    monkeypatch.setattr(FastEngine, "_projections", lambda self, k, may_pay: iter(()))
     index.search(bank(3, 256), 50)
     stats = index.stats
     assert stats.parameters["scan_dims"] == 256 > dims
-    assert stats.bytes >= (4 + torch.float32.itemsize) * 5000 * 256
+    scanned = getattr(torch, stats.parameters["scan_dtype"])
+    assert stats.bytes >= (4 + scanned.itemsize) * 5000 * 256
 
 
 def decayed(n, d=256, seed=0, power=-1.0):

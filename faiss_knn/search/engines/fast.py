@@ -175,8 +175,8 @@ class FastEngine:
 
         All coordinates in int8 come first. Then a large bank is projected to as many directions as were best for a
         sample of it, or not at all; another begins with the fewest, and ends where even the least number of candidates
-        would make more of them too dear. All coordinates in other dtypes come last; where nothing meets the target,
-        they are scanned in float32.
+        would make more of them too dear. All coordinates in other dtypes come last. Where nothing meets the target, it
+        takes what finds most.
         """
         narrow, wholes = scan_dtype(self.device), self._whole_dtypes()
         whole = self._bounds = self._made(wholes[0])
