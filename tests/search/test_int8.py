@@ -182,6 +182,15 @@ def test_fast_scans_in_it_at_its_recall_and_a_warm_build_too(metric):
         index.build(bank)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize(("times", "plus"), [(1.5, 0), (3, 0), (14, 0), (100, 0), (1, 3), (1, 20)])
+def test_fast_finds_as_many_of_queries_unlike_the_rows(times, plus, metric):
+    bank, queries = normal(8000, 96), normal(100, 96, seed=1)
+    index = KNNIndex("fast", distance_metric=metric).build(bank)
+    assert index.stats.parameters["scan_dtype"] == "int8"
+    assert share_found(index, times * queries + plus, bank) >= 0.98
+
+
 def test_fast_scans_in_another_where_rounding_leaves_too_little():
     clusters = 100 * normal(8, 64).repeat(1000, 1)
     bank = clusters + 0.4 * normal(8000, 64, seed=1)  # a tenth of what one in 127 stands for

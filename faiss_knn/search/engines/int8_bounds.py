@@ -30,6 +30,7 @@ _USUAL, _ROOM = 0.95, 1.02  # share of the sample's rows that V and β suffice f
 _SAMPLED = 4  # one in so many rows of the sample that centre and scale are from
 _RANGE, _MOST_PIECES = 1.5, 32  # of T, in that of the sample's; and columns for it
 _LEAST, _LARGEST = 2.0**-20, 2.0**36  # of the coordinate that becomes 127: the lowest T must be below any far row's
+_WEIGHTS = (127.0, 96.0, 64.0, 48.0, 32.0, 24.0, 16.0, 12.0, 8.0, 6.0, 4.0, 3.0, 2.0, 1.0)  # of T, for far queries
 _SINGLE = 2.0**-24
 # Dimensions from which on the product is worth a faster one, and those that an int32 has room for (127² · 2¹⁷ < 2³¹).
 _LEAST_DIM, _MOST_DIM = 64, 1 << 17
@@ -118,18 +119,33 @@ class Int8Bounds(ProductBounds):
         out[:, self._pieces : self._pieces + self._vector] = whole
         out[:, self._pieces + self._vector :] = 0
 
-    def prepare(self, queries: Tensor, *, bound: bool = True) -> PreparedQueries:  # noqa: ARG002
-        """Prepare queries (B, d); what proves is with the rows."""
+    def prepare(self, queries: Tensor, *, bound: bool = True) -> PreparedQueries:
+        """Prepare queries (B, d); without `bound`, scores prove nothing, and far queries are written smaller."""
         exact, square = self._centred_queries(queries)
-        whole = _whole(exact, self._unit)
+        weights = torch.full_like(exact[:, :1], _MOST) if bound else self._fitting_weights(exact)
+        whole = _whole(exact, self._unit * (_MOST / weights))
         vectors = torch.zeros(len(exact), self._width, dtype=torch.int8, device=exact.device)
-        vectors[:, : self._pieces - 1] = _MOST
-        vectors[:, self._pieces - 1] = 1
+        vectors[:, : self._pieces - 1] = weights
+        vectors[:, self._pieces - 1] = (weights[:, 0] / _MOST).round()
         vectors[:, self._pieces : self._pieces + self._vector] = whole
+        if not bound:
+            return PreparedQueries(vectors, square)
         error = (exact - whole * self._unit).norm(dim=1) + self._unit_error
         unpaid = self._most_lost * (exact.norm(dim=1) - self._usual_size).clamp(min=0)
         unpaid += self._most_size * (error - self._usual_error).clamp(min=0)
         return PreparedQueries(vectors, square, shortfall=unpaid)
+
+    def _fitting_weights(self, exact: Tensor) -> Tensor:
+        """Choose what T counts in the scores of queries v (B, d): (B, 1), 127 or as much less as v is scaled down.
+
+        Coordinates beyond 127 are cut off. Of usual queries these are few.
+        """
+        weights = torch.full_like(exact[:, :1], _MOST)
+        unusual = (_rounded_off(exact, self._unit) > self._usual_error).nonzero()[:, 0]
+        if len(unusual) > 0:
+            lost = [_rounded_off(exact[unusual], self._unit * (_MOST / weight)) for weight in _WEIGHTS]
+            weights[unusual, 0] = weights.new_tensor(_WEIGHTS)[torch.stack(lost).argmin(0)]
+        return weights
 
     def least_score(self, prepared: PreparedQueries, norms: Tensor) -> Tensor:
         """Return (B,) float64: every row within this norm of differences has at least such a score."""
@@ -139,7 +155,7 @@ class Int8Bounds(ProductBounds):
         return torch.where(least.isfinite(), least - least.abs() * _DOUBLE_ERROR, -torch.inf)
 
 
-def _whole(vectors: Tensor, unit: float) -> Tensor:
+def _whole(vectors: Tensor, unit: float | Tensor) -> Tensor:
     whole: Tensor = vectors / unit
     return whole.round_().clamp_(-_MOST, _MOST)
 
