@@ -126,6 +126,18 @@ def test_too_few_candidates_are_no_reason_to_go_on_in_another():
     assert spare.count > 64
 
 
+def test_a_few_queries_beyond_reach_do_not_end_it_for_the_others(monkeypatch):
+    monkeypatch.setattr(
+        "faiss_knn.search.engines.exact.multiply_add_seconds", lambda dtype: 0.0 if dtype == torch.int8 else 2.6e-11
+    )
+    bank, queries = normal(20_000, 128), normal(300, 128, seed=1)
+    queries[:2] = 1e15  # for which every row must be measured
+    index = KNNIndex().build(bank)
+    index.search(queries, 20)
+    assert index.stats.uncertified >= 2
+    assert index.stats.parameters["scan_dtype"] == "int8"
+
+
 def test_where_the_product_is_too_small_to_pay_the_search_goes_on_in_another(monkeypatch):
     monkeypatch.setattr("faiss_knn.search.engines.exact.multiply_add_seconds", lambda dtype: 1e-14)
     bank, queries = normal(20_000, 128), normal(300, 128, seed=1)

@@ -264,7 +264,7 @@ class ExactEngine:
         oversampling.learn(needed)
         self._trial_searched += len(needed)
         self._trial_uncertified += sum(need > count for need in needed)
-        self._trial_needed += sum(needed)
+        self._trial_needed += sum(min(need, count) for need in needed)  # further ones are in `oversampling.seconds`
         if self._trial_searched >= _TRIAL and self._are_too_loose(oversampling.seconds):
             self._tighten()
 

@@ -189,7 +189,7 @@ class FastEngine:
 
         def better(bounds: ProductBounds, basis: Tensor | None = None) -> _Choice:
             choice = self._choice(bounds, basis, sample)
-            return min(best, choice, key=lambda one: (one.cost, -one.recall))
+            return min(choice, best, key=lambda one: (one.cost, -one.recall))
 
         if whole.dtype == torch.int8:
             best = better(whole)
