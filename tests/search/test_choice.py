@@ -111,6 +111,21 @@ def test_a_large_bank_is_searched_exactly_for_few_queries(queries):
     assert KNNIndex("auto").build(bank(50_000, 128), expected_queries=queries).stats.exact
 
 
+def test_fast_that_was_tuned_anew_is_not_warm():
+    index = KNNIndex("fast").build(bank(5000, 64), expected_k=5)
+    assert index.build(bank(5000, 64), expected_k=5).stats.parameters["warm"]
+    index.search(bank(3, 64), k=50)
+    parameters = index.stats.parameters
+    assert (parameters["warm"], parameters["tuned_k"]) == (False, 50)
+
+
+def test_fast_for_as_many_neighbours_as_there_are_rows_may_be_warm(monkeypatch):
+    monkeypatch.setattr(choice, "_FAST_ROWS", 300)
+    index = KNNIndex("fast")
+    warm = [index.build(bank(300, 16), expected_k=400).stats.parameters["warm"] for _ in range(2)]
+    assert warm == [False, True]
+
+
 @pytest.mark.parametrize("had", [torch.bfloat16, torch.float32])
 def test_directions_are_scanned_in_what_is_fast_on_the_machine_that_builds(monkeypatch, had):
     monkeypatch.setattr("faiss_knn.search.engines.int8_bounds.has_fast_int8", lambda device: False)

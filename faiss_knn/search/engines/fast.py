@@ -142,9 +142,9 @@ class FastEngine:
 
     def _still_meets_target(self, previous: Tuned, k: int) -> bool:
         """Take over an earlier choice if a few held-out rows confirm it."""
-        if previous.k < k or (previous.basis is not None and len(previous.basis) != self._rows.dim):
-            return False
-        if previous.basis is None and previous.dtype not in self._whole_dtypes():
+        basis, most = previous.basis, len(self._rows) - 1  # neighbours that any tuning can be for
+        is_fit = previous.dtype in self._whole_dtypes() if basis is None else len(basis) == self._rows.dim
+        if previous.k < min(k, most) or not is_fit:
             return False
         self.tuned = previous
         self._bounds = self._made(previous.dtype, previous.basis)
@@ -168,6 +168,7 @@ class FastEngine:
         """Tune for another k, on known queries (n, d) where there are any."""
         if known_queries is not None:
             self._known_queries, self.recall_of = known_queries, recall_source(known_queries)
+        self._warm = False
         self.tune(k)
 
     def tune(self, k: int) -> None:
