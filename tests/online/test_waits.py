@@ -7,7 +7,7 @@ import torch
 from torchmetrics import MeanAbsoluteError
 
 from faiss_knn import FeatureBank, OnlineKNN, OnlineQueue
-from faiss_knn.search.engines import exact, matrix_product, scan, selection
+from faiss_knn.search.engines import exact, matrix_product, rerank, scan, selection
 from tests.online.parts import Echo, loader, trainer
 from tests.online.test_callback import knn
 from tests.waits import Waits
@@ -34,7 +34,7 @@ def waits_of(monkeypatch: pytest.MonkeyPatch, train: dict, val: dict, **options)
         for name in ("on_train_batch_end", "on_validation_batch_end"):
             if name in vars(owner):
                 monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
-    for module in (scan, selection, exact):
+    for module in (scan, selection, exact, rerank):
         monkeypatch.setattr(module, "needs_no_wait", lambda device: False)  # the search of a GPU
     monkeypatch.setattr(matrix_product, "prefers_numpy", lambda: False)  # and its product, whichever is faster
     run = trainer(knn(queue_length=2000, **options), num_sanity_val_steps=0)
