@@ -202,9 +202,9 @@ class ExactEngine:
             del bounds  # so that tighter ones can take their place
             with self._lock:
                 are_current = oversampling is self._oversampling.get(k)  # else they have, meanwhile
-                if is_anew and are_current:
-                    self._tighten() if count >= oversampling.first else oversampling.begin_anew()
                 if is_anew:
+                    if are_current:
+                        self._tighten() if count >= oversampling.first else oversampling.begin_anew()
                     continue
                 self.uncertified += len(lost)
                 if are_current:

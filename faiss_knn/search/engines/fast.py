@@ -179,8 +179,8 @@ class FastEngine:
         would make more of them too dear. All coordinates in other dtypes come last. Where nothing meets the target, it
         takes what finds most.
         """
-        narrow, wholes = scan_dtype(self.device), self._whole_dtypes()
-        whole = self._bounds = self._made(wholes[0])
+        narrow, dtypes = scan_dtype(self.device), self._whole_dtypes()
+        whole = self._bounds = self._made(dtypes[0])
         sample = self._sample(whole, k, HELD_OUT)
         k = sample.neighbors.shape[1]
         best = _Choice(math.inf, whole, Tuned(None, 1.0, k, whole.dtype), 0.0)
@@ -194,14 +194,14 @@ class FastEngine:
 
         if whole.dtype == torch.int8:
             best = better(whole)
-            wholes.remove(torch.int8)
+            dtypes.remove(torch.int8)
         for basis, widths in self._projections(k, may_pay):
             rotated = self._made(narrow, basis)
             for dims in widths:
                 if not may_pay(dims):
                     break
                 best = better(rotated.narrowed(dims), basis[:, :dims].contiguous())
-        for dtype in wholes:
+        for dtype in dtypes:
             if may_pay(self._rows.dim, dtype):
                 best = better(whole if whole.dtype == dtype else self._made(dtype))
         del whole, self._bounds

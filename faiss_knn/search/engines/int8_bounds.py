@@ -122,30 +122,33 @@ class Int8Bounds(ProductBounds):
     def prepare(self, queries: Tensor, *, bound: bool = True) -> PreparedQueries:
         """Prepare queries (B, d); without `bound`, scores prove nothing, and far queries are written smaller."""
         exact, square = self._centred_queries(queries)
-        weights = torch.full_like(exact[:, :1], _MOST) if bound else self._fitting_weights(exact)
-        whole = _whole(exact, self._unit * (_MOST / weights))
+        whole = _whole(exact, self._unit)
+        error = (exact - whole * self._unit).norm(dim=1) + self._unit_error
         vectors = torch.zeros(len(exact), self._width, dtype=torch.int8, device=exact.device)
-        vectors[:, : self._pieces - 1] = weights
-        vectors[:, self._pieces - 1] = (weights[:, 0] / _MOST).round()
+        vectors[:, : self._pieces - 1] = _MOST
+        vectors[:, self._pieces - 1] = 1
         vectors[:, self._pieces : self._pieces + self._vector] = whole
         if not bound:
+            self._write_smaller(vectors, exact, (error > self._usual_error).nonzero()[:, 0])
             return PreparedQueries(vectors, square)
-        error = (exact - whole * self._unit).norm(dim=1) + self._unit_error
         unpaid = self._most_lost * (exact.norm(dim=1) - self._usual_size).clamp(min=0)
         unpaid += self._most_size * (error - self._usual_error).clamp(min=0)
         return PreparedQueries(vectors, square, shortfall=unpaid)
 
-    def _fitting_weights(self, exact: Tensor) -> Tensor:
-        """Choose what T counts in the scores of queries v (B, d): (B, 1), 127 or as much less as v is scaled down.
+    def _write_smaller(self, vectors: Tensor, exact: Tensor, unusual: Tensor) -> None:
+        """Write those of queries v (B, d) whose coordinates are cut off so much smaller that least of them is lost.
 
-        Coordinates beyond 127 are cut off. Of usual queries these are few.
+        T counts as much less in their scores.
         """
-        weights = torch.full_like(exact[:, :1], _MOST)
-        unusual = (_rounded_off(exact, self._unit) > self._usual_error).nonzero()[:, 0]
-        if len(unusual) > 0:
-            lost = [_rounded_off(exact[unusual], self._unit * (_MOST / weight)) for weight in _WEIGHTS]
-            weights[unusual, 0] = weights.new_tensor(_WEIGHTS)[torch.stack(lost).argmin(0)]
-        return weights
+        if len(unusual) == 0:
+            return
+        far = exact[unusual]
+        lost = [_rounded_off(far, self._unit * (_MOST / weight)) for weight in _WEIGHTS]
+        weights = far.new_tensor(_WEIGHTS)[torch.stack(lost).argmin(0), None]
+        vectors[unusual, : self._pieces - 1] = weights.to(torch.int8)
+        vectors[unusual, self._pieces - 1] = (weights[:, 0] / _MOST).round().to(torch.int8)
+        whole = _whole(far, self._unit * (_MOST / weights))
+        vectors[unusual, self._pieces : self._pieces + self._vector] = whole.to(torch.int8)
 
     def least_score(self, prepared: PreparedQueries, norms: Tensor) -> Tensor:
         """Return (B,) float64: every row within this norm of differences has at least such a score."""

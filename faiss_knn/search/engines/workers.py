@@ -140,13 +140,12 @@ def _runnable() -> int:
 @contextmanager
 def _each_on_a_cpu(threads: Sequence[int]) -> Iterator[None]:
     """Keep threads, of which this is one, each on a CPU of its own, where there are as many."""
-    if sys.platform != "linux" or len(cpus := os.sched_getaffinity(0)) != len(threads):
+    cpus = os.sched_getaffinity(0) if sys.platform == "linux" else set()
+    cpu = _libc().sched_getcpu() if len(cpus) == len(threads) else -1
+    if cpu not in cpus:  # -1 also where the system does not say
         yield
         return
-    here, cpu = threading.get_native_id(), _libc().sched_getcpu()
-    if cpu not in cpus:  # -1 where the system does not say
-        yield
-        return
+    here = threading.get_native_id()
     others = iter(cpus - {cpu})
     _place({thread: {cpu} if thread == here else {next(others)} for thread in threads})
     try:
